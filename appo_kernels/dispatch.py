@@ -1,0 +1,90 @@
+"""Which implementation serves a call.
+
+Every operator lives in ``appo_kernels/ops/<op>/`` and has one module per backend: ``streaming.py`` (torch), ``triton.py``
+and ``cuda.py``. A backend module says in ``unsupported(problem)`` why it cannot serve a call (None: it can). A module
+that does not exist is a backend the operator does not have.
+"""
+
+import functools
+import importlib
+import importlib.util
+import logging
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+logger = logging.getLogger("appo_kernels")
+
+# Fastest first: the order in which "auto" asks.
+MODULES = {"cuda": "cuda", "triton": "triton", "torch": "streaming"}
+CHOICES = ("auto", "torch", "triton", "cuda")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a backend is asked whether it can serve."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int = 0  # d for the attention operators, 0 for the others
+    needs_grad: bool = False
+
+
+@functools.lru_cache(maxsize=None)
+def implementation(op: str, backend: str) -> ModuleType | None:
+    """The module of one backend of one operator, or None where the operator has no such backend."""
+    name = f"appo_kernels.ops.{op}.{MODULES[backend]}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def why_not(problem: Problem, backend: str) -> str | None:
+    """Why ``backend`` cannot serve ``problem``; None when it can."""
+    module = implementation(problem.op, backend)
+    if module is None:
+        return f"{problem.op} has no {backend} implementation"
+    return module.unsupported(problem)
+
+
+@functools.lru_cache(maxsize=None)
+def _automatic(problem: Problem) -> str:
+    refused = []
+    for backend in MODULES:
+        reason = why_not(problem, backend)
+        if reason is None:
+            logger.debug("%s: backend %s for %s (%s)", problem.op, backend, problem, "; ".join(refused) or "first choice")
+            return backend
+        refused.append(f"not {backend}: {reason}")
+    raise ValueError(f"{problem.op}: no backend can serve {problem}: {'; '.join(refused)}")
+
+
+# Python constants in, a Python constant out: torch.compile evaluates it while tracing and keeps the answer.
+@torch.compiler.assume_constant_result
+def resolve(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0, needs_grad: bool = False
+) -> str:
+    """The backend that serves this call: the named one, or the fastest that can when ``backend`` is "auto".
+
+    ``APPO_BACKEND`` replaces "auto" (not an explicit name). Raises ValueError when a named backend cannot serve the call,
+    saying why and which ones can.
+    """
+    if backend == "auto":
+        backend = os.environ.get("APPO_BACKEND", "auto")
+    if backend not in CHOICES:
+        raise ValueError(
+            f"{op}: `backend`: expected one of {', '.join(CHOICES)}, got {backend!r}. "
+            "Pass one of these, or set APPO_BACKEND to one."
+        )
+    problem = Problem(op, device, dtype, head_dim, needs_grad)
+    if backend == "auto":
+        return _automatic(problem)
+    reason = why_not(problem, backend)
+    if reason is not None:
+        others = [name for name in MODULES if why_not(problem, name) is None]
+        raise ValueError(
+            f"{op}: `backend`: expected one that can serve this call, got {backend!r}: {reason}. "
+            f"Here {', '.join(others) or 'none'} can; pass that or \"auto\"."
+        )
+    return backend

@@ -1,0 +1,70 @@
+"""The one way tests and benchmarks compare a result with its reference, and measure what it cost in memory.
+
+A tolerance is relative to the framework: the error against an fp64 reference may be at most twice (three times for
+gradients) the error torch makes on the same inputs in the same dtype.
+"""
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
+
+
+def max_error(got: Tensor, reference: Tensor) -> float:
+    """Largest absolute difference; infinities must stand in the same places, and a NaN on one side is an infinite error."""
+    got, reference = got.detach().double(), reference.detach().double()
+    if got.shape != reference.shape:
+        raise AssertionError(f"shapes differ: got {tuple(got.shape)}, reference {tuple(reference.shape)}")
+    difference = torch.where(got == reference, 0.0, got - reference).abs()
+    return float(difference.nan_to_num(nan=float("inf")).max()) if difference.numel() else 0.0
+
+
+def assert_as_good_as(
+    got: Tensor, reference: Tensor, framework: Tensor, *, factor: float = FORWARD_FACTOR, atol: float = 1e-6, name: str = "result"
+) -> None:
+    """err(got, reference) <= factor * err(framework, reference) + atol * max|reference|.
+
+    got: what the kernel computed. reference: the same in fp64. framework: the same by plain torch in the dtype of the kernel.
+    """
+    scale = float(reference.detach().double().nan_to_num(0, 0, 0).abs().max()) if reference.numel() else 0.0
+    error, allowed = max_error(got, reference), factor * max_error(framework, reference) + atol * max(scale, 1e-30)
+    if not error <= allowed:
+        raise AssertionError(
+            f"{name}: error {error:.3e} against fp64, allowed {allowed:.3e} "
+            f"({factor:g} x torch's {max_error(framework, reference):.3e} + {atol:g} x {scale:.3e})"
+        )
+
+
+def peak_extra_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> int:
+    """Peak memory that ``run`` took beyond what was there before it, its result included.
+
+    CUDA: the allocator's peak. CPU (Linux): the process's peak resident set, reset before the call, so memory that was
+    allocated but never touched does not count.
+    """
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets VmHWM to the present resident set
+    before = _resident_bytes("VmRSS")
+    result = run()
+    peak = _resident_bytes("VmHWM")
+    del result
+    return max(0, peak - before)
+
+
+def _resident_bytes(field: str) -> int:
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no field {field}")
