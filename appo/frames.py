@@ -1,0 +1,179 @@
+"""Which video frame each token of a prompt belongs to.
+
+A frame is one step of the vision tower's temporal grid (SPEC section 2): with a temporal patch of 2 it stands for two
+sampled video frames. ``video_grid_thw``, as processors return it, has one row (t, h, w) per video, in patches; the
+video then takes t frames of h * w / merge_size**2 tokens each.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from appo_kernels import checks
+
+OP = "frame_ids"
+
+
+class FrameIds(NamedTuple):
+    """The frame of every token; what ``record_frame_mass`` and ``frame_mass`` take."""
+
+    ids: Tensor  # (B, S) int32: frame of each token, counted within its sequence; -1 for tokens of no frame
+    num_frames: Tensor  # (B,) int64: frames of each sequence
+
+
+def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Tensor | None = None) -> FrameIds:
+    """Frame of each token of ``input_ids``, for models of the Qwen-VL family.
+
+    Frames are numbered 0, 1, 2, ... in order of appearance, on through all videos of a sequence, and from 0 in each
+    sequence. Text, timestamps, vision start and end markers, padding and **images** have frame -1 (an image beside a
+    video is no moment of it).
+
+    Args:
+        input_ids: (B, S) int32 or int64 token ids, padded on either side.
+        config_or_processor: the model's config (``video_token_id`` and ``vision_config.spatial_merge_size``) or its
+            processor (``video_token_id`` and ``video_processor.merge_size``).
+        video_grid_thw: (number of videos in the batch, 3) int, the grids of the batch's videos in order: what the
+            processor returned and the model is given. One row per frame, t = 1, does as well. May be left out for
+            Qwen3-VL and its relatives, whose frames are runs of video tokens between timestamps, and for text alone.
+
+    Returns:
+        ``FrameIds(ids (B, S) int32, num_frames (B,) int64)`` on the device of ``input_ids``.
+
+    Raises:
+        ValueError: what is missing in the config or processor; grids that do not account exactly for the video tokens
+            found, or whose frames would straddle a gap, naming the row of ``video_grid_thw``.
+    """
+    checks.rank(OP, "input_ids", input_ids, 2, "(B, S)")
+    checks.dtype(OP, "input_ids", input_ids, checks.INTS)
+    is_video = input_ids == _video_token_id(config_or_processor)  # (B, S)
+    if video_grid_thw is not None:
+        return _from_grids(is_video, video_grid_thw, _merge_size(config_or_processor))
+    if not bool(is_video.any()) or _separates_frames(config_or_processor):
+        return _from_runs(is_video)
+    checks.fail(
+        OP,
+        "video_grid_thw",
+        f"the grids of the videos ({_name(config_or_processor)} puts all frames of a video into one run of tokens)",
+        None,
+        'Pass the `video_grid_thw` that the processor returned, or the config of a model with timestamps ("qwen3_vl").',
+    )
+
+
+def _from_runs(is_video: Tensor) -> FrameIds:
+    """Every run of video tokens is a frame."""
+    before = torch.nn.functional.pad(is_video, (1, 0))[:, :-1]
+    count = (is_video & ~before).cumsum(1)  # (B, S): runs begun so far
+    return FrameIds(torch.where(is_video, count - 1, -1).int(), count[:, -1] if count.shape[1] else count.sum(1))
+
+
+def _from_grids(is_video: Tensor, video_grid_thw: Tensor, merge_size: int) -> FrameIds:
+    """Deals the rows of ``video_grid_thw`` out to the sequences, in order, each to exactly the tokens it describes."""
+    if video_grid_thw.dim() != 2 or video_grid_thw.shape[1] != 3:
+        checks.fail(
+            OP,
+            "video_grid_thw",
+            "shape (number of videos, 3)",
+            f"shape {tuple(video_grid_thw.shape)}",
+            "Pass the tensor that the processor returned.",
+        )
+    grids: list[list[int]] = video_grid_thw.tolist()
+    ids = torch.full(is_video.shape, -1, dtype=torch.int32)
+    num_frames = torch.zeros(is_video.shape[0], dtype=torch.int64)
+    row = 0
+    for sequence, mask in enumerate(is_video.cpu()):
+        positions = mask.nonzero().squeeze(1)  # of the sequence's video tokens
+        start = frame = 0
+        while start < len(positions):
+            steps, size = _frames_of(grids, row, merge_size, sequence, len(positions) - start)
+            frames = positions[start : start + steps * size].view(steps, size)
+            gaps = frames[:, -1] - frames[:, 0] != size - 1
+            if gaps.any():
+                at = int(gaps.nonzero()[0])
+                checks.fail(
+                    OP,
+                    "video_grid_thw",
+                    f"row {row} {tuple(grids[row])} to give frames of {size} adjacent video tokens",
+                    f"a gap within tokens {int(frames[at, 0])} to {int(frames[at, -1])} of sequence {sequence}",
+                    "Pass the grids in the order in which the videos stand in the batch.",
+                )
+            ids[sequence, frames] = torch.arange(frame, frame + steps, dtype=torch.int32)[:, None]
+            start, frame, row = start + steps * size, frame + steps, row + 1
+        num_frames[sequence] = frame
+    if row < len(grids):
+        checks.fail(
+            OP,
+            "video_grid_thw",
+            f"{row} rows, which account for all video tokens of the batch",
+            f"{len(grids)} rows: row {row} {tuple(grids[row])} has no tokens",
+            "Pass only the grids of the videos in `input_ids`, in order.",
+        )
+    return FrameIds(ids.to(is_video.device), num_frames.to(is_video.device))
+
+
+def _frames_of(grids: list[list[int]], row: int, merge_size: int, sequence: int, left: int) -> tuple[int, int]:
+    """(frames, tokens per frame) of one row, which must fit into the ``left`` video tokens of the sequence."""
+    if row == len(grids):
+        checks.fail(
+            OP,
+            "video_grid_thw",
+            f"a row {row} for the remaining {left} video tokens of sequence {sequence}",
+            f"{len(grids)} rows",
+            "Pass one row per video of the whole batch (repeat them where prompts are repeated).",
+        )
+    steps, height, width = grids[row]
+    size, rest = divmod(height * width, merge_size**2)
+    if min(steps, size) < 1 or rest:
+        checks.fail(
+            OP,
+            "video_grid_thw",
+            f"row {row} to have t >= 1 and h * w a positive multiple of merge_size**2 = {merge_size**2}",
+            tuple(grids[row]),
+            "Grids count patches before merging; pass those that the processor returned.",
+        )
+    if steps * size > left:
+        checks.fail(
+            OP,
+            "video_grid_thw",
+            f"row {row} {tuple(grids[row])}, {steps} x {size} tokens, to fit the video tokens of sequence {sequence}",
+            f"{left} video tokens that no earlier row accounts for",
+            "Pass the grids in the order of the videos, and prompts that are not truncated.",
+        )
+    return steps, size
+
+
+def _name(source: Any) -> str:
+    return getattr(source, "model_type", None) or type(source).__name__
+
+
+def _video_token_id(source: Any) -> int:
+    token = getattr(source, "video_token_id", None)
+    if not isinstance(token, int):
+        checks.fail(
+            OP,
+            "config_or_processor",
+            "a config or processor with `video_token_id`",
+            f"{_name(source)}, which has none",
+            "Pass `model.config` (not its text_config) or the processor of a video model of the Qwen-VL family.",
+        )
+    return token
+
+
+def _merge_size(source: Any) -> int:
+    for part, field in (("vision_config", "spatial_merge_size"), ("video_processor", "merge_size")):
+        size = getattr(getattr(source, part, None), field, None)
+        if isinstance(size, int):
+            return size
+    checks.fail(
+        OP,
+        "config_or_processor",
+        "a config with `vision_config.spatial_merge_size` or a processor with `video_processor.merge_size`",
+        f"{_name(source)}, which has neither",
+        "Pass `model.config` or the processor of a video model of the Qwen-VL family.",
+    )
+
+
+def _separates_frames(source: Any) -> bool:
+    """Whether timestamps part the frames (Qwen3-VL, Qwen3-VL-MoE, Qwen3.5), so that each run of tokens is a frame."""
+    name = _name(source).lower().replace("_", "")
+    return name.startswith(("qwen3vl", "qwen35"))

@@ -1,0 +1,147 @@
+"""How a recorder gets to see the query and key of chosen attention layers, and how it leaves no trace.
+
+Attention modules ask their config for the name of the implementation, and transformers' attention interface for its
+function. A tapped module has a copy of its config that names ``recording_attention``, which calls the implementation
+that the model's own config names, with the same arguments, and then tells the listeners.
+"""
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from appo_kernels import checks
+
+OP = "record_frame_mass"
+NAME = "appo_frame_mass"
+
+
+class Listener(Protocol):
+    def record(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        mask: Any,
+        implementation: str | None,
+        is_causal: bool,
+        options: dict[str, Any],
+    ) -> None: ...
+
+
+class Tap:
+    """A tapped attention module: what it had, what it has now, and who listens."""
+
+    def __init__(self, module: nn.Module) -> None:
+        names = _forward_of(module).__globals__
+        self.interface: Any = names["ALL_ATTENTION_FUNCTIONS"]
+        self.eager: Callable[..., Any] | None = names.get("eager_attention_forward")
+        self.config: Any = module.config
+        self.tapped_config: Any = copy.deepcopy(self.config)
+        self.tapped_config._attn_implementation = NAME
+        self.listeners: dict[Listener, int] = {}  # and the number of the layer
+
+    def function(self) -> Callable[..., Any]:
+        """The attention function the model would call without us; asked at each call, since it may be set meanwhile."""
+        function = self.interface.get(self.config._attn_implementation, self.eager)
+        if function is None:
+            raise ValueError(
+                f"{OP}: `model`: expected a registered attention implementation, "
+                f"got {self.config._attn_implementation!r}. "
+                'Set one with model.set_attn_implementation("sdpa").'
+            )
+        return function
+
+
+_TAPS: dict[nn.Module, Tap] = {}
+
+
+def tap_module(module: nn.Module, listener: Listener, layer: int) -> None:
+    tap = _TAPS.get(module)
+    if tap is None:
+        tap = _TAPS[module] = Tap(module)
+        tap.interface[NAME] = recording_attention
+        module.config = tap.tapped_config
+    tap.listeners[listener] = layer
+
+
+def untap_module(module: nn.Module, listener: Listener) -> None:
+    """Takes the listener off the module, in any order; after the last one, everything is as it was."""
+    tap = _TAPS.get(module)
+    if tap is None or tap.listeners.pop(listener, None) is None or tap.listeners:
+        return
+    module.config = tap.config
+    del _TAPS[module]
+    if all(other.interface is not tap.interface for other in _TAPS.values()):
+        del tap.interface[NAME]
+
+
+@torch.compiler.disable
+def recording_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, *args: Any, **options: Any
+) -> Any:
+    """The attention function of tapped layers: the model's own, and then the listeners."""
+    tap = _TAPS[module]
+    module.config = tap.config  # flash attention reads the implementation's name there
+    try:
+        result = tap.function()(module, query, key, value, attention_mask, *args, **options)
+    finally:
+        module.config = tap.tapped_config
+    causal = options.get("is_causal")
+    causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        for listener, layer in tap.listeners.items():
+            listener.record(layer, query, key, attention_mask, tap.config._attn_implementation, causal, options)
+    return result
+
+
+def _forward_of(module: nn.Module) -> Any:
+    return inspect.unwrap(type(module).forward)
+
+
+def _attends(module: nn.Module) -> bool:
+    """Whether a module is a decoder layer's attention that goes through the attention interface."""
+    code = getattr(_forward_of(module), "__code__", None)
+    return (
+        isinstance(getattr(module, "layer_idx", None), int)
+        and code is not None
+        and "ALL_ATTENTION_FUNCTIONS" in code.co_names
+    )
+
+
+def attention_layers(model: nn.Module, layers: int | Sequence[int]) -> tuple[nn.Module, dict[int, nn.Module]]:
+    """The text decoder inside any wrapper, and its chosen attention modules by layer number."""
+    from transformers import PreTrainedModel
+
+    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        checks.fail(
+            OP, "model", "a transformers model, or a module around one", type(model).__name__, "Pass such a model."
+        )
+    decoder = base.get_decoder()
+    found = {int(module.layer_idx): module for module in decoder.modules() if _attends(module)}
+    if not found:
+        checks.fail(
+            OP,
+            "model",
+            "decoder layers that attend through transformers' attention interface",
+            f"{type(decoder).__name__}, which has none",
+            "Linear-attention layers have no attention weights; old custom code has to be ported to the interface.",
+        )
+    available = sorted(found)
+    if isinstance(layers, int):
+        if not 1 <= layers <= len(available):
+            checks.fail(
+                OP, "layers", f"1 to {len(available)}, or a list out of {available}", layers, "Pass fewer layers."
+            )
+        return decoder, {number: found[number] for number in available[-layers:]}
+    depth = len(getattr(decoder, "layers", available))
+    chosen = {number + depth if number < 0 else number for number in layers}
+    if not chosen or len(chosen) != len(layers) or not chosen <= set(available):
+        checks.fail(
+            OP, "layers", f"distinct layers with attention, out of {available}", list(layers), "Choose from these."
+        )
+    return decoder, {number: found[number] for number in sorted(chosen)}
