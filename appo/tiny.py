@@ -179,16 +179,16 @@ def _text(tokenizer: PreTrainedTokenizerFast, rope: dict[str, Any], options: dic
     }
 
 
-def _patches(patch: int) -> dict[str, int]:
+def _patches(patch: int) -> dict[str, Any]:
     return {"patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
-def _pixels(patch: int) -> dict[str, int]:
+def _pixels(patch: int) -> dict[str, Any]:
     """Frames of one token to 64: a clip of 28 x 28 pixels is taken as it comes."""
     return {"shortest_edge": (2 * patch) ** 2, "longest_edge": 64 * (2 * patch) ** 2}
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in zip(keys, names, strict=True)}
