@@ -19,6 +19,21 @@ CHOICES = {
     "lr_schedule": ("constant", "cosine", "linear"),
 }
 
+AT_LEAST = {
+    0: ("overlong_buffer", "lora_rank", "eval_every", "save_every", "sample_every", "warmup_steps"),
+    1: ("prompts_per_step", "max_new_tokens", "max_pixels", "layers", "top_tokens", "top_frames", "slot_tokens")
+    + (
+        "max_steps",
+        "updates_per_step",
+        "micro_groups",
+        "max_sampling_rounds",
+        "min_groups",
+        "keep_checkpoints",
+        "eval_batch",
+    ),
+    2: ("group_size", "max_frames"),
+}
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used: the message names the field, what was expected and what came."""
@@ -41,6 +56,7 @@ class APPOConfig:
     max_frames: int = 16  # video frames before temporal merging
     max_pixels: int = 64 * 28 * 28  # of one frame
     decode_timeout: float = 60.0
+    instructions: bool = True  # tell the model in words how to format its answer; off for one that was taught
 
     # Rollouts.
     group_size: int = 8  # G
@@ -100,6 +116,7 @@ class APPOConfig:
 
     # Keeping track.
     eval_every: int = 0  # steps; 0: only at the end
+    eval_batch: int = 32
     save_every: int = 50  # steps; 0: only at the end
     keep_checkpoints: int = 3
     sample_every: int = 10  # steps between rollouts written to samples.jsonl
@@ -109,15 +126,10 @@ class APPOConfig:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"`{name}`: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        at_least = {
-            "group_size": 2, "prompts_per_step": 1, "max_new_tokens": 1, "max_frames": 2, "max_pixels": 1, "layers": 1,
-            "top_tokens": 1, "top_frames": 1, "slot_tokens": 1, "max_steps": 1, "updates_per_step": 1, "micro_groups": 1,
-            "max_sampling_rounds": 1, "min_groups": 1, "overlong_buffer": 0, "lora_rank": 0, "eval_every": 0,
-            "save_every": 0, "keep_checkpoints": 1, "sample_every": 0, "warmup_steps": 0,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"`{name}`: expected at least {least}, got {getattr(self, name)}.")
+        for least, names in AT_LEAST.items():
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ConfigError(f"`{name}`: expected at least {least}, got {getattr(self, name)}.")
         for name in ("fps", "temperature", "learning_rate", "max_grad_norm", "decode_timeout"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"`{name}`: expected a number above 0, got {getattr(self, name)}.")
@@ -127,7 +139,7 @@ class APPOConfig:
             raise ConfigError("`rewards`: expected at least one reward with its weight, such as {accuracy: 1.0}.")
         if self.overlong_buffer > self.max_new_tokens:
             raise ConfigError(
-                f"`overlong_buffer`: expected at most {self.max_new_tokens} (max_new_tokens), got {self.overlong_buffer}."
+                f"`overlong_buffer`: expected at most {self.max_new_tokens} tokens, got {self.overlong_buffer}."
             )
         if self.prompts_per_step < self.updates_per_step:
             raise ConfigError(
@@ -156,7 +168,8 @@ class APPOConfig:
     @classmethod
     def grpo(cls, **overrides: Any) -> "APPOConfig":
         """GRPO: no weights, symmetric clipping, the mean over tokens and then responses."""
-        return cls(**({"method": "grpo", "eps_high": 0.2, "aggregation": "grpo"} | overrides))
+        settings: dict[str, Any] = {"method": "grpo", "eps_high": 0.2, "aggregation": "grpo"}
+        return cls(**(settings | overrides))
 
     @classmethod
     def dapo(cls, **overrides: Any) -> "APPOConfig":
@@ -199,6 +212,13 @@ class APPOConfig:
             return cls.from_dict(settings)
         except ConfigError as error:
             raise ConfigError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dotlist(cls, items: list[str]) -> "APPOConfig":
+        """Build a config from ``key=value`` items alone. Raises ConfigError."""
+        from omegaconf import OmegaConf
+
+        return cls.from_dict(OmegaConf.to_container(OmegaConf.from_dotlist(items)))  # type: ignore[arg-type]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "APPOConfig":

@@ -1,0 +1,5 @@
+"""``python -m appo`` and ``accelerate launch -m appo``."""
+
+from .cli import main
+
+main()

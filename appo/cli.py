@@ -1,0 +1,166 @@
+"""The command line: appo demo, train, eval, inspect, report."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+try:
+    import typer
+except ModuleNotFoundError:
+    sys.exit("appo: the command line needs the training packages. Install them with: pip install 'appo[train]'")
+
+if TYPE_CHECKING:
+    from .config import APPOConfig
+
+app = typer.Typer(
+    help="Train video models on what they look at: attention-guided policy optimisation (arXiv 2602.23823).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: key=value ...")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for clips, models, runs and pages.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seeds clips, model, warm start and training.")] = 0,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 40,
+    method: Annotated[str, typer.Option(help="appo, grpo or dapo.")] = "appo",
+) -> None:
+    """Make clips, warm up a tiny Qwen2.5-VL, train it with APPO and report. No GPU, no download, a few minutes.
+
+    Interrupted, it goes on where it was when run again with the same --output.
+    """
+    from .demo import run_demo
+
+    run_demo(output, seed=seed, steps=steps, method=method)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file with the fields of APPOConfig (see examples/).")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a model on records, as a YAML file says.
+
+    Ctrl-C saves a checkpoint and ends; the same command goes on from the newest checkpoint in `output`.
+
+    On several GPUs: accelerate launch -m appo train CONFIG.yaml
+
+    Example: appo train examples/qwen2_5_vl_7b.yaml data=train.json learning_rate=2e-6 rewards.format=0.1
+    """
+    from .config import APPOConfig
+    from .data import check_media, load_records
+    from .setup import load_model
+    from .trainer import Trainer
+
+    settings = APPOConfig.load(config, overrides)
+    records = load_records(_required(settings, "data"), data_root=settings.data_root, seed=settings.seed)
+    held_out = []
+    if settings.eval_data:
+        held_out = load_records(settings.eval_data, data_root=settings.data_root, seed=settings.seed)
+    check_media([*records, *held_out])
+    model, processor = load_model(settings)
+    output = Trainer(model, processor, records, config=settings, eval_dataset=held_out).train()
+    typer.echo(f"Run folder: {output}    Curves: appo report {output}")
+
+
+@app.command("eval")
+def evaluate_model(
+    model: Annotated[str, typer.Option(help="Folder or hub name of the model.")],
+    data: Annotated[Path, typer.Option(help="Records, .json or .jsonl.")],
+    data_root: Annotated[str | None, typer.Option(help="Folder that media paths start from.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many records.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write every answer to this .jsonl file.")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Answer records greedily and print accuracy, format and temporal IoU."""
+    import json
+
+    from rich.progress import Progress
+
+    from .config import APPOConfig
+    from .data import check_media, load_records
+    from .evaluate import evaluate
+    from .setup import load_model
+
+    settings = APPOConfig.from_dotlist(["model=" + model, *(overrides or [])])
+    records = load_records(data, data_root=data_root, limit=limit)
+    check_media(records)
+    loaded, processor = load_model(settings)
+    answers: list[dict] = []
+    with Progress() as progress:
+        task = progress.add_task("records", total=len(records))
+        values = evaluate(
+            loaded,
+            processor,
+            records,
+            settings,
+            show=lambda done: progress.update(task, completed=done),
+            keep=answers,
+        )
+    if output is not None:
+        output.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
+    for name, value in values.items():
+        typer.echo(f"{name:24} {value:.4g}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Option(help="Folder or hub name of the model.")],
+    video: Annotated[Path, typer.Option(help="The clip.")],
+    question: Annotated[str, typer.Option(help="What to ask about it.")],
+    option: Annotated[
+        list[str] | None, typer.Option(help='An answer to choose from, such as "A. red"; repeat.')
+    ] = None,
+    answer: Annotated[str | None, typer.Option(help="The right one, when known: then responses are rewarded.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the picture and the page.")] = Path("inspection"),
+    overrides: Overrides = None,
+) -> None:
+    """Draw which frames each response token looks at, which frames APPO picks and what the tokens weigh."""
+    from .examine import examine
+
+    for path in examine(model, video, question, option or [], answer, output, overrides or []):
+        typer.echo(path)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are drawn side by side.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Where the page goes (default: report.html in the first run).")
+    ] = None,
+) -> None:
+    """One page of curves: reward, accuracy, entropy, gradient norm, lengths, weights, frames picked."""
+    from .report import write_report
+
+    typer.echo(write_report(runs, output or runs[0] / "report.html"))
+
+
+def _required(settings: "APPOConfig", name: str) -> str:
+    from .config import ConfigError
+
+    value: str = getattr(settings, name)
+    if not value:
+        raise ConfigError(f"`{name}`: expected a path, got nothing. Set it in the file or pass {name}=PATH.")
+    return value
+
+
+def main() -> None:
+    """Errors in what the user gave are one line; everything else keeps its traceback."""
+    from .config import ConfigError
+    from .data import DataError
+    from .report import ReportError
+    from .video import VideoError
+
+    try:
+        app()
+    except (ConfigError, DataError, ReportError, VideoError) as error:
+        sys.exit(f"appo: {error}")
+
+
+if __name__ == "__main__":
+    main()

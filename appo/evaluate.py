@@ -1,0 +1,68 @@
+"""Greedy answers to records, and how good they are: accuracy, format, temporal IoU, length, accuracy per task."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import APPOConfig
+from .data import Record
+from .logs import Meter
+from .prompts import PromptBuilder, collate
+from .rewards import combine
+from .rollout import TransformersRollout
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    records: Sequence[Record],
+    config: APPOConfig,
+    *,
+    builder: PromptBuilder | None = None,
+    show: Callable[[int], None] = lambda done: None,
+    keep: list[dict[str, Any]] | None = None,
+) -> dict[str, float]:
+    """Answer every record once, greedily, ``config.eval_batch`` at a time.
+
+    builder: keeps decoded prompts from one evaluation to the next. show: called with the number of records done.
+    keep: a list that receives each answer. Returns the means by name: ``accuracy``, ``accuracy/<task>`` where records
+    name one, ``format``, ``temporal_iou`` where records ask for times, ``length``, and ``records``, their number.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    builder = builder or PromptBuilder(processor, model.config, config)
+    engine = TransformersRollout(
+        model,
+        processor,
+        group_size=1,
+        max_new_tokens=config.max_new_tokens,
+        temperature=0.0,
+    )
+    meter, generator = Meter(), torch.Generator(device)
+    for start in range(0, len(records), config.eval_batch):
+        part = list(records[start : start + config.eval_batch])
+        answers = engine.generate(
+            collate([builder(record) for record in part], processor.tokenizer.pad_token_id, device).inputs, generator
+        )
+        texts = [
+            processor.tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(answers.ids, answers.mask, strict=True)
+        ]
+        names = {"accuracy": 1.0, "format": 1.0}
+        if any(record.asks_time for record in part):
+            names["temporal_iou"] = 1.0
+        scores = combine(names, texts, part).by_name
+        lengths = answers.mask.sum(1).tolist()
+        for row, (record, text) in enumerate(zip(part, texts, strict=True)):
+            found = {name: float(values[row]) for name, values in scores.items()} | {"length": lengths[row]}
+            for name, value in found.items():
+                meter.add(name, value)
+            if "task" in record.meta:
+                meter.add(f"accuracy/{record.meta['task']}", found["accuracy"])
+            if keep is not None:
+                keep.append({"id": record.id, "answer": record.answer, "text": text} | found)
+        show(start + len(part))
+    return meter.means() | {"records": float(len(records))}

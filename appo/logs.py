@@ -1,0 +1,122 @@
+"""What a run leaves behind: metrics, evaluations and samples as JSON lines, and TensorBoard events."""
+
+import json
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+
+
+class Meter:
+    """Weighted means of a step's numbers, over micro-batches and processes. A name that ends in /max is a maximum."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, float] = defaultdict(float)
+        self._weights: dict[str, float] = defaultdict(float)
+
+    def add(self, name: str, value: float | Tensor, weight: float = 1.0) -> None:
+        """NaN is a number that is not known here (a reward that does not apply): it does not enter the mean."""
+        value = float(value)
+        if math.isnan(value) or weight == 0:
+            return
+        if name.endswith("/max"):
+            self._sums[name] = max(self._sums.get(name, -math.inf), value)
+        else:
+            self._sums[name] += value * weight
+        self._weights[name] += weight
+
+    def means(self) -> dict[str, float]:
+        """The numbers of this process."""
+        return _join([(self._sums, self._weights)])
+
+    def result(self, accelerator: Accelerator) -> dict[str, float]:
+        """The numbers of all processes together; every process must call it."""
+        if accelerator.num_processes == 1:
+            return self.means()
+        from accelerate.utils import gather_object
+
+        return _join(gather_object([(dict(self._sums), dict(self._weights))]))
+
+
+def _join(parts: list[tuple[dict[str, float], dict[str, float]]]) -> dict[str, float]:
+    found = {}
+    for name in dict.fromkeys(name for sums, _ in parts for name in sums):
+        here = [(sums[name], weights[name]) for sums, weights in parts if name in sums]
+        if name.endswith("/max"):
+            found[name] = max(value for value, _ in here)
+        else:
+            found[name] = sum(value for value, _ in here) / sum(weight for _, weight in here)
+    return found
+
+
+class RunLog:
+    """Appends to the files of a run folder. Only the main process writes."""
+
+    def __init__(self, folder: str | Path, *, tensorboard: bool, enabled: bool = True, resume_step: int = 0) -> None:
+        self.folder, self.enabled = Path(folder), enabled
+        self._writer: Any = None
+        if not enabled:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            _truncate(self.folder / name, resume_step)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=resume_step + 1)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        self._write("metrics.jsonl", {"step": step} | values)
+        self._scalars("train", step, values)
+
+    def evaluation(self, step: int, split: str, values: dict[str, float]) -> None:
+        self._write("eval.jsonl", {"step": step, "split": split} | values)
+        self._scalars(f"eval/{split}", step, values)
+
+    def sample(self, step: int, value: dict[str, Any]) -> None:
+        self._write("samples.jsonl", {"step": step} | value)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _write(self, name: str, value: dict[str, Any]) -> None:
+        if self.enabled:
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+    def _scalars(self, prefix: str, step: int, values: dict[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{prefix}/{name}", value, step)
+            self._writer.flush()
+
+
+def _truncate(path: Path, step: int) -> None:
+    """Drop the lines after ``step``, which a resumed run writes again (and a line cut short by a crash)."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if record["step"] <= step:
+            kept.append(line)
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory of this process so far: the allocator's on CUDA, the resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
