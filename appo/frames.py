@@ -122,12 +122,12 @@ def _frames_of(grids: list[list[int]], row: int, merge_size: int, sequence: int,
             "Pass one row per video of the whole batch (repeat them where prompts are repeated).",
         )
     steps, height, width = grids[row]
-    size, rest = divmod(height * width, merge_size**2)
-    if min(steps, size) < 1 or rest:
+    size = (height // merge_size) * (width // merge_size)
+    if min(steps, size) < 1 or height % merge_size or width % merge_size:
         checks.fail(
             OP,
             "video_grid_thw",
-            f"row {row} to have t >= 1 and h * w a positive multiple of merge_size**2 = {merge_size**2}",
+            f"row {row} to have t >= 1 and h, w positive multiples of the merge size {merge_size}",
             tuple(grids[row]),
             "Grids count patches before merging; pass those that the processor returned.",
         )
