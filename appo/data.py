@@ -149,19 +149,19 @@ def _read(path: Path) -> Iterator[tuple[int, Any]]:
     if path.suffix not in (".json", ".jsonl"):
         raise DataError(f"{path}: expected a file that ends in .json or .jsonl, got {path.suffix or 'no ending'!r}.")
     if path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for index, line in enumerate(file):
                 if line.strip():
                     yield index, _decode(line, f"{path}: record {index} (line {index + 1})")
         return
-    loaded = _decode(path.read_text(encoding="utf-8"), str(path))
+    loaded = _decode(path.read_bytes(), str(path))
     if not isinstance(loaded, Sequence) or isinstance(loaded, str):
         raise DataError(f"{path}: expected a list of records, got {type(loaded).__name__}. Wrap the records in [ ].")
     yield from enumerate(loaded)
 
 
-def _decode(text: str, place: str) -> Any:
+def _decode(text: bytes, place: str) -> Any:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{place}: expected JSON, got text that does not parse: {error}.") from error

@@ -34,8 +34,9 @@ def parse_record(raw: Any, *, file: Path, index: int, root: Path, seed: int) -> 
         return _video_r1(reader)
     raise DataError(
         f"{file}: record {index}: field `dataset_name`: expected a known format, got the fields {sorted(raw)}. "
-        "Known are Video-R1 and Perception Test (problem, problem_type, solution, path), SEED-Bench-R1 (negative_answers or "
-        "golden_choice_idx), NExT-QA and NExT-GQA (qid, video_path), VideoChat-R1 grounding (video, glue)."
+        "Known are Video-R1 and Perception Test (problem, problem_type, solution, path), SEED-Bench-R1 "
+        "(negative_answers or golden_choice_idx), NExT-QA and NExT-GQA (qid, video_path), VideoChat-R1 grounding "
+        "(video, glue)."
     )
 
 
@@ -124,7 +125,8 @@ def _next_gqa_tagged(reader: "_Reader") -> Record:
     if len(tagged) > 1:
         reader.fail("solution", "one <answer>...</answer>", solution)
     path_field = next((name for name in ("video_path", "path", "video") if name in reader.raw), "video_path")
-    spans = reader.spans("time_clues") or reader.spans("time_spans")
+    span_fields = [name for name in ("time_clues", "glue", "time_spans") if name in reader.raw]
+    spans = reader.spans(span_fields[0], required=True) if span_fields else ()
     return reader.record(
         id_field="qid" if "qid" in reader.raw else "problem_id",
         question=reader.text("problem"),

@@ -76,7 +76,7 @@ def tagged(text: str, tag: str) -> str | None:
 @register("multiple_choice")
 @per_response
 def multiple_choice(completion: str, record: Record) -> float | None:
-    """1 where the only answer tag names the right option: "B", "(B)", "B." or, with option B's own text, "B. a ball"."""
+    """1 where the only answer tag names the right option: "B", "(B)", "B.", or "B. a ball" with option B's own text."""
     if record.kind != "multiple choice":
         return None
     match = _LETTER.fullmatch(tagged(completion, "answer") or "")
