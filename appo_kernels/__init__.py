@@ -2,7 +2,22 @@
 
 from appo_kernels.ops.group_divergence import group_divergence, group_divergence_from_logits
 from appo_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
+from appo_kernels.ops.weighted_surrogate import (
+    SurrogateOutput,
+    linear_weighted_surrogate,
+    logits_weighted_surrogate,
+    weighted_surrogate,
+)
 
-__all__ = ["TokenLogprobs", "group_divergence", "group_divergence_from_logits", "token_logprobs"]
+__all__ = [
+    "SurrogateOutput",
+    "TokenLogprobs",
+    "group_divergence",
+    "group_divergence_from_logits",
+    "linear_weighted_surrogate",
+    "logits_weighted_surrogate",
+    "token_logprobs",
+    "weighted_surrogate",
+]
 
 __version__ = "0.1.0"

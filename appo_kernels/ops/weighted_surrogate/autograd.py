@@ -1,0 +1,211 @@
+"""Custom operators and autograd functions of the three surrogates.
+
+The forward operator writes the loss, the metrics and, where they are wanted, the gradients of the loss. The backward
+multiplies them with the gradient of the loss, which is 1 when the loss is what ``backward`` is called on.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from appo_kernels import dispatch
+from appo_kernels.logits import compute_dtype
+from appo_kernels.ops.weighted_surrogate.arguments import check_values
+from appo_kernels.ops.weighted_surrogate.loss import METRICS, Settings
+
+OP = "weighted_surrogate"
+
+
+@torch.library.custom_op("appo::weighted_surrogate_forward", mutates_args=("loss", "metrics", "grad_logprobs"))
+def weighted_surrogate_forward(
+    logprobs: Tensor,
+    table: Tensor,
+    loss: Tensor,
+    metrics: Tensor,
+    grad_logprobs: Tensor | None,
+    eps_low: float,
+    eps_high: float,
+    delta: float | None,
+    beta: float,
+    level: str,
+    backend: str,
+) -> None:
+    check_values(OP, table)
+    settings = Settings(eps_low, eps_high, delta, beta, level)
+    _backend(backend).forward(logprobs, table, settings, loss, metrics, grad_logprobs)
+
+
+@torch.library.custom_op("appo::logits_weighted_surrogate_forward", mutates_args=("loss", "metrics", "grad_logits"))
+def logits_weighted_surrogate_forward(
+    logits: Tensor | None,
+    targets: Tensor,
+    table: Tensor,
+    loss: Tensor,
+    metrics: Tensor,
+    grad_logits: Tensor | None,
+    eps_low: float,
+    eps_high: float,
+    delta: float | None,
+    beta: float,
+    level: str,
+    temperature: float,
+    softcap: float | None,
+    entropy_coef: float,
+    backend: str,
+) -> None:
+    """``logits`` None: they are in ``grad_logits``, and their gradient takes their place."""
+    source = grad_logits if logits is None else logits
+    assert source is not None
+    check_values(f"logits_{OP}", table, targets, source.shape[2])
+    settings = Settings(eps_low, eps_high, delta, beta, level, temperature, softcap, entropy_coef)
+    _backend(backend).logits_forward(source, targets, table, settings, loss, metrics, grad_logits)
+
+
+@torch.library.custom_op(
+    "appo::linear_weighted_surrogate_forward",
+    mutates_args=("loss", "metrics", "grad_hidden", "grad_weight", "grad_bias"),
+)
+def linear_weighted_surrogate_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    table: Tensor,
+    loss: Tensor,
+    metrics: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    eps_low: float,
+    eps_high: float,
+    delta: float | None,
+    beta: float,
+    level: str,
+    temperature: float,
+    softcap: float | None,
+    entropy_coef: float,
+    backend: str,
+) -> None:
+    check_values(f"linear_{OP}", table, targets, weight.shape[0])
+    settings = Settings(eps_low, eps_high, delta, beta, level, temperature, softcap, entropy_coef)
+    _backend(backend).linear_forward(
+        hidden, weight, bias, targets, table, settings, loss, metrics, grad_hidden, grad_weight, grad_bias
+    )
+
+
+def _nothing(*arguments: Any) -> None:
+    """The fake of operators that only write into what they are given."""
+
+
+weighted_surrogate_forward.register_fake(_nothing)
+logits_weighted_surrogate_forward.register_fake(_nothing)
+linear_weighted_surrogate_forward.register_fake(_nothing)
+
+
+def _backend(name: str) -> Any:
+    return dispatch.implementation(OP, name)
+
+
+def _results(like: Tensor) -> tuple[Tensor, Tensor]:
+    loss = torch.empty((), dtype=compute_dtype(like.dtype), device=like.device)
+    return loss, torch.empty(len(METRICS), dtype=torch.float32, device=like.device)
+
+
+def _empty(like: Tensor, wanted: bool) -> Tensor | None:
+    return torch.empty(like.shape, dtype=like.dtype, device=like.device) if wanted else None
+
+
+def _scaled(gradient: Tensor | None, factor: Tensor, unit: bool) -> Tensor | None:
+    """``gradient`` times ``factor``. Large ones are scaled where they are: a copy would double the memory.
+
+    A second backward through the same graph then finds a modified saved tensor and raises, unless the factor was 1.
+    """
+    if gradient is None or unit:
+        return gradient
+    return gradient * factor.to(gradient.dtype) if torch.compiler.is_compiling() else gradient.mul_(factor)
+
+
+def _is_one(factor: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and factor.item() == 1.0
+
+
+class WeightedSurrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logprobs: Tensor, table: Tensor, settings: Settings, wanted: bool, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics = _results(logprobs)
+        gradient = _empty(logprobs, wanted)
+        weighted_surrogate_forward(logprobs, table, loss, metrics, gradient, *settings[:5], backend)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_loss).to(gradient.dtype), None, None, None, None
+
+
+class LogitsWeightedSurrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        targets: Tensor,
+        table: Tensor,
+        settings: Settings,
+        wanted: bool,
+        inplace: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics = _results(logits)
+        overwrite = wanted and inplace
+        # detach() shares the version counter: an operator that saved these logits for its own backward will notice.
+        gradient = logits.detach() if overwrite else _empty(logits, wanted)
+        source = None if overwrite else logits
+        logits_weighted_surrogate_forward(source, targets, table, loss, metrics, gradient, *settings, backend)
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return _scaled(gradient, grad_loss, _is_one(grad_loss)), None, None, None, None, None, None
+
+
+class LinearWeightedSurrogate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        table: Tensor,
+        settings: Settings,
+        wants_hidden: bool,
+        wants_weight: bool,
+        wants_bias: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        loss, metrics = _results(hidden)
+        gradients = (
+            _empty(hidden, wants_hidden),
+            _empty(weight, wants_weight),
+            None if bias is None else _empty(bias, wants_bias),
+        )
+        linear_weighted_surrogate_forward(
+            hidden, weight, bias, targets, table, loss, metrics, *gradients, *settings, backend
+        )
+        ctx.save_for_backward(*gradients)
+        ctx.mark_non_differentiable(metrics)
+        return loss, metrics
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        unit = _is_one(grad_loss)
+        gradients = [_scaled(gradient, grad_loss, unit) for gradient in ctx.saved_tensors]
+        return *gradients, None, None, None, None, None, None, None

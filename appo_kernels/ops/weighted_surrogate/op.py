@@ -1,0 +1,300 @@
+"""Public functions: the weighted surrogate from log-probabilities, from logits, and from hidden states."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from appo_kernels import checks, dispatch
+from appo_kernels.logits import compute_dtype
+from appo_kernels.ops.weighted_surrogate import arguments
+from appo_kernels.ops.weighted_surrogate.autograd import (
+    LinearWeightedSurrogate,
+    LogitsWeightedSurrogate,
+    WeightedSurrogate,
+)
+from appo_kernels.ops.weighted_surrogate.loss import METRICS
+
+OP = "weighted_surrogate"
+
+
+class SurrogateOutput(NamedTuple):
+    """What the three surrogates return."""
+
+    loss: Tensor  # () fp32 (fp64 for fp64 inputs), differentiable
+    metrics: dict[str, Tensor]  # name -> () fp32, detached
+
+
+def weighted_surrogate(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    delta: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    rollout_logprobs: Tensor | None = None,
+    rollout_cap: float = 2.0,
+    level: str = "token",
+    aggregation: str = "dapo",
+    num_items: int | float | Tensor | None = None,
+    max_length: int | None = None,
+    backend: str = "auto",
+) -> SurrogateOutput:
+    """The APPO loss (SPEC.md section 6; arXiv 2602.23823); token weights of 1 make it GRPO, DAPO and their relatives.
+
+        ratio = exp(logprobs - old_logprobs),  clipped = clamp(ratio, 1 - eps_low, 1 + eps_high)
+        loss of a token = -W c min(min(ratio, delta) A, clipped A) + beta (exp(r) - r - 1)
+        c = min(exp(old_logprobs - rollout_logprobs), rollout_cap),  r = ref_logprobs - logprobs
+
+    Args:
+        logprobs: (B, T) float, of the sampled tokens under the policy being trained. The one differentiable argument.
+        old_logprobs: (B, T), under the policy that is the base of the ratio.
+        advantages: A, (B,) one for each response or (B, T) one for each token, told apart by shape.
+        mask: (B, T) bool, or numbers that are 0 or 1. Other tensors may hold anything, NaN included, at masked tokens.
+        token_weights: W >= 0, (B, T); treated as constants. Not applied to the KL term.
+        eps_low, eps_high: clip range, eps_low in [0, 1], eps_high >= 0.
+        delta: two-sided clip, > 0: also caps the ratio of tokens with A < 0.
+        ref_logprobs, beta: KL to a reference policy (k3 estimate) and its factor >= 0. With beta = 0 only the metric.
+        rollout_logprobs, rollout_cap: (B, T) as the sampling engine reported them: truncated importance sampling.
+        level: "token", or "sequence" (GSPO): one ratio for each response, exp(mean of its log-ratios).
+        aggregation: of the valid tokens' losses.
+            "dapo": sum / num_items. "bnpo": sum / valid tokens of this batch. "grpo": mean over each response's
+            tokens, then over the B responses. "dr_grpo": sum / (B max_length). Counts of 0 divide as 1.
+        num_items: valid tokens in the whole global batch, a number or a 0-d tensor; used by "dapo" only. Default:
+            those of this batch.
+        max_length: longest possible response in tokens, for "dr_grpo".
+        backend: "auto", "torch", "triton" or "cuda".
+
+    Returns:
+        SurrogateOutput(loss, metrics). metrics, over valid tokens: ``clip_low``, ``clip_high`` (share of tokens clipped
+        with A < 0, A > 0), ``approx_kl`` (mean of ratio - 1 - log ratio per token: KL(old || new)), ``ref_kl`` (k3; NaN
+        without ref_logprobs), ``entropy`` (nats; NaN here, where no logits are seen), ``ratio_mean``, ``ratio_max``,
+        ``clip_weighted`` (share clipped among tokens with W > 1), ``weight_mean``, ``effective_tokens`` (number of
+        tokens whose policy gradient is not zero). For an empty mask each is 0, or NaN as above.
+
+    Raises:
+        ValueError: naming argument, expected, got, remedy; for shapes, dtypes, devices, ranges, and (unless
+            APPO_CHECK_VALUES=0) negative or non-finite weights and non-finite advantages of valid tokens.
+    """
+    checks.rank(OP, "logprobs", logprobs, 2, "(B, T)")
+    checks.dtype(OP, "logprobs", logprobs, checks.FLOATS)
+    settings = arguments.settings(
+        OP, eps_low=eps_low, eps_high=eps_high, delta=delta, beta=beta, level=level, has_ref=ref_logprobs is not None
+    )
+    table = arguments.loss_table(
+        OP,
+        "logprobs",
+        logprobs,
+        old_logprobs,
+        advantages,
+        mask,
+        token_weights=token_weights,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        rollout_cap=rollout_cap,
+        aggregation=aggregation,
+        num_items=num_items,
+        max_length=max_length,
+        dtype=compute_dtype(logprobs.dtype),
+    )
+    wanted = _wants_grad(logprobs)
+    backend = dispatch.resolve(OP, backend, logprobs.device, logprobs.dtype, 0, wanted)
+    return _output(*WeightedSurrogate.apply(logprobs, table, settings, wanted, backend))
+
+
+def logits_weighted_surrogate(
+    logits: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    delta: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    rollout_logprobs: Tensor | None = None,
+    rollout_cap: float = 2.0,
+    level: str = "token",
+    aggregation: str = "dapo",
+    num_items: int | float | Tensor | None = None,
+    max_length: int | None = None,
+    temperature: float = 1.0,
+    entropy_coef: float = 0.0,
+    inplace: bool = False,
+    backend: str = "auto",
+) -> SurrogateOutput:
+    """``weighted_surrogate`` of the log-probabilities that ``logits`` give, with the gradient formed in the forward.
+
+    loss = surrogate - entropy_coef * (entropy of each token's distribution, aggregated like the loss). -inf logits are
+    impossible tokens; masked rows of ``logits`` may hold anything and get a gradient of 0.
+
+    Args:
+        logits: (B, T, V) fp32, fp16, bf16 or fp64, before the temperature; computed on in fp32 (fp64) row by row. Any
+            strides of the first two dimensions.
+        targets: (B, T) int: the sampled tokens. Anything where the mask is 0.
+        temperature: > 0: the sampling temperature; log-probabilities and entropy are those of logits / temperature.
+        entropy_coef: factor of the entropy bonus.
+        inplace: overwrite ``logits`` with their gradient, so that no second (B, T, V) tensor is made. For logits that
+            come straight from the output layer and are used nowhere else. They are left alone where no gradient is
+            wanted, and by torch.compile, which plans memory itself.
+        others: as in ``weighted_surrogate``; metrics too, with ``entropy``.
+
+    Raises:
+        ValueError: as ``weighted_surrogate``; targets outside [0, V) at valid tokens; ``inplace`` with logits that are
+            a leaf requiring grad (their values are the caller's parameters) or that overlap in memory.
+    """
+    op = f"logits_{OP}"
+    checks.rank(op, "logits", logits, 3, "(B, T, V)")
+    checks.dtype(op, "logits", logits, checks.FLOATS)
+    _check_targets(op, "logits", logits, targets)
+    wanted = _wants_grad(logits)
+    if inplace and wanted:
+        if logits.is_leaf:
+            remedy = "Pass inplace=False, or the output of the layer that made the logits."
+            checks.fail(op, "inplace", "logits computed by a layer", "a leaf that requires grad", remedy)
+        if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+            remedy = "Pass inplace=False, or logits.contiguous()."
+            checks.fail(op, "inplace", "logits with memory of their own for each element", "an expanded tensor", remedy)
+    settings = arguments.settings(
+        op,
+        eps_low=eps_low,
+        eps_high=eps_high,
+        delta=delta,
+        beta=beta,
+        level=level,
+        has_ref=ref_logprobs is not None,
+        temperature=temperature,
+        entropy_coef=entropy_coef,
+    )
+    table = arguments.loss_table(
+        op,
+        "logits",
+        logits,
+        old_logprobs,
+        advantages,
+        mask,
+        token_weights=token_weights,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        rollout_cap=rollout_cap,
+        aggregation=aggregation,
+        num_items=num_items,
+        max_length=max_length,
+        dtype=compute_dtype(logits.dtype),
+    )
+    backend = dispatch.resolve(OP, backend, logits.device, logits.dtype, 0, wanted)
+    overwrite = inplace and not torch.compiler.is_compiling()
+    return _output(*LogitsWeightedSurrogate.apply(logits, targets, table, settings, wanted, overwrite, backend))
+
+
+def linear_weighted_surrogate(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.28,
+    delta: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    rollout_logprobs: Tensor | None = None,
+    rollout_cap: float = 2.0,
+    level: str = "token",
+    aggregation: str = "dapo",
+    num_items: int | float | Tensor | None = None,
+    max_length: int | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    entropy_coef: float = 0.0,
+    backend: str = "auto",
+) -> SurrogateOutput:
+    """``logits_weighted_surrogate`` of softcap(hidden weight^T + bias) / temperature, without the (B, T, V) tensor.
+
+    Gradients of ``hidden``, ``weight`` and ``bias`` are formed in the forward, for those that require grad: 6 MVD
+    operations (M valid tokens, V vocabulary, D hidden size), 8 MVD at level "sequence", whose ratios need every token
+    first; less for tokens whose gradient is exactly zero. Memory beside the arguments and gradients does not grow with
+    the tokens. Backward scales the gradients in place: a second backward through the same graph is possible only if
+    the first got a gradient of 1.
+
+    Args:
+        hidden: (B, T, D) fp32, fp16, bf16 or fp64, the states that predict ``targets``; sums are in fp32 (fp64).
+        weight: (V, D), same dtype. bias: (V,), same dtype.
+        targets: (B, T) int: the sampled tokens. Anything where the mask is 0, and so may ``hidden``.
+        temperature: > 0: the sampling temperature.
+        softcap: logits become softcap tanh(logits / softcap) before the temperature; > 0.
+        entropy_coef: factor of the entropy bonus: loss -= entropy_coef * (aggregated entropy).
+        others: as in ``weighted_surrogate``; metrics too, with ``entropy``.
+
+    Raises:
+        ValueError: as ``weighted_surrogate``; targets outside [0, V) at valid tokens.
+    """
+    op = f"linear_{OP}"
+    checks.rank(op, "hidden", hidden, 3, "(B, T, D)")
+    checks.dtype(op, "hidden", hidden, checks.FLOATS)
+    checks.rank(op, "weight", weight, 2, "(V, D)")
+    expected = (weight.shape[0], hidden.shape[2])
+    checks.shape(op, "weight", weight, expected, "(V, D)", "Its columns are the hidden size of `hidden`.")
+    checks.dtype(op, "weight", weight, (hidden.dtype,))
+    if bias is not None:
+        checks.shape(op, "bias", bias, expected[:1], "(V,)", "Pass one value for each row of `weight`.")
+        checks.dtype(op, "bias", bias, (hidden.dtype,))
+    _check_targets(op, "hidden", hidden, targets)
+    checks.same_device(op, "hidden", hidden, weight=weight, bias=bias)
+    settings = arguments.settings(
+        op,
+        eps_low=eps_low,
+        eps_high=eps_high,
+        delta=delta,
+        beta=beta,
+        level=level,
+        has_ref=ref_logprobs is not None,
+        temperature=temperature,
+        softcap=softcap,
+        entropy_coef=entropy_coef,
+    )
+    table = arguments.loss_table(
+        op,
+        "hidden",
+        hidden,
+        old_logprobs,
+        advantages,
+        mask,
+        token_weights=token_weights,
+        ref_logprobs=ref_logprobs,
+        rollout_logprobs=rollout_logprobs,
+        rollout_cap=rollout_cap,
+        aggregation=aggregation,
+        num_items=num_items,
+        max_length=max_length,
+        dtype=compute_dtype(hidden.dtype),
+    )
+    wants = [_wants_grad(tensor) for tensor in (hidden, weight, bias)]
+    backend = dispatch.resolve(OP, backend, hidden.device, hidden.dtype, 0, any(wants))
+    return _output(*LinearWeightedSurrogate.apply(hidden, weight, bias, targets, table, settings, *wants, backend))
+
+
+def _check_targets(op: str, first: str, like: Tensor, targets: Tensor) -> None:
+    checks.shape(op, "targets", targets, like.shape[:2], "(B, T)", f"Pass one token id for each row of `{first}`.")
+    checks.dtype(op, "targets", targets, checks.INTS)
+    checks.same_device(op, first, like, targets=targets)
+
+
+def _wants_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
+
+
+def _output(loss: Tensor, metrics: Tensor) -> SurrogateOutput:
+    return SurrogateOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)))
