@@ -191,6 +191,7 @@ class APPOConfig:
         """
         from omegaconf import OmegaConf
         from omegaconf.errors import OmegaConfBaseException
+        from yaml import YAMLError
 
         path = Path(path)
         if not path.is_file():
@@ -198,7 +199,7 @@ class APPOConfig:
         try:
             loaded = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
             values = OmegaConf.to_container(loaded, resolve=True)
-        except (OmegaConfBaseException, ValueError) as error:
+        except (OmegaConfBaseException, YAMLError, ValueError) as error:
             raise ConfigError(f"{path}: not readable as settings: {error}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: expected `field: value` lines, got a {type(values).__name__}.")
@@ -206,7 +207,7 @@ class APPOConfig:
         overridden = {item.split("=", 1)[0] for item in overrides or []}
         for name in ("data", "data_root", "eval_data", "model"):
             value = settings.get(name)
-            if isinstance(value, str) and name not in overridden and (path.parent / value).exists():
+            if isinstance(value, str) and value and name not in overridden and (path.parent / value).exists():
                 settings[name] = str(path.parent / value)
         try:
             return cls.from_dict(settings)
@@ -234,7 +235,7 @@ class APPOConfig:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f" Did you mean `{close[0]}`?" if close else ""
                 raise ConfigError(f"`{name}`: no such field.{hint}")
-            values[name] = _typed(name, value, str(known[name].type))
+            values[name] = _typed(name, value, _name_of(known[name].type))
         return presets[preset](**values)
 
     def to_dict(self) -> dict[str, Any]:
@@ -247,6 +248,10 @@ class APPOConfig:
 
 
 _CONTAINERS = {"dict[str, float]": dict, "list[str]": list}
+
+
+def _name_of(annotation: Any) -> str:
+    return annotation.__name__ if annotation in (int, float, str, bool) else str(annotation)
 
 
 def _typed(name: str, value: Any, annotation: str) -> Any:

@@ -1,0 +1,85 @@
+"""Hidden states of responses: the same logits as the model's own forward, the vision tower once per prompt."""
+
+import pytest
+import torch
+import training
+
+from appo.policy import Policy
+from appo.prompts import PromptBuilder, collate
+from appo.types import Group, batch_groups
+
+
+def make_groups(builder, count, size, lengths, vocab):
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for record, length in zip(training.records()[:count], lengths, strict=True):
+        ids = torch.randint(0, vocab, (size, length), generator=generator)
+        mask = torch.arange(length) < torch.randint(1, length + 1, (size, 1), generator=generator)
+        nothing = torch.zeros(size)
+        groups.append(
+            Group(builder(record), ids, mask, torch.zeros(ids.shape), [""] * size, nothing, nothing, {}, nothing)
+        )
+    return groups
+
+
+# Both families: Qwen2.5-VL has one run of tokens per video, Qwen3-VL timestamps between frames and deepstack features.
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_hidden_states_give_the_logits_of_each_response_alone(family, tmp_path):
+    model, processor = training.tiny(family=family)
+    settings = training.config(tmp_path, max_pixels=32 * 32 if family == "qwen3_vl" else 28 * 28)
+    builder = PromptBuilder(processor, model.config, settings)
+    vocab = processor.tokenizer.convert_tokens_to_ids("a") + 1
+    groups = make_groups(builder, 3, 2, [5, 7, 1], 20 if vocab < 20 else vocab)
+    calls = []
+    model.base_model.visual.register_forward_hook(lambda module, args, output: calls.append(1))
+    batch = batch_groups(groups, processor.tokenizer.pad_token_id, "cpu")
+    with torch.no_grad():
+        logits = Policy(model.eval())(batch, lambda hidden, weight, bias: hidden @ weight.T)
+        assert len(calls) == 1, "the vision tower runs once for all prompts and responses"
+        for index, group in enumerate(groups):
+            prompt = collate([group.prompt], 0)
+            for row in range(2):
+                count = int(group.mask[row].sum())
+                inputs = dict(prompt.inputs)
+                response = group.completion_ids[row : row + 1, :count]
+                inputs["input_ids"] = torch.cat([inputs["input_ids"], response], 1)
+                inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+                if "mm_token_type_ids" in inputs:
+                    inputs["mm_token_type_ids"] = torch.cat(
+                        [inputs["mm_token_type_ids"], torch.zeros_like(response)], 1
+                    )
+                alone = model(**inputs).logits[0, len(group.prompt) - 1 : -1]
+                torch.testing.assert_close(logits[index * 2 + row, :count], alone, rtol=1e-4, atol=1e-4)
+
+
+def test_frames_of_a_batch_stand_where_the_video_tokens_are(tmp_path):
+    model, processor = training.tiny()
+    builder = PromptBuilder(processor, model.config, training.config(tmp_path))
+    groups = make_groups(builder, 2, 2, [3, 4], 50)
+    batch = batch_groups(groups, processor.tokenizer.pad_token_id, "cpu")
+    ids = torch.cat([batch.prompts.inputs["input_ids"].repeat_interleave(2, 0), batch.completion_ids], 1)
+    prompt = torch.arange(ids.shape[1]) < batch.prompt_length
+    torch.testing.assert_close(batch.frame_ids >= 0, (ids == model.config.video_token_id) & prompt)
+    assert batch.prompts.num_frames == 8 and int(batch.frame_ids.max()) == 7
+    assert batch.rows == slice(batch.prompt_length - 1, batch.prompt_length + 3)
+
+
+def test_crucial_frames_hold_the_deciding_moment(tmp_path):
+    model, processor = training.tiny()
+    builder = PromptBuilder(processor, model.config, training.config(tmp_path))
+    for record in training.records():
+        prompt = builder(record)
+        crucial = prompt.crucial_frames()
+        assert crucial and all(0 <= frame < prompt.num_frames for frame in crucial)
+        middles = [(start + end) / 2 for start, end in record.time_spans]
+        for frame in crucial:  # 4 samples a second, 2 a frame: a crucial frame is within 0.75 s of a moment's middle
+            first, last = prompt.frame_times[frame]
+            assert min(abs((first + last) / 2 - middle) for middle in middles) < 0.75
+
+
+def test_a_model_that_cannot_reuse_vision_features_is_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    small = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
+    with pytest.raises(ValueError, match="mm_encoder_outputs"):
+        Policy(LlamaForCausalLM(small))

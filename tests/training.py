@@ -1,0 +1,34 @@
+"""A small task, a tiny model and short settings that the tests of training share."""
+
+import functools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from appo.config import APPOConfig
+from appo.data import Record, load_records
+from appo.tasks import make_task
+from appo.tiny import build_tiny
+
+SETTINGS: dict[str, Any] = {
+    "instructions": False, "fps": 4.0, "max_frames": 16, "max_pixels": 28 * 28, "dtype": "float32",
+    "freeze_vision": False,
+    "group_size": 4, "prompts_per_step": 4, "max_new_tokens": 10, "micro_groups": 2, "learning_rate": 1e-3,
+    "top_tokens": 3, "top_frames": 2, "slot_tokens": 4, "strategy": "all", "save_every": 0, "tensorboard": False,
+    "rewards": {"length_parity": 1.0},
+}  # fmt: skip
+
+
+def config(output: Path | str, **changes: Any) -> APPOConfig:
+    return APPOConfig.from_dict(SETTINGS | {"output": str(output)} | changes)
+
+
+@functools.cache
+def records() -> tuple[Record, ...]:
+    folder = tempfile.mkdtemp()
+    paths = make_task(folder, seed=5, sizes={"train": 8}, workers=1)
+    return tuple(load_records(paths["train"]))
+
+
+def tiny(seed: int = 0, **options: Any) -> tuple[Any, Any]:
+    return build_tiny(seed, **options)
