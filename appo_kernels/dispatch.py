@@ -53,6 +53,8 @@ def _automatic(problem: Problem) -> str:
     refused = []
     for backend in MODULES:
         reason = why_not(problem, backend)
+        if reason is None and backend != "torch" and problem.device.type == "cpu":
+            reason = "on the CPU it is only emulated, for tests; name it to have that"
         if reason is None:
             logger.debug("%s: backend %s for %s (%s)", problem.op, backend, problem, "; ".join(refused) or "first choice")
             return backend

@@ -1,0 +1,147 @@
+// logits_weighted_surrogate: one block per row of logits. The forward kernel reads a row once, for log-probability and
+// entropy; the gradient kernel reads it once more and writes d loss / d logits, in place if asked.
+//
+//   z = softcap(logits) / temperature,  lse = log sum exp z,  logp = z[target] - lse,  H = -sum p log p
+//   d loss / d z_v = g (1[v = target] - p_v) - h p_v (log p_v + H),   g = d loss / d logp,  h = d loss / d H
+#pragma once
+#include "rows.cuh"
+#include "weighted_surrogate.h"
+
+namespace appo {
+
+constexpr int kSurrogateThreads = 256;
+constexpr int kSurrogateWarps = kSurrogateThreads / kWarpSize;
+
+// Running (max, sum exp(z - max), sum exp(z - max) (z - max)): all that log-probability and entropy need.
+struct OnlineSoftmax {
+  float top = -INFINITY, sum = 0.f, weighted = 0.f;
+
+  __device__ __forceinline__ void raise(float new_top) {
+    if (new_top == top) return;
+    if (sum > 0.f) {
+      const float down = top - new_top, factor = platform::exp2(down * kLog2E);
+      weighted = factor > 0.f ? factor * (weighted + sum * down) : 0.f;
+      sum *= factor;
+    }
+    top = new_top;
+  }
+  // z must not exceed top. A logit of -inf has probability 0 and adds nothing.
+  __device__ __forceinline__ void add(float z) {
+    if (z == -INFINITY) return;
+    const float d = z - top, p = platform::exp2(d * kLog2E);
+    sum += p;
+    weighted += p * d;
+  }
+  __device__ __forceinline__ void merge(float other_top, float other_sum, float other_weighted) {
+    raise(fmaxf(top, other_top));
+    if (other_sum == 0.f) return;  // but NaN goes on
+    const float down = other_top - top, factor = platform::exp2(down * kLog2E);
+    sum += other_sum * factor;
+    if (factor > 0.f) weighted += factor * (other_weighted + other_sum * down);
+  }
+  __device__ __forceinline__ void merge_warp() {
+#pragma unroll
+    for (int lanes = kWarpSize / 2; lanes; lanes /= 2) {
+      const float other_top = __shfl_xor_sync(kAllLanes, top, lanes);
+      const float other_sum = __shfl_xor_sync(kAllLanes, sum, lanes);
+      const float other_weighted = __shfl_xor_sync(kAllLanes, weighted, lanes);
+      merge(other_top, other_sum, other_weighted);
+    }
+  }
+};
+
+__device__ __forceinline__ float scaled_logit(float x, const SurrogateParams& p) {
+  if (p.softcap > 0.f) x = p.softcap * tanhf(x / p.softcap);
+  return x * p.inverse_temperature;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSurrogateThreads) surrogate_rows(const __grid_constant__ SurrogateParams p) {
+  const int64_t row = blockIdx.x;
+  if (p.mask[row] == 0.f) {
+    if (threadIdx.x == 0) p.logprobs[row] = p.entropy[row] = p.row_max[row] = p.log_sum[row] = 0.f;
+    return;
+  }
+  const T* logits = static_cast<const T*>(p.logits) + row / p.tokens * p.logits_stride_b + row % p.tokens * p.logits_stride_t;
+
+  OnlineSoftmax state;
+  for_each_vector(logits, p.vocabulary, [&](const Vector<T>& values, int64_t, int count) {
+    float z[Vector<T>::kSize], top = state.top;
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; i++) {
+      z[i] = i < count ? scaled_logit(to_float(values.element[i]), p) : -INFINITY;
+      top = fmaxf(top, z[i]);
+    }
+    state.raise(top);
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; i++) state.add(z[i]);
+  });
+  state.merge_warp();
+
+  APPO_SHARED_MEMORY(memory);
+  auto* warp_states = reinterpret_cast<float*>(memory);  // (kSurrogateWarps, 3)
+  if (threadIdx.x % kWarpSize == 0) {
+    float* mine = warp_states + threadIdx.x / kWarpSize * 3;
+    mine[0] = state.top, mine[1] = state.sum, mine[2] = state.weighted;
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < kSurrogateWarps; warp++)
+    state.merge(warp_states[warp * 3], warp_states[warp * 3 + 1], warp_states[warp * 3 + 2]);
+  const float log_sum = logf(state.sum);
+  p.row_max[row] = state.top;
+  p.log_sum[row] = log_sum;
+  p.logprobs[row] = scaled_logit(to_float(logits[p.targets[row]]), p) - state.top - log_sum;
+  p.entropy[row] = log_sum - state.weighted / state.sum;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kSurrogateThreads) surrogate_gradient(const __grid_constant__ SurrogateParams p) {
+  const int64_t row = blockIdx.x, b = row / p.tokens, t = row % p.tokens;
+  T* gradient = static_cast<T*>(p.gradient) + b * p.gradient_stride_b + t * p.gradient_stride_t;
+  const T* logits = static_cast<const T*>(p.logits) + b * p.logits_stride_b + t * p.logits_stride_t;
+  const float g = p.slope[row], h = p.entropy_slope[row];
+  const bool zero = p.mask[row] == 0.f || (g == 0.f && h == 0.f);
+  if (zero) {
+    for_each_vector(gradient, p.vocabulary, [&](const Vector<T>&, int64_t first, int count) {
+      if (count == Vector<T>::kSize) {
+        platform::store_16_bytes(gradient + first, Vector<T>().word);
+      } else {
+        from_float(0.f, gradient[first]);
+      }
+    });
+    return;
+  }
+  const float top = p.row_max[row], log_sum = p.log_sum[row], entropy = p.entropy[row], logp = p.logprobs[row];
+  const int64_t target = p.targets[row];
+  // 1 - p without cancellation where p is close to 1.
+  const float at_target = -expm1f(logp) * g;
+  const bool aligned = (reinterpret_cast<uintptr_t>(gradient) - reinterpret_cast<uintptr_t>(logits)) % 16 == 0;
+
+  for_each_vector(logits, p.vocabulary, [&](const Vector<T>& values, int64_t first, int count) {
+    Vector<T> result;
+#pragma unroll
+    for (int i = 0; i < Vector<T>::kSize; i++) {
+      if (i >= count) break;
+      float x = to_float(values.element[i]), uncapped_slope = p.inverse_temperature;
+      if (p.softcap > 0.f) {
+        const float tanh_x = tanhf(x / p.softcap);
+        uncapped_slope *= 1.f - tanh_x * tanh_x;
+        x = p.softcap * tanh_x;
+      }
+      const float log_p = x * p.inverse_temperature - top - log_sum, probability = platform::exp2(log_p * kLog2E);
+      float dz = first + i == target ? at_target : -probability * g;
+      if (h != 0.f && probability > 0.f) dz -= h * probability * (log_p + entropy);
+      from_float(dz * uncapped_slope, result.element[i]);
+    }
+    if (count == Vector<T>::kSize && aligned) {
+      platform::store_16_bytes(gradient + first, result.word);
+    } else {
+#pragma unroll
+      for (int i = 0; i < Vector<T>::kSize; i++)
+        if (i < count) gradient[first + i] = result.element[i];
+    }
+  });
+}
+
+}  // namespace appo
