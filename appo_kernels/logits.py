@@ -78,6 +78,13 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return total.addmm_(a, b)
 
 
+def convertible_columns(weight: Tensor) -> int:
+    """Rows of ``weight`` (V, D) whose ``operand`` stays within WEIGHT_TILE_BYTES; V where ``operand`` makes no copy."""
+    if weight.dtype not in HALVES or weight.is_cuda:
+        return weight.shape[0]
+    return max(64, WEIGHT_TILE_BYTES // (max(1, weight.shape[1]) * 4))
+
+
 def tile_shape(rows: int, columns: int, weight: Tensor, *, tile_bytes: int | None = None) -> tuple[int, int]:
     """(rows, columns) of a tile of logits of at most about ``tile_bytes``, whatever the number of rows.
 
@@ -87,10 +94,8 @@ def tile_shape(rows: int, columns: int, weight: Tensor, *, tile_bytes: int | Non
     item = compute_dtype(weight.dtype).itemsize
     budget = tile_bytes or (GPU_TILE_BYTES if on_gpu else CPU_TILE_BYTES)
     tall = max(1, min(rows, GPU_TILE_ROWS if on_gpu else CPU_TILE_ROWS))
-    wide = budget // (tall * item)
-    if weight.dtype in HALVES and not on_gpu:
-        wide = min(wide, WEIGHT_TILE_BYTES // (weight.shape[1] * item))
-    return tall, max(1, min(columns, max(wide, 64)))
+    wide = max(64, budget // (tall * item))
+    return tall, max(1, min(columns, wide, convertible_columns(weight)))
 
 
 def tiles(length: int, step: int) -> Iterator[slice]:

@@ -39,7 +39,7 @@ def group_divergence(
 
     p_i = softmax(softcap(hidden weight^T + bias) / temperature) at member i, softcap(x) = cap tanh(x / cap).
 
-    kind "kl" (the paper): mean over the members present of KL(p_i || pbar), pbar their arithmetic mean: 0 <= D <= log G.
+    kind "kl" (the paper): mean over the members present of KL(p_i || pbar), pbar their mean: 0 <= D <= log G,
     0 with fewer than two members. Words of probability 0 add nothing.
 
     kind "k3" (the released trainer): mean over all G rows of sum_v (exp(d_i) - d_i - 1) with

@@ -9,16 +9,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
 
 from appo_kernels.dispatch import Problem
-from appo_kernels.logits import logits_tile, operand, tiles
+from appo_kernels.logits import convertible_columns, logits_tile, operand, tiles
 
-# Bytes of a tile (unique rows x columns), of which there are two, and of a temporary of a chunk of slots, of which
-# there are up to three. All must fit in 128 MiB beside a copy of the selected rows; on a CPU they should also stay in
-# the last level of cache.
+# Bytes of a tile (unique rows x columns), of which there are two, and of a copy of the members of a chunk of slots
+# (slots x members x columns), of which there are up to three. All must fit in 128 MiB beside a copy of the selected
+# rows; on a CPU the tiles should also stay in the last level of cache, the chunks in the one before.
 CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 32 << 20
-CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 20, 16 << 20
+CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 19, 16 << 20
 # A tile is never narrower than this, so that its matrix product stays one.
 LEAST_COLUMNS = 64
 
@@ -59,7 +58,7 @@ def forward(
         bias_tile = None if bias is None else bias[columns]
         return logits_tile(rows, operand(weight[columns]), bias_tile, temperature, softcap, scratch)
 
-    accumulate(tile, weight.shape[0], selection, lse, kind, divergence)
+    accumulate(tile, weight.shape[0], convertible_columns(weight), selection, lse, kind, divergence)
 
 
 def forward_from_logits(
@@ -70,9 +69,9 @@ def forward_from_logits(
     def tile(columns: slice, scratch: Tensor) -> Tensor:
         U, v = len(selection.response), columns.stop - columns.start
         rows = logits[..., columns][selection.response, selection.position]
-        return torch.div(rows, temperature, out=scratch[: U * v].view(U, v))
+        return scratch[: U * v].view(U, v).copy_(rows).div_(temperature)
 
-    accumulate(tile, logits.shape[2], selection, lse, kind, divergence)
+    accumulate(tile, logits.shape[2], logits.shape[2], selection, lse, kind, divergence)
 
 
 def select(slots: Tensor, positions: int) -> Selection:
@@ -89,21 +88,24 @@ def select(slots: Tensor, positions: int) -> Selection:
 def accumulate(
     tile: Callable[[slice, Tensor], Tensor],
     V: int,
+    widest: int,
     selection: Selection,
     lse: Tensor,
     kind: str,
     divergence: Tensor,
 ) -> None:
-    """Sum the terms of all vocabulary tiles; ``tile(columns, scratch)`` gives the (U, v) logits of one of them."""
+    """Sum the terms of all vocabulary tiles of at most ``widest`` columns.
+
+    ``tile(columns, scratch)`` gives the (U, v) logits of one of them, in the front of ``scratch``.
+    """
     U, (S, G) = len(selection.response), selection.members.shape
     if U == 0:
         divergence.zero_()  # no slot has a member: nothing to disagree (kl), all uniform (k3)
         return
     item, on_gpu = divergence.itemsize, divergence.is_cuda
     tile_bytes, chunk_bytes = (GPU_TILE_BYTES, GPU_CHUNK_BYTES) if on_gpu else (CPU_TILE_BYTES, CPU_CHUNK_BYTES)
-    wide = min(V, max(LEAST_COLUMNS, tile_bytes // ((U + 1) * item)))
-    rows_per_slot = 1 if kind == "kl" else G  # kl sums its members without a copy of them
-    chunk = min(S, max(1, chunk_bytes // (rows_per_slot * wide * item)))
+    wide = min(V, widest, max(LEAST_COLUMNS, tile_bytes // ((U + 1) * item)))
+    chunk = min(S, max(1, chunk_bytes // (G * wide * item)))
     scratch, spare = divergence.new_empty(2, (U + 1) * wide)
     row_lse = lse[selection.response, selection.position].to(divergence.dtype)
     total = divergence.new_zeros(S)
@@ -121,28 +123,21 @@ def accumulate(
 def fold_kl(
     logits: Tensor, lse: Tensor, selection: Selection, total: Tensor, chunk: int, scratch: Tensor, spare: Tensor
 ) -> None:
-    """total (S,) += sum over this tile's words of mean_i p_i (log p_i - log pbar).
+    """total (S,) += sum over this tile's words of mean_i p_i (log p_i - log pbar), each term formed by itself.
 
-    As (mean_i p_i log p_i) - pbar log pbar, word by word: both means are sums of unique rows, and a slot takes one
-    logarithm a word instead of one a member. ``logits`` (U, v) is the front of ``scratch`` and overwritten.
+    exp is taken once per unique row and log once per slot, not once per member. ``logits`` (U, v) is the front of
+    ``scratch`` and overwritten; ``spare`` is another such buffer.
     """
-    U, v = logits.shape
-    missing = slice(U * v, (U + 1) * v)  # the row of a missing member: zero probability
-    p = spare[: (U + 1) * v].view(U + 1, v)
-    log_p = logits.sub_(lse[:, None]).clamp_(min=LOG_ZERO)
-    torch.exp(log_p, out=p[:U])
-    log_p.mul_(p[:U])
-    spare[missing] = 0.0
-    scratch[missing] = 0.0
-    p_log_p = scratch[: (U + 1) * v].view(U + 1, v)
+    log_p = _log_p_with_missing(logits, lse, scratch, 0.0)
+    p = torch.exp(log_p, out=spare[: log_p.numel()].view_as(log_p))
+    p[-1] = 0.0  # a missing member takes no part
     tiny = torch.finfo(p.dtype).tiny
     for part in tiles(len(total), chunk):
-        members = selection.members[part]
-        share = 1.0 / selection.present[part, None].clamp(min=1).to(p.dtype)
-        mixture = embedding_bag(members, p, mode="sum").mul_(share)
-        terms = embedding_bag(members, p_log_p, mode="sum").mul_(share)
-        log_mixture = mixture.clamp(min=tiny).log_()
-        total[part] += terms.sub_(log_mixture.mul_(mixture)).sum(1)
+        present = selection.present[part, None].clamp(min=1)  # (s, 1)
+        p_member = gather(p, selection.members[part])  # (s, G, v)
+        log_mixture = p_member.sum(1).div_(present).clamp_(min=tiny).log_()  # (s, v)
+        terms = gather(log_p, selection.members[part]).sub_(log_mixture[:, None]).mul_(p_member)
+        total[part] += terms.flatten(1).sum(1) / present[:, 0]
 
 
 def fold_k3(
@@ -153,13 +148,21 @@ def fold_k3(
     expm1(d) - d rather than exp(d) - d - 1, which cancels where the members agree. ``logits`` (U, v) is the front of
     ``scratch`` and overwritten.
     """
+    log_p = _log_p_with_missing(logits, lse, scratch, log_uniform)
+    for part in tiles(len(total), chunk):
+        d = gather(log_p, selection.members[part])  # (s, G, v)
+        d.sub_(d.mean(1, keepdim=True)).neg_().clamp_(-CLAMP, CLAMP)
+        total[part] += torch.expm1(d).sub_(d).flatten(1).sum(1) / d.shape[1]
+
+
+def _log_p_with_missing(logits: Tensor, lse: Tensor, scratch: Tensor, missing: float) -> Tensor:
+    """(U + 1, v): log-probabilities in place of ``logits``, the front of ``scratch``, and ``missing`` in a last row."""
     U, v = logits.shape
     logits.sub_(lse[:, None]).clamp_(min=LOG_ZERO)
-    scratch[U * v : (U + 1) * v] = log_uniform  # the row of a missing member
-    log_p = scratch[: (U + 1) * v].view(U + 1, v)
-    G = selection.members.shape[1]
-    for part in tiles(len(total), chunk):
-        d = log_p.index_select(0, selection.members[part].reshape(-1)).view(-1, G, v)
-        mean = d.mean(1, keepdim=True)
-        d.sub_(mean).neg_().clamp_(-CLAMP, CLAMP)
-        total[part] += torch.expm1(d).sub_(d).view(len(d), -1).sum(1) / G
+    scratch[U * v : (U + 1) * v] = missing
+    return scratch[: (U + 1) * v].view(U + 1, v)
+
+
+def gather(rows: Tensor, members: Tensor) -> Tensor:
+    """rows (U + 1, v), members (s, G) -> (s, G, v), a copy."""
+    return rows.index_select(0, members.flatten()).view(*members.shape, rows.shape[1])
