@@ -56,7 +56,7 @@ def forward(
             fold_tile(logits, targets[rows] - columns.start, running.rows(rows), spare)
     log_total = running.total.log()
     torch.add(running.peak, log_total, out=lse)
-    torch.sub(running.picked, lse, out=logprobs)
+    torch.sub(running.picked - running.peak, log_total, out=logprobs)  # not through lse, which may be large and rounded
     torch.sub(log_total, running.moment / running.total, out=entropy)
 
 
