@@ -1,5 +1,7 @@
 """Fused operators for attention statistics and policy optimisation: Triton, CUDA and a fast PyTorch path."""
 
+from appo_kernels.ops.frame_attention import FrameAttentionOutput, frame_attention
+from appo_kernels.ops.frame_mass import frame_mass
 from appo_kernels.ops.group_divergence import group_divergence, group_divergence_from_logits
 from appo_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
 from appo_kernels.ops.weighted_surrogate import (
@@ -10,8 +12,11 @@ from appo_kernels.ops.weighted_surrogate import (
 )
 
 __all__ = [
+    "FrameAttentionOutput",
     "SurrogateOutput",
     "TokenLogprobs",
+    "frame_attention",
+    "frame_mass",
     "group_divergence",
     "group_divergence_from_logits",
     "linear_weighted_surrogate",

@@ -1,0 +1,229 @@
+"""Frames and visibility, shared by frame_mass and frame_attention: their checks, and how keys are cut into tiles.
+
+Shapes: B sequences, Hq/Hkv query/key heads, R query rows, S keys, d head size, F frames.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from appo_kernels import checks
+
+REDUCTIONS = ("sum", "mean")
+
+
+def check_attention(
+    op: str,
+    query: Tensor,
+    key: Tensor,
+    frame_ids: Tensor,
+    num_frames: int,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    reduction: str,
+) -> None:
+    """Shapes, dtypes and devices of the arguments that both operators have."""
+    checks.rank(op, "query", query, 4, "(B, Hq, R, d)")
+    checks.rank(op, "key", key, 4, "(B, Hkv, S, d)")
+    checks.dtype(op, "query", query, checks.FLOATS)
+    checks.dtype(op, "key", key, (query.dtype,))
+    batch, query_heads, rows, head_dim = query.shape
+    key_heads, keys = key.shape[1:3]
+    expected = (batch, key_heads, keys, head_dim)
+    checks.shape(op, "key", key, expected, "(B, Hkv, S, d)", "Batch and head size are those of `query`.")
+    if head_dim < 1 or key_heads < 1 or query_heads < 1 or query_heads % key_heads:
+        remedy = "Pass the heads of the layer as they are; keys need not be repeated."
+        got = f"Hq = {query_heads}, Hkv = {key_heads}, d = {head_dim}"
+        checks.fail(op, "query", "Hq a positive multiple of Hkv, d at least 1", got, remedy)
+    if num_frames < 0:
+        checks.fail(op, "num_frames", "a number of frames, at least 0", num_frames, "Count the frames of the video.")
+    if reduction not in REDUCTIONS:
+        checks.fail(op, "reduction", '"sum" or "mean"', repr(reduction), "Pass one of these.")
+    remedy = "Pass one frame per key, -1 for keys of no frame."
+    checks.shape(op, "frame_ids", frame_ids, (batch, keys), "(B, S)", remedy)
+    checks.dtype(op, "frame_ids", frame_ids, checks.INTS)
+    for name, bound in (("first_key", first_key), ("last_key", last_key), ("prefix_keys", prefix_keys)):
+        if bound is not None:
+            checks.shape(op, name, bound, (batch, rows), "(B, R)", "Pass one number per query row; expand if shared.")
+            checks.dtype(op, name, bound, checks.INTS)
+    checks.same_device(
+        op, "query", query,
+        key=key, frame_ids=frame_ids, first_key=first_key, last_key=last_key, prefix_keys=prefix_keys,
+    )  # fmt: skip
+
+
+def unit_last_stride(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def check_values(
+    op: str,
+    keys: int,
+    frame_ids: Tensor,
+    num_frames: int,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+) -> None:
+    """Numbers in range. ``first_key`` needs none: below 0 is as 0, beyond ``last_key`` is an empty interval."""
+    bounds = (
+        ("frame_ids", frame_ids, -1, num_frames - 1, "Raise `num_frames`, or mark keys of no frame with -1."),
+        ("last_key", last_key, None, keys - 1, "last_key is inclusive: the last key is S - 1."),
+        ("prefix_keys", prefix_keys, 0, keys, "Pass the number of keys at the start that the row sees."),
+    )
+    for name, tensor, least, most, remedy in bounds:
+        if tensor is None or not tensor.numel():
+            continue
+        low, high = (int(x) for x in tensor.aminmax())
+        if high > most or (least is not None and low < least):
+            expected = f"numbers up to {most}" if least is None else f"numbers in [{least}, {most}]"
+            checks.fail(op, name, expected, f"numbers from {low} to {high}", remedy)
+
+
+def sees_any(keys: int, first_key: Tensor | None, last_key: Tensor | None, prefix_keys: Tensor | None) -> Tensor | bool:
+    """(B, R) bool: rows that see at least one of ``keys`` keys; a plain bool where that is the same for all rows."""
+    low = 0 if first_key is None else first_key.clamp(min=0)
+    high = keys - 1 if last_key is None else last_key
+    seen = low <= high
+    return seen if prefix_keys is None else seen | (prefix_keys > 0)
+
+
+def frame_weights(frame_ids: Tensor, num_frames: int, reduction: str, dtype: torch.dtype) -> Tensor | None:
+    """(B, F): what a frame's sum is multiplied by: 1 / its keys for "mean", 0 where it has none; None for "sum"."""
+    if reduction == "sum":
+        return None
+    # An id out of range is an error that the custom operator reports; here it only must not index out of bounds.
+    ids = torch.where((frame_ids < 0) | (frame_ids >= num_frames), num_frames, frame_ids).long()
+    sizes = torch.zeros(len(frame_ids), num_frames + 1, dtype=torch.int32, device=frame_ids.device)
+    sizes = sizes.scatter_add(1, ids, torch.ones_like(ids, dtype=torch.int32))[:, :num_frames]
+    return torch.where(sizes > 0, 1.0 / sizes.to(dtype).clamp(min=1), 0.0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some query rows of one sequence and the keys they see; each bound (rows,) int32, or None for its default."""
+
+    start: int
+    stop: int
+    first: Tensor | None
+    last: Tensor | None
+    prefix: Tensor | None
+
+    def sees(self, tile: "KeyTile") -> bool | Tensor:
+        """True: every row sees every key of the tile. False: none sees any. Else (rows, keys of the tile) bool."""
+        if self.first is None and self.last is None:
+            return True
+        whole: Tensor | bool = True
+        apart: Tensor | bool = False
+        if self.first is not None:
+            whole, apart = self.first <= tile.low, self.first > tile.high
+        if self.last is not None:
+            whole, apart = (self.last >= tile.high) & whole, (self.last < tile.low) | apart
+        if self.prefix is not None:
+            whole, apart = whole | (self.prefix > tile.high), apart & (self.prefix <= tile.low)
+        if bool(torch.as_tensor(whole).all()):
+            return True
+        if bool(torch.as_tensor(apart).all()):
+            return False
+        keys = tile.positions
+        seen = torch.ones(self.stop - self.start, len(keys), dtype=torch.bool, device=keys.device)
+        if self.first is not None:
+            seen &= keys >= self.first[:, None]
+        if self.last is not None:
+            seen &= keys <= self.last[:, None]
+        if self.prefix is not None:
+            seen |= keys < self.prefix[:, None]
+        return seen
+
+
+def row_tiles(
+    sequence: int,
+    rows: int,
+    size: int,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+) -> Iterator[Rows]:
+    """The rows of one sequence in tiles of at most ``size``, as equal as they can be."""
+    tiles = -(-rows // size)
+    for number in range(tiles):
+        start, stop = number * rows // tiles, (number + 1) * rows // tiles
+        bounds = (None if b is None else b[sequence, start:stop] for b in (first_key, last_key, prefix_keys))
+        yield Rows(start, stop, *bounds)
+
+
+@dataclass(frozen=True)
+class KeyTile:
+    """Some keys of one sequence, sorted by frame; keys of no frame come last, as frame F."""
+
+    positions: Tensor  # (n,) int32: which keys they are
+    frames: Tensor  # (n,) int64: the frame of each
+    low: int  # smallest and largest position
+    high: int
+    ascending: bool  # whether the positions count up by one, so that the keys are a slice
+    runs: tuple[tuple[int, int, int, int], ...]  # (frame, count, start, length): `count` frames of `length` keys each
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def take(self, rows_SD: Tensor, dtype: torch.dtype) -> Tensor:
+        """(n, D): the tile's rows of a (S, D) matrix; a view where it can be."""
+        chosen = rows_SD[self.low : self.high + 1] if self.ascending else rows_SD.index_select(0, self.positions)
+        return chosen.to(dtype)
+
+    def add_to(self, rows_SD: Tensor, values_nD: Tensor) -> None:
+        """Adds (n, D) to the tile's rows of a (S, D) matrix."""
+        if self.ascending:
+            rows_SD[self.low : self.high + 1] += values_nD
+        else:
+            rows_SD.index_add_(0, self.positions, values_nD)  # no key is twice in a tile: one addend each
+
+    def add_frame_sums(self, weights: Tensor, sums: Tensor) -> None:
+        """Adds the sums of (rows, n) ``weights`` over the keys of each frame to (rows, F + 1) ``sums``."""
+        for frame, count, start, length in self.runs:
+            block = weights[:, start : start + count * length].unflatten(1, (count, length))
+            sums[:, frame : frame + count] += block.sum(-1)
+
+
+def key_tiles(frame_ids: Tensor, num_frames: int, size: int, *, frames_only: bool) -> list[KeyTile]:
+    """Cuts the keys of one sequence, (S,) frame ids, into tiles of at most ``size``; only keys of frames if asked to.
+
+    Sorting by frame makes the keys of every frame neighbours, so that a frame's mass is a sum over a slice, whatever the
+    layout was: no atomics, and pairwise in fp32.
+    """
+    ids = torch.where(frame_ids < 0, num_frames, frame_ids)
+    ids, order = torch.sort(ids, stable=True)
+    counts = torch.bincount(ids, minlength=num_frames + 1).tolist()
+    if frames_only:
+        counts = counts[:num_frames]
+    total = sum(counts)
+    if total == 0:
+        return []
+    starts = range(0, total, size)
+    pieces = [order[start : min(start + size, total)] for start in starts]
+    # The extent of every tile in one copy to the host
+    extents = torch.stack([torch.stack([p.min(), p.max(), (p.diff() == 1).all().long()]) for p in pieces]).tolist()
+    runs = _runs(counts, size)
+    return [
+        KeyTile(piece.int(), ids[start : start + len(piece)].long(), low, high, bool(ascending), tuple(runs[number]))
+        for number, (start, piece, (low, high, ascending)) in enumerate(zip(starts, pieces, extents, strict=True))
+    ]
+
+
+def _runs(counts: list[int], size: int) -> list[list[tuple[int, int, int, int]]]:
+    """Of each tile of ``size`` sorted keys, its neighbouring frames of equal length (see ``KeyTile.runs``)."""
+    tiles: list[list[tuple[int, int, int, int]]] = [[] for _ in range(-(-sum(counts) // size))]
+    position = 0
+    for frame, count in enumerate(counts):
+        while count:
+            tile, start = divmod(position, size)
+            length = min(count, size - start)
+            runs = tiles[tile]
+            if runs and runs[-1][0] + runs[-1][1] == frame and runs[-1][3] == length:
+                runs[-1] = (runs[-1][0], runs[-1][1] + 1, runs[-1][2], length)
+            else:
+                runs.append((frame, 1, start, length))
+            position, count = position + length, count - length
+    return tiles

@@ -1,0 +1,200 @@
+"""frame_attention: attention that also returns the log-sum-exp of each row and the mass on each frame.
+
+A backend has
+
+    forward(query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse, mass)
+        writes ``out`` and ``lse`` and adds to ``mass``, which comes in as zeros
+    backward(query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse,
+             grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value)
+        writes the last three where they are not None, whatever was in the buffers before; grad_out, grad_lse and
+        grad_mass are None where that result was not used
+
+    query      (B, Hq, R, d), key and value (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides, unit last one
+    frame_ids  (B, S) int32, -1 for none; any strides
+    first_key, last_key, prefix_keys   (B, R) int32 or None (0, S - 1, 0); any strides; first_key may be negative
+    frame_weights  (B, F) fp32 that multiplies each frame's sum, or None for ones
+    out        (B, Hq, R, d) like query; lse (B, Hq, R) fp32, natural log; mass (B, R, F) fp32: contiguous
+    grad_out, grad_lse, grad_mass: like the results, any strides; grad_query, grad_key, grad_value: contiguous, like the inputs
+
+With P_h the softmax of head h, w the frame weights, f(j) the frame of key j, and g the gradient of the mass (0 on keys of
+no frame):
+
+    dP_h[r,j] = grad_out_h[r] . value_j + w_f(j) g[r,f(j)] / Hq
+    dS_h[r,j] = P_h[r,j] (dP_h[r,j] - delta_h[r])
+    delta_h[r] = grad_out_h[r] . out_h[r] + sum_f w_f g[r,f] M_h[r,f] / Hq - grad_lse_h[r]
+
+where M_h is the frame sum of head h alone, not the mean over heads. The first term of delta should be taken from an ``out``
+in fp32 (or from P and value) rather than from a rounded one where that is affordable.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from appo_kernels import checks, dispatch, layout
+from appo_kernels.logits import compute_dtype
+
+OP = "frame_attention"
+
+
+class FrameAttentionOutput(NamedTuple):
+    out: Tensor  # (B, Hq, R, d), dtype of query
+    lse: Tensor  # (B, Hq, R) fp32, natural log, -inf for a row that sees no key
+    mass: Tensor  # (B, R, F) fp32, mean over query heads
+
+
+def frame_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_ids: Tensor,
+    *,
+    num_frames: int,
+    first_key: Tensor | None = None,
+    last_key: Tensor | None = None,
+    prefix_keys: Tensor | None = None,
+    scale: float | None = None,
+    reduction: str = "sum",
+    backend: str = "auto",
+) -> FrameAttentionOutput:
+    """Attention and its mass on every frame, M[b,r,f] = mean_h sum_{v in f} softmax_v(...), in one pass (SPEC section 3).
+
+    Args:
+        query: (B, Hq, R, d) fp32, fp16, bf16 or fp64.
+        key, value: (B, Hkv, S, d), dtype of ``query``; Hq is any multiple of Hkv.
+        frame_ids: (B, S) int32 or int64, the frame of each key in [0, num_frames), -1 for none, in any order.
+        num_frames: F. A frame may have no key.
+        first_key, last_key: (B, R) int. Row r sees keys first..last inclusive; None: 0 and S - 1. first > last: none of
+            them. A negative first_key is as 0 (a window that starts before the sequence).
+        prefix_keys: (B, R) int in [0, S]: keys 0..prefix-1 are seen as well; a key in both counts once. None: 0.
+        scale: of the scores; None: 1 / sqrt(d).
+        reduction: "sum" over the keys of a frame (a probability), or "mean" (the paper's Attn).
+        backend: "auto", "torch", "triton" or "cuda".
+
+    Returns:
+        ``FrameAttentionOutput(out, lse, mass)``: (B, Hq, R, d) of the dtype of query; (B, Hq, R) fp32; (B, R, F) fp32 (fp64
+        for fp64 inputs). A row that sees no key has out 0, lse -inf and mass 0, exactly, and no gradient. Differentiable
+        once with respect to query, key and value through all three.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,
+            prefix_keys outside [0, S].
+    """
+    layout.check_attention(OP, query, key, frame_ids, num_frames, first_key, last_key, prefix_keys, reduction)
+    checks.shape(OP, "value", value, key.shape, "(B, Hkv, S, d)", "Its shape is that of `key`.")
+    checks.dtype(OP, "value", value, (query.dtype,))
+    checks.same_device(OP, "query", query, value=value)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    backend = dispatch.resolve(OP, backend, query.device, query.dtype, query.shape[-1], needs_grad)
+    query, key, value = (layout.unit_last_stride(t) for t in (query, key, value))
+    results = _FrameAttention.apply(
+        query,
+        key,
+        value,
+        frame_ids.int(),
+        *(None if bound is None else bound.int() for bound in (first_key, last_key, prefix_keys)),
+        layout.frame_weights(frame_ids, num_frames, reduction, compute_dtype(query.dtype)),
+        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
+        num_frames,
+        backend,
+    )
+    return FrameAttentionOutput(*results)
+
+
+class _FrameAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        frame_ids: Tensor,
+        first_key: Tensor | None,
+        last_key: Tensor | None,
+        prefix_keys: Tensor | None,
+        frame_weights: Tensor | None,
+        scale: float,
+        num_frames: int,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # a result that was not used costs the backward nothing
+        batch, heads, rows, _ = query.shape
+        dtype = compute_dtype(query.dtype)
+        out = query.new_empty(query.shape)
+        lse = query.new_empty((batch, heads, rows), dtype=dtype)
+        mass = query.new_zeros((batch, rows, num_frames), dtype=dtype)
+        layouts = (frame_ids, first_key, last_key, prefix_keys, frame_weights)
+        forward_op(query, key, value, *layouts, scale, out, lse, mass, backend)
+        ctx.save_for_backward(query, key, value, *layouts, out, lse)
+        ctx.settings = scale, backend
+        return out, lse, mass
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_mass: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        *inputs, out, lse = ctx.saved_tensors
+        scale, backend = ctx.settings
+        grads = [t.new_empty(t.shape) if needed else None for t, needed in zip(inputs, ctx.needs_input_grad[:3])]  # noqa: B905
+        backward_op(*inputs, scale, out, lse, grad_out, grad_lse, grad_mass, *grads, backend)
+        return *grads, *(None,) * 8
+
+
+@torch.library.custom_op("appo::frame_attention_forward", mutates_args=("out", "lse", "mass"))
+def forward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+    backend: str,
+) -> None:
+    if checks.values_enabled():
+        layout.check_values(OP, key.shape[2], frame_ids, mass.shape[-1], last_key, prefix_keys)
+    module = dispatch.implementation(OP, backend)
+    assert module is not None
+    module.forward(query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse, mass)
+
+
+@torch.library.custom_op("appo::frame_attention_backward", mutates_args=("grad_query", "grad_key", "grad_value"))
+def backward_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    backend: str,
+) -> None:
+    module = dispatch.implementation(OP, backend)
+    assert module is not None
+    module.backward(
+        query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse,
+        grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value,
+    )  # fmt: skip
+
+
+@forward_op.register_fake
+@backward_op.register_fake
+def _writes_into_its_buffers(*_: Any) -> None:
+    return None

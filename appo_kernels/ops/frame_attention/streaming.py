@@ -1,0 +1,278 @@
+"""frame_attention in plain PyTorch: an online softmax over tiles of rows x keys sorted by frame, any device.
+
+Keys sorted by frame make the row sum, which the softmax takes anyway, a sum of frame sums: the mass costs nothing beside
+it. ``attend`` and ``attend_backward`` serve frame_mass as well, without a value.
+"""
+
+import torch
+from torch import Tensor
+
+from appo_kernels import dispatch, layout
+from appo_kernels.logits import compute_dtype
+
+MAX_KEYS = 1024
+# Scores of a tile: about what stays in the second-level caches of two cores while it is exponentiated and summed.
+TILE_SCORES = 1 << 18
+
+
+def unsupported(problem: dispatch.Problem) -> str | None:
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+) -> None:
+    bounds = (first_key, last_key, prefix_keys)
+    attend(query, key, value, frame_ids, *bounds, frame_weights, scale, out, lse, mass, per_head=False)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor | None,
+    lse: Tensor,
+    mass: Tensor,
+    *,
+    per_head: bool,
+) -> None:
+    """Writes ``lse``, and ``out`` if there is a value; adds to ``mass``, (B, Hq, R, F) when ``per_head``."""
+    batch, heads, rows, _ = query.shape
+    num_frames, group = mass.shape[-1], heads // key.shape[1]
+    for b in range(batch):
+        tiles = layout.key_tiles(frame_ids[b], num_frames, MAX_KEYS, frames_only=False)
+        size = max(16, TILE_SCORES // max([len(tile) for tile in tiles], default=1))
+        for part in layout.row_tiles(b, rows, size, first_key, last_key, prefix_keys):
+            here = slice(part.start, part.stop)
+            total = query.new_zeros(part.stop - part.start, num_frames, dtype=lse.dtype)
+            for kv in range(key.shape[1]):
+                of_kv = slice(kv * group, (kv + 1) * group)
+                one_value = None if value is None else value[b, kv]
+                sums, peak, weighted = _online_softmax(
+                    query[b, of_kv, here], key[b, kv], one_value, tiles, part, scale, mass
+                )
+                denominator = sums.sum(-1)  # (g, rows)
+                lse[b, of_kv, here] = peak + denominator.log()
+                inverse = torch.where(denominator == 0, 0, 1 / denominator)[..., None]
+                if out is not None and weighted is not None:
+                    out[b, of_kv, here] = weighted.mul_(inverse).to(out.dtype)
+                by_head = sums[..., :num_frames] * inverse
+                if frame_weights is not None:
+                    by_head *= frame_weights[b]
+                if per_head:
+                    mass[b, of_kv, here] += by_head
+                else:
+                    total += by_head.sum(0)
+            if not per_head:
+                mass[b, here] += total.mul_(1 / heads)
+
+
+def _online_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    tiles: list[layout.KeyTile],
+    part: layout.Rows,
+    scale: float,
+    mass: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of the heads that share one key head: query (g, rows, d), key and value (S, d).
+
+    Returns the frame sums (g, rows, F + 1) and value product (g, rows, d) of exp(score - peak), and the peak (g, rows).
+    """
+    group, rows, head_dim = query.shape
+    dtype = compute_dtype(query.dtype)
+    query = query.to(dtype)
+    sums = query.new_zeros(group, rows, mass.shape[-1] + 1)
+    peak = query.new_full((group, rows), -torch.inf)
+    weighted = None if value is None else query.new_zeros(group, rows, head_dim)
+    for tile in tiles:
+        seen = part.sees(tile)
+        if seen is False:
+            continue
+        column = tile.take(key, dtype).t()  # (d, n)
+        values = None if value is None else tile.take(value, dtype)
+        scores = query.new_empty(rows, len(tile))
+        for head in range(group):
+            torch.addmm(scores, query[head], column, beta=0, alpha=scale, out=scores)
+            if seen is not True:
+                scores.masked_fill_(~seen, -torch.inf)
+            highest = torch.maximum(peak[head], scores.amax(-1))
+            finite = highest.masked_fill(torch.isneginf(highest), 0)  # a row that has seen no key yet
+            rescale = peak[head].sub_(finite).exp_()[:, None]
+            scores.sub_(finite[:, None]).exp_()
+            tile.add_frame_sums(scores, sums[head].mul_(rescale))
+            if weighted is not None and values is not None:
+                weighted[head].mul_(rescale).addmm_(scores, values)
+            peak[head] = highest
+    return sums, peak, weighted
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+) -> None:
+    attend_backward(
+        query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse,
+        grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value, per_head=False,
+    )  # fmt: skip
+
+
+def attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor | None,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    *,
+    per_head: bool,
+) -> None:
+    """Writes the gradients asked for, from those of the results that were used (see op.py for the formulas)."""
+    dtype = compute_dtype(query.dtype)
+    batch, heads, rows, _ = query.shape
+    group = heads // key.shape[1]
+    num_frames = 0 if grad_mass is None else grad_mass.shape[-1]
+    for b in range(batch):
+        # Without a gradient of the mass all frames are as no frame.
+        ids = frame_ids[b] if grad_mass is not None else torch.full_like(frame_ids[b], -1)
+        tiles = layout.key_tiles(ids, num_frames, MAX_KEYS, frames_only=False)
+        size = max(16, TILE_SCORES // max([len(tile) for tile in tiles], default=1))
+        shift = torch.where(torch.isneginf(lse[b]), -torch.inf, -lse[b])  # exp(score - inf) = 0 in a row without keys
+        for kv in range(key.shape[1]):
+            dkey = torch.zeros_like(key[b, kv], dtype=dtype)
+            dvalue = torch.zeros_like(dkey)
+            for part in layout.row_tiles(b, rows, size, first_key, last_key, prefix_keys):
+                here = slice(part.start, part.stop)
+                of_kv = slice(kv * group, (kv + 1) * group)
+                frame_grad = None
+                if grad_mass is not None:
+                    chosen = grad_mass[b, of_kv, here] if per_head else grad_mass[b, None, here] / heads
+                    chosen = chosen if frame_weights is None else chosen * frame_weights[b]
+                    frame_grad = torch.nn.functional.pad(chosen.to(dtype), (0, 1)).expand(group, -1, -1)  # none: F
+                delta = query.new_zeros(group, part.stop - part.start, dtype=dtype)
+                if grad_out is not None and out is not None:
+                    delta += (grad_out[b, of_kv, here].to(dtype) * out[b, of_kv, here]).sum(-1)
+                if grad_lse is not None:
+                    delta -= grad_lse[b, of_kv, here]
+                dquery = _rows_backward(
+                    query[b, of_kv, here].to(dtype),
+                    key[b, kv],
+                    None if value is None else value[b, kv],
+                    shift[of_kv, here],
+                    None if grad_out is None else grad_out[b, of_kv, here].to(dtype),
+                    frame_grad, delta, tiles, part, scale, dkey, dvalue,
+                )  # fmt: skip
+                if grad_query is not None:
+                    grad_query[b, of_kv, here] = dquery.to(query.dtype)
+            if grad_key is not None:
+                grad_key[b, kv] = dkey.to(key.dtype)
+            if grad_value is not None:
+                grad_value[b, kv] = dvalue.to(key.dtype)
+
+
+def _rows_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    shift: Tensor,
+    grad_out: Tensor | None,
+    frame_grad: Tensor | None,
+    delta: Tensor,
+    tiles: list[layout.KeyTile],
+    part: layout.Rows,
+    scale: float,
+    dkey: Tensor,
+    dvalue: Tensor,
+) -> Tensor:
+    """Some rows of the heads that share one key head: adds to dkey and dvalue (S, d), returns dquery (g, rows, d).
+
+    query and grad_out (g, rows, d), shift and delta (g, rows), frame_grad (g, rows, F + 1), key and value (S, d).
+    delta comes without the term of the mass, which takes a pass of its own over the keys of frames.
+    """
+    group, rows, _ = query.shape
+    seen = [part.sees(tile) for tile in tiles]
+    if frame_grad is not None:
+        delta = delta.clone()
+        for tile, sees in zip(tiles, seen, strict=True):
+            if sees is False or tile.runs[0][0] == frame_grad.shape[-1] - 1:
+                continue
+            column = tile.take(key, query.dtype).t()
+            for head in range(group):
+                probabilities = _probabilities(query[head], column, shift[head], sees, scale)
+                delta[head] += probabilities.mul_(frame_grad[head].index_select(1, tile.frames)).sum(-1)
+    dquery = torch.zeros_like(query)
+    for tile, sees in zip(tiles, seen, strict=True):
+        if sees is False:
+            continue
+        keys = tile.take(key, query.dtype)  # (n, d)
+        values = None if value is None or grad_out is None else tile.take(value, query.dtype)
+        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(keys)
+        for head in range(group):
+            probabilities = _probabilities(query[head], keys.t(), shift[head], sees, scale)
+            minus_delta = -delta[head, :, None]
+            if values is not None and grad_out is not None:
+                dvalues.addmm_(probabilities.t(), grad_out[head])
+                dscores = torch.addmm(minus_delta, grad_out[head], values.t())
+            else:
+                dscores = minus_delta.expand_as(probabilities).clone()
+            if frame_grad is not None:
+                dscores += frame_grad[head].index_select(1, tile.frames)
+            dscores *= probabilities
+            dquery[head].addmm_(dscores, keys, alpha=scale)
+            dkeys.addmm_(dscores.t(), query[head], alpha=scale)
+        tile.add_to(dkey, dkeys)
+        if values is not None:
+            tile.add_to(dvalue, dvalues)
+    return dquery
+
+
+def _probabilities(query: Tensor, column: Tensor, shift: Tensor, seen: bool | Tensor, scale: float) -> Tensor:
+    """(rows, n): exp(scale query key + shift), 0 where not seen."""
+    scores = torch.addmm(shift[:, None], query, column, alpha=scale)
+    if seen is not True:
+        scores.masked_fill_(~seen, -torch.inf)
+    return scores.exp_()

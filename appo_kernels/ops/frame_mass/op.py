@@ -1,0 +1,227 @@
+"""frame_mass: how much attention each query row spends on each frame, without an attention matrix.
+
+A backend has
+
+    forward(query, key, frame_ids, lse, first_key, last_key, prefix_keys, frame_weights, scale, per_head, mass, new_lse)
+        adds to ``mass``; exactly one of ``lse`` (given) and ``new_lse`` (to be written) is a tensor
+    backward(query, key, frame_ids, lse, first_key, last_key, prefix_keys, frame_weights, scale, per_head,
+             grad_mass, grad_query, grad_key)
+        writes the gradients that are not None, whatever was in the buffers before
+
+    query          (B, Hq, R, d), key (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides, unit last one
+    frame_ids      (B, S) int32, -1 for none; any strides
+    lse, new_lse   (B, Hq, R) fp32, natural log; lse -inf (also +inf) only in rows that see no key
+    first_key, last_key, prefix_keys   (B, R) int32 or None (0, S - 1, 0); any strides; first_key may be negative
+    frame_weights  (B, F) fp32 that multiplies each frame's sum, or None for ones
+    scale          float; per_head: bool
+    mass           (B, R, F), or (B, Hq, R, F) when per_head, fp32; any strides
+    grad_mass      like mass, any strides; grad_query, grad_key: contiguous, of the dtype of query and key, or None
+
+With P_h the softmax of head h over all visible keys, w the frame weights, c = 1/Hq (1 when per_head), f(j) the frame of key
+j and g the incoming gradient: mass[r,f] = c w_f sum_h sum_{j in f} P_h[r,j], and
+
+    dS_h[r,j] = P_h[r,j] (c w_f(j) g[r,f(j)] - delta_h[r]),    delta_h[r] = sum_j P_h[r,j] c w_f(j) g[r,f(j)]
+
+with g = 0 on keys of no frame: dS is not zero there, because they share the row's normaliser.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from appo_kernels import checks, dispatch, layout
+from appo_kernels.logits import compute_dtype
+
+OP = "frame_mass"
+
+
+def frame_mass(
+    query: Tensor,
+    key: Tensor,
+    frame_ids: Tensor,
+    *,
+    num_frames: int,
+    lse: Tensor | None = None,
+    first_key: Tensor | None = None,
+    last_key: Tensor | None = None,
+    prefix_keys: Tensor | None = None,
+    scale: float | None = None,
+    reduction: str = "sum",
+    per_head: bool = False,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Frame attention mass M[b,r,f] = mean_h sum_{v in f} softmax_v(scale query_h,r . key_v) (SPEC section 3).
+
+    Args:
+        query: (B, Hq, R, d) fp32, fp16, bf16 or fp64.
+        key: (B, Hkv, S, d), dtype of ``query``; Hq is any multiple of Hkv.
+        frame_ids: (B, S) int32 or int64, the frame of each key in [0, num_frames), -1 for none, in any order.
+        num_frames: F. A frame may have no key.
+        lse: (B, Hq, R) fp32 (fp64 for fp64 inputs): natural-log log-sum-exp of scale * query . key over **all** keys that
+            the row sees, as attention kernels return it. With it only the keys of frames are read. None: computed here.
+        first_key, last_key: (B, R) int. Row r sees keys first..last inclusive; None: 0 and S - 1. first > last: none of
+            them. A negative first_key is as 0 (a window that starts before the sequence).
+        prefix_keys: (B, R) int in [0, S]: keys 0..prefix-1 are seen as well; a key in both counts once. None: 0.
+        scale: of the scores; None: 1 / sqrt(d).
+        reduction: "sum" over the keys of a frame (a probability), or "mean" (the paper's Attn).
+        per_head: no mean over heads.
+        out: (B, R, F), or (B, Hq, R, F), of the dtype of the result: the mass is added to it and ``out`` returned, so that
+            layers sum up in one buffer. Where a gradient is wanted the mass is computed aside and added by
+            ``out.add_``, under autograd's ordinary rules (``out`` cannot be a leaf that requires a gradient).
+        backend: "auto", "torch", "triton" or "cuda".
+
+    Returns:
+        (B, R, F) fp32 (fp64 for fp64 inputs), mean over query heads; (B, Hq, R, F) when ``per_head``. A row that sees no
+        key, and a frame without keys, have exactly 0. Differentiable once with respect to query and key. A given ``lse``
+        counts as what it is, the log-sum-exp of these very scores: the gradient is that of the true mass and reaches
+        all visible keys, and ``lse`` itself gets none.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,
+            prefix_keys outside [0, S], an lse that is NaN, or +inf in a row that sees keys.
+    """
+    layout.check_attention(OP, query, key, frame_ids, num_frames, first_key, last_key, prefix_keys, reduction)
+    batch, heads, rows, head_dim = query.shape
+    dtype = compute_dtype(query.dtype)
+    if lse is not None:
+        checks.shape(OP, "lse", lse, (batch, heads, rows), "(B, Hq, R)", "Pass the lse of exactly the rows of `query`.")
+        checks.dtype(OP, "lse", lse, (dtype,))
+    shape = (batch, heads, rows, num_frames) if per_head else (batch, rows, num_frames)
+    if out is not None:
+        legend = "(B, Hq, R, F)" if per_head else "(B, R, F)"
+        checks.shape(OP, "out", out, shape, legend, "Start with torch.zeros of that shape.")
+        checks.dtype(OP, "out", out, (dtype,))
+    checks.same_device(OP, "query", query, lse=lse, out=out)
+    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    backend = dispatch.resolve(OP, backend, query.device, query.dtype, head_dim, needs_grad)
+
+    operands = (
+        frame_ids.int(),
+        None if lse is None else lse.detach(),
+        *(None if bound is None else bound.int() for bound in (first_key, last_key, prefix_keys)),
+        layout.frame_weights(frame_ids, num_frames, reduction, dtype),
+        1.0 / math.sqrt(head_dim) if scale is None else float(scale),
+        per_head,
+    )
+    query, key = layout.unit_last_stride(query), layout.unit_last_stride(key)
+    if needs_grad:
+        mass = _FrameMass.apply(query, key, *operands, num_frames, backend)
+        return mass if out is None else out.add_(mass)
+    mass = query.new_zeros(shape, dtype=dtype) if out is None else out
+    new_lse = query.new_empty((batch, heads, rows), dtype=dtype) if lse is None else None
+    forward_op(query, key, *operands, mass, new_lse, backend)
+    return mass
+
+
+class _FrameMass(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        frame_ids: Tensor,
+        lse: Tensor | None,
+        first_key: Tensor | None,
+        last_key: Tensor | None,
+        prefix_keys: Tensor | None,
+        frame_weights: Tensor | None,
+        scale: float,
+        per_head: bool,
+        num_frames: int,
+        backend: str,
+    ) -> Tensor:
+        batch, heads, rows, _ = query.shape
+        shape = (batch, heads, rows, num_frames) if per_head else (batch, rows, num_frames)
+        dtype = compute_dtype(query.dtype)
+        mass = query.new_zeros(shape, dtype=dtype)
+        new_lse = query.new_empty((batch, heads, rows), dtype=dtype) if lse is None else None
+        bounds = (first_key, last_key, prefix_keys)
+        forward_op(query, key, frame_ids, lse, *bounds, frame_weights, scale, per_head, mass, new_lse, backend)
+        ctx.save_for_backward(query, key, frame_ids, new_lse if lse is None else lse, *bounds, frame_weights)
+        ctx.settings = scale, per_head, backend
+        return mass
+
+    @staticmethod
+    def backward(ctx: Any, grad_mass: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, *others = ctx.saved_tensors
+        scale, per_head, backend = ctx.settings
+        grad_query = query.new_empty(query.shape) if ctx.needs_input_grad[0] else None
+        grad_key = key.new_empty(key.shape) if ctx.needs_input_grad[1] else None
+        backward_op(query, key, *others, scale, per_head, grad_mass, grad_query, grad_key, backend)
+        return grad_query, grad_key, *(None,) * 10
+
+
+@torch.library.custom_op("appo::frame_mass_forward", mutates_args=("mass", "new_lse"))
+def forward_op(
+    query: Tensor,
+    key: Tensor,
+    frame_ids: Tensor,
+    lse: Tensor | None,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    per_head: bool,
+    mass: Tensor,
+    new_lse: Tensor | None,
+    backend: str,
+) -> None:
+    if checks.values_enabled():
+        layout.check_values(OP, key.shape[2], frame_ids, mass.shape[-1], last_key, prefix_keys)
+        if lse is not None:
+            _check_lse(lse, layout.sees_any(key.shape[2], first_key, last_key, prefix_keys))
+    module = dispatch.implementation(OP, backend)
+    assert module is not None
+    module.forward(
+        query, key, frame_ids, lse, first_key, last_key, prefix_keys, frame_weights, scale, per_head, mass, new_lse
+    )
+
+
+def _check_lse(lse: Tensor, sees: Tensor | bool) -> None:
+    """Some attention backends mark a row that sees no key by +inf, so there it is allowed."""
+    wrong = torch.isnan(lse)
+    if sees is not False:
+        infinite = torch.isposinf(lse)
+        wrong |= infinite if sees is True else infinite & torch.as_tensor(sees)[:, None, :]
+    if bool(wrong.any()):
+        sequence, head, row = (int(i) for i in wrong.nonzero()[0])
+        value = float(lse[sequence, head, row])
+        remedy = (
+            "Pass the natural-log lse that the attention of these very scores returned, -inf for a row without keys."
+        )
+        checks.fail(OP, "lse", "finite numbers in rows that see keys", f"{value} at {(sequence, head, row)}", remedy)
+
+
+@torch.library.custom_op("appo::frame_mass_backward", mutates_args=("grad_query", "grad_key"))
+def backward_op(
+    query: Tensor,
+    key: Tensor,
+    frame_ids: Tensor,
+    lse: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    per_head: bool,
+    grad_mass: Tensor,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    backend: str,
+) -> None:
+    module = dispatch.implementation(OP, backend)
+    assert module is not None
+    module.backward(
+        query, key, frame_ids, lse, first_key, last_key, prefix_keys, frame_weights, scale, per_head,
+        grad_mass, grad_query, grad_key,
+    )  # fmt: skip
+
+
+@forward_op.register_fake
+@backward_op.register_fake
+def _writes_into_its_buffers(*_: Any) -> None:
+    return None

@@ -1,0 +1,121 @@
+"""frame_mass in plain PyTorch: tiles of rows x keys of frames, one query head at a time, any device.
+
+Probabilities of a tile are added up over the heads first and over the keys of each frame once at the end, so that beside
+the matrix product a head costs an exponential and an addition per score.
+"""
+
+import torch
+from torch import Tensor
+
+from appo_kernels import dispatch, layout
+from appo_kernels.logits import compute_dtype
+from appo_kernels.ops.frame_attention import streaming as attention
+
+# Keys converted at a time, over all key/value heads: 4 Mi numbers are 16 MiB in fp32 whatever the heads are.
+KEY_NUMBERS = 4 << 20
+# Scores of a tile. Two such blocks are alive: those of one head, and their sum over the heads.
+TILE_SCORES = 1 << 20
+MAX_KEYS = 4096
+
+
+def unsupported(problem: dispatch.Problem) -> str | None:
+    return None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    frame_ids: Tensor,
+    lse: Tensor | None,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    per_head: bool,
+    mass: Tensor,
+    new_lse: Tensor | None,
+) -> None:
+    bounds = (first_key, last_key, prefix_keys)
+    if lse is None:
+        assert new_lse is not None
+        attention.attend(
+            query, key, None, frame_ids, *bounds, frame_weights, scale, None, new_lse, mass, per_head=per_head
+        )
+        return
+    dtype = compute_dtype(query.dtype)
+    batch, heads, rows, head_dim = query.shape
+    num_frames = mass.shape[-1]
+    if not mass.numel():
+        return
+    keys = max(256, min(MAX_KEYS, KEY_NUMBERS // (key.shape[1] * head_dim)))
+    for b in range(batch):
+        # An empty row's lse of -inf or +inf becomes +inf, and exp(score - inf) the 0 it must be.
+        shift = torch.where(torch.isneginf(lse[b]), -torch.inf, -lse[b])  # (Hq, R)
+        for tile in layout.key_tiles(frame_ids[b], num_frames, keys, frames_only=True):
+            columns = [tile.take(key_Sd, dtype).t() for key_Sd in key[b]]  # Hkv of (d, n)
+            for part in layout.row_tiles(b, rows, max(16, TILE_SCORES // len(tile)), *bounds):
+                seen = part.sees(tile)
+                if seen is False:
+                    continue
+                weights = None if frame_weights is None else frame_weights[b]
+                _add_tile(query[b], columns, shift, tile, part, seen, weights, scale, per_head, mass[b])
+
+
+def _add_tile(
+    query: Tensor,
+    columns: list[Tensor],
+    shift: Tensor,
+    tile: layout.KeyTile,
+    part: layout.Rows,
+    seen: bool | Tensor,
+    weights: Tensor | None,
+    scale: float,
+    per_head: bool,
+    mass: Tensor,
+) -> None:
+    """Adds the mass of some rows on some keys: query (Hq, R, d), columns Hkv of (d, n), shift (Hq, R), mass (.., R, F)."""
+    here = slice(part.start, part.stop)
+    heads, num_frames = query.shape[0], mass.shape[-1]
+    scores = columns[0].new_empty(part.stop - part.start, len(tile))
+    total = scores if per_head else torch.zeros_like(scores)
+    for head in range(heads):
+        column = columns[head * len(columns) // heads]
+        torch.addmm(shift[head, here, None], query[head, here].to(column.dtype), column, alpha=scale, out=scores)
+        if seen is not True:
+            scores.masked_fill_(~seen, -torch.inf)
+        scores.exp_()
+        if per_head:
+            _add_sums(scores, tile, weights, mass[head, here])
+        else:
+            total += scores
+    if not per_head:
+        _add_sums(total.mul_(1 / heads), tile, weights, mass[here])
+
+
+def _add_sums(probabilities: Tensor, tile: layout.KeyTile, weights: Tensor | None, mass: Tensor) -> None:
+    num_frames = mass.shape[-1]
+    sums = probabilities.new_zeros(len(mass), num_frames)
+    tile.add_frame_sums(probabilities, sums)
+    mass += sums if weights is None else sums * weights
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    frame_ids: Tensor,
+    lse: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    per_head: bool,
+    grad_mass: Tensor,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+) -> None:
+    attention.attend_backward(
+        query, key, None, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, None, lse,
+        None, None, grad_mass, grad_query, grad_key, None, per_head=per_head,
+    )  # fmt: skip
