@@ -72,7 +72,7 @@ def record_frame_mass(
             ``frame_ids``, a mask that is no interval per row (bidirectional blocks, biases), soft caps and sinks.
         RuntimeError: at ``.mass``, before a forward has passed the tapped layers.
 
-    torch.compile: enter the context before the first call of the compiled model; tapped layers break the graph.
+    Compiled models can be recorded as well; the tapped layers break the graph.
     """
     return FrameMassRecorder(model, frame_ids, rows, layers, reduction)
 
@@ -97,7 +97,7 @@ class FrameMassRecorder:
         self._hooks: list[Any] = []
         self._depth = 0  # how often the context is open
         self._in_forward = False
-        self._total: Tensor | None = None  # (B, R, F) fp32: sum over the layers recorded so far
+        self._total: Tensor | None = None  # (B, R, F): sum over the layers recorded so far; fp64 in fp64 models
         self._recorded: list[int] = []  # their numbers
         # Layers share their mask tensor, and its intervals are found once a forward: (mask, window, result)
         self._visibility: tuple[Any, Any, Visibility] | None = None
@@ -116,7 +116,7 @@ class FrameMassRecorder:
                 f"{OP}: `mass`: expected a forward through the tapped layers {self.layers}, got none through "
                 f"{missing}. Call the model itself, not a copy, inside the context, and read `mass` after it."
             )
-        return self._total / len(self._layers)
+        return (self._total / len(self._layers)).float()
 
     def __enter__(self) -> "FrameMassRecorder":
         self._depth += 1
@@ -203,22 +203,20 @@ class FrameMassRecorder:
             )
         visibility = self._visible(query, key, mask, implementation, is_causal, options)
         if self._total is None:
-            self._total = torch.zeros(
-                batch, self._rows.shape[1], self._num_frames, dtype=torch.float32, device=query.device
-            )
-        if self._num_frames:
-            frame_mass(
-                _select(query.detach(), self._rows - first_row),
-                key.detach().to(query.dtype),
-                self._frame_ids,
-                num_frames=self._num_frames,
-                first_key=visibility.first_key,
-                last_key=visibility.last_key,
-                prefix_keys=visibility.prefix_keys,
-                scale=options.get("scaling"),
-                reduction=self._reduction,
-                out=self._total,
-            )
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            self._total = torch.zeros(batch, self._rows.shape[1], self._num_frames, dtype=dtype, device=query.device)
+        frame_mass(
+            _select(query.detach(), self._rows - first_row),
+            key.detach().to(query.dtype),
+            self._frame_ids,
+            num_frames=self._num_frames,
+            first_key=visibility.first_key,
+            last_key=visibility.last_key,
+            prefix_keys=visibility.prefix_keys,
+            scale=options.get("scaling"),
+            reduction=self._reduction,
+            out=self._total,
+        )
         self._recorded.append(layer)
 
     def _move_to(self, device: torch.device) -> None:

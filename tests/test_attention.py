@@ -215,13 +215,13 @@ def test_only_tapped_layers_are_touched(case: Case) -> None:
 
 
 def test_two_recorders_leave_in_any_order(case: Case) -> None:
-    with torch.no_grad(), ExitStack() as stack:
-        outer = record_frame_mass(case.model, case.frames, rows=ROWS)
-        inner = record_frame_mass(case.model, case.frames, rows=slice(-2, -1), layers=[0, 3], reduction="sum")
-        outer.__enter__()
-        stack.enter_context(inner)
+    outer = record_frame_mass(case.model, case.frames, rows=ROWS)
+    inner = record_frame_mass(case.model, case.frames, rows=slice(-2, -1), layers=[0, 3], reduction="sum")
+    with torch.no_grad(), ExitStack() as first, ExitStack() as second:
+        first.enter_context(outer)
+        second.enter_context(inner)
         case.logits()
-        outer.__exit__(None, None, None)
+        first.close()
         assert_close(inner.mass, expected(case.attentions, case.frames.ids, [0, 3], "sum")[:, -2:-1])
         recorded = outer.mass
         case.inputs["input_ids"][:, -1] ^= 1
