@@ -1,0 +1,183 @@
+// One flash-style pass over the keys: softmax(Q K^T scale) V, its log-sum-exp, and the share of every frame, per query head.
+// Without values it is the one-pass form of frame_mass.
+//
+// A block has 64 rows of one query head. Tiles of keys and values travel through a ring of stages: while one is computed with,
+// the next are on their way. With one barrier an iteration, after which (1) the stage to read has landed for all threads and
+// (2) the stage to overwrite has been read by all.
+//
+// Online softmax keeps, per row, the largest score so far (top) and sum exp(score - top). A frame's sum is kept likewise,
+// relative to the top at the time of its last key, and corrected once at the end.
+#pragma once
+#include "attention_forward.h"
+#include "attention_tiles.cuh"
+#include "frame_sums.cuh"
+#include "visibility.cuh"
+
+namespace appo {
+
+template <int D>
+struct ForwardShape {
+  static constexpr int kKeys = D <= 128 ? 64 : 32;  // D = 256: registers and the 99 KiB of sm_86 and sm_89
+  static constexpr int kStages = D <= 64 ? 3 : 2;
+  static constexpr bool kQueryInRegisters = D <= 128;
+  template <bool kWithValue>
+  static constexpr size_t shared_bytes() {
+    return (kRows + kStages * kKeys * (kWithValue ? 2 : 1)) * D * 2;
+  }
+};
+
+// Where the sums of frames of this lane's two rows go: to global memory, which no other thread writes. Only one lane of each
+// quad writes a row.
+struct OnlineFrameSink {
+  float* sums[2];  // (F); null for rows that do not exist
+  float* tops[2];  // (F)
+  const float (&top)[2];
+
+  __device__ __forceinline__ void flush(int frame, const float (&total)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float sum = quad_sum(total[half]);
+      if (threadIdx.x % 4 != 0 || !sums[half] || sum == 0.f) continue;
+      const float before = sums[half][frame] * platform::exp2(tops[half][frame] - top[half]);  // 0 the first time: top -inf
+      sums[half][frame] = before + sum;
+      tops[half][frame] = top[half];
+    }
+  }
+};
+
+template <class T, int D, bool kWithValue>
+__global__ void __launch_bounds__(kThreads) attention_forward(const __grid_constant__ AttentionForwardParams p) {
+  using Shape = ForwardShape<D>;
+  constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages;
+  constexpr int kTile = kKeys * D;
+  APPO_SHARED_MEMORY(memory);
+  T* const query_tile = reinterpret_cast<T*>(memory);  // (kRows, D)
+  T* const key_tiles = query_tile + kRows * D;         // (kStages, kKeys, D)
+  T* const value_tiles = key_tiles + kStages * kTile;  // (kStages, kKeys, D)
+
+  const int first_row = blockIdx.x * kRows, h = blockIdx.y, b = blockIdx.z;
+  const int key_head = h / (p.query_heads / p.key_heads);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const T* query = static_cast<const T*>(p.query) + b * p.query_stride_b + h * p.query_stride_h;
+  const T* key = static_cast<const T*>(p.key) + b * p.key_stride_b + key_head * p.key_stride_h;
+  const T* value = static_cast<const T*>(p.value) + b * p.value_stride_b + key_head * p.value_stride_h;
+  const int* frame_ids = p.frames.ids + static_cast<int64_t>(b) * p.tiles * kFrameTile;
+
+  TileList<kKeys> list;
+  list.template find<kRows>(p.visibility, b, first_row, p.rows, p.keys);
+  const int tile_count = list.count();
+
+  auto start_stage = [&](int index) {
+    if (index < tile_count) {
+      const int stage = index % kStages, at = list.tile(index) * kKeys;
+      load_tile<D, kKeys>(key_tiles + stage * kTile, key, p.key_stride_s, at, p.keys);
+      if constexpr (kWithValue) load_tile<D, kKeys>(value_tiles + stage * kTile, value, p.value_stride_s, at, p.keys);
+    }
+    platform::commit_copies();  // empty groups too: the waits below count them
+  };
+  load_tile<D, kRows>(query_tile, query, p.query_stride_r, first_row, p.rows);
+#pragma unroll
+  for (int index = 0; index < kStages - 1; index++) start_stage(index);
+
+  RowView view[2];
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};  // scores and tops in powers of 2
+  OnlineFrameSink sink{{nullptr, nullptr}, {nullptr, nullptr}, top};
+  int row[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    row[half] = first_row + warp * kWarpRows + lane / 4 + 8 * half;
+    if (row[half] >= p.rows) continue;
+    view[half].load(p.visibility, static_cast<int64_t>(b) * p.rows + row[half], p.keys);
+    const int64_t index = ((static_cast<int64_t>(b) * p.query_heads + h) * p.rows + row[half]) * p.frame_count;
+    sink.sums[half] = p.sums + index;
+    sink.tops[half] = p.tops + index;
+    for (int f = lane % 4; f < p.frame_count; f += 4) sink.sums[half][f] = 0.f, sink.tops[half][f] = -INFINITY;
+  }
+  __syncwarp();  // the four lanes of a quad have written what one of them will read
+
+  CarriedFrame carried;
+  RowFragments<Shape::kQueryInRegisters ? D : 16, T> query_rows;
+  float result[D / 8][4] = {};
+
+  for (int index = 0; index < tile_count; index++) {
+    platform::wait_for_copies<kStages - 2>();
+    __syncthreads();
+    start_stage(index + kStages - 1);
+    if constexpr (Shape::kQueryInRegisters) {
+      if (index == 0) query_rows.load(query_tile, warp * kWarpRows);
+    }
+    const int tile = list.tile(index), stage = index % kStages;
+    const T* key_tile = key_tiles + stage * kTile;
+
+    float score[kKeys / 8][4] = {};
+    if constexpr (Shape::kQueryInRegisters) {
+      multiply_transposed<D, kKeys>(score, query_rows, key_tile);
+    } else {
+      multiply_transposed<D, kKeys>(score, query_tile, warp * kWarpRows, key_tile);
+    }
+    if (!list.seen_by_all(tile)) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const int at = tile * kKeys + i * 8 + 2 * (lane % 4) + e % 2;
+          if (!view[e / 2].sees(at)) score[i][e] = -INFINITY;
+        }
+      }
+    }
+
+    float part[2] = {0.f, 0.f};
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float tile_top = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; i++) tile_top = fmaxf(tile_top, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
+      const float new_top = fmaxf(top[half], quad_max(tile_top) * p.scale_log2);
+      const float base = new_top == -INFINITY ? 0.f : new_top;  // nothing seen yet: exp2(-inf - 0) = 0
+      const float correction = platform::exp2(top[half] - base);
+      top[half] = new_top;
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; e++) {
+          score[i][e] = platform::exp2(fmaf(score[i][e], p.scale_log2, -base));
+          part[half] += score[i][e];
+        }
+      }
+      sum[half] = sum[half] * correction + part[half];
+      carried.total[half] *= correction;
+      if constexpr (kWithValue) {
+#pragma unroll
+        for (int i = 0; i < D / 8; i++) result[i][2 * half] *= correction, result[i][2 * half + 1] *= correction;
+      }
+    }
+    const int2 range = frame_range<kKeys>(p.frames, b, p.tiles, tile);
+    carried.template add_tile<kKeys>(frame_ids + tile * kKeys, range, 0, p.frame_count, score, part, sink);
+    if constexpr (kWithValue) multiply<D, kKeys>(result, score, value_tiles + stage * kTile);
+  }
+  platform::wait_for_copies<0>();
+  carried.flush(sink);
+  __syncwarp();
+
+  float inverse[2];
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    sum[half] = quad_sum(sum[half]);
+    const bool sees = sum[half] > 0.f;
+    inverse[half] = sees ? 1.f / sum[half] : 0.f;
+    if (row[half] >= p.rows) continue;
+    const int64_t index = (static_cast<int64_t>(b) * p.query_heads + h) * p.rows + row[half];
+    if (lane % 4 == 0) p.lse[index] = sees ? top[half] * kLn2 + logf(sum[half]) : -INFINITY;
+    for (int f = lane % 4; f < p.frame_count; f += 4) {
+      const float total = sink.sums[half][f];
+      sink.sums[half][f] = total == 0.f ? 0.f : total * platform::exp2(sink.tops[half][f] - top[half]) * inverse[half];
+    }
+  }
+  if constexpr (kWithValue) {
+    T* out = static_cast<T*>(p.out) + b * p.out_stride_b + h * p.out_stride_h;
+    __syncthreads();  // every warp has read its rows of the query tile, which is the staging area
+    store_rows<D>(out, p.out_stride_r, first_row + warp * kWarpRows, p.rows, result, inverse, query_tile + warp * kWarpRows * D);
+  }
+}
+
+}  // namespace appo
