@@ -128,10 +128,12 @@ def token_slope(logprobs: Tensor, table: Tensor, s: Settings) -> Tensor:
 def evaluate(
     logprobs: Tensor, table: Tensor, s: Settings, entropy: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss (), d loss / d logprob (B, T) and the metrics (10,) fp32 in the order of METRICS.
+    """Loss () fp64, d loss / d logprob (B, T) like ``table``, and the metrics (10,) fp32 in the order of METRICS.
 
-    ``logprobs`` and ``entropy`` (B, T): anything where the mask is 0.
+    ``logprobs`` and ``entropy`` (B, T): anything where the mask is 0. In fp64, which costs nothing beside the logits:
+    the loss is a sum of terms that cancel.
     """
+    dtype, table = table.dtype, table.double()
     valid = table[MASK] != 0
     logprobs = torch.where(valid, logprobs.to(table.dtype), 0.0)
     log_ratio = logprobs - table[OLD]
@@ -159,7 +161,7 @@ def evaluate(
             per_token = per_token - s.entropy_coef * entropy
     loss = (per_token * table[SHARE]).sum()
     metrics = _metrics(valid, log_ratio, ratio, policy_slope, ref_kl, entropy, table, s)
-    return loss, slope, metrics
+    return loss, slope.to(dtype), metrics
 
 
 def _metrics(

@@ -31,11 +31,11 @@ class RowPass(NamedTuple):
     )  # (k,) int64, ascending: the rows whose gradient is not zero; dz is in the first k rows of the tile
 
 
-def block_rows(rows: int, vocabulary: int, like: Tensor) -> int:
+def block_rows(rows: int, vocabulary: int, device: torch.device) -> int:
     """How many rows of logits to take at a time."""
-    if like.is_cuda:
+    if device.type == "cuda":
         return max(rows, 1)
-    return max(1, min(rows, CPU_BLOCK_BYTES // (vocabulary * like.element_size())))
+    return max(1, min(rows, CPU_BLOCK_BYTES // (vocabulary * 4)))
 
 
 def row_pass(
@@ -52,7 +52,7 @@ def row_pass(
     g or h is not zero, packed together so that the products that follow read nothing else. Without, only the results.
     """
     m, vocabulary = logits.shape
-    step = block_rows(m, vocabulary, logits)
+    step = block_rows(m, vocabulary, logits.device)
     logprobs, entropy = logits.new_empty(m), logits.new_empty(m)
     probability_block = logits.new_empty(step, vocabulary)
     tanh_block = None if softcap is None else torch.empty_like(probability_block)
