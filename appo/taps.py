@@ -35,22 +35,22 @@ class Listener(Protocol):
 class Tap:
     """A tapped attention module: what it had, what it has now, and who listens."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Any) -> None:
         names = _forward_of(module).__globals__
         self.interface: Any = names["ALL_ATTENTION_FUNCTIONS"]
         self.eager: Callable[..., Any] | None = names.get("eager_attention_forward")
-        self.config: Any = module.config
-        self.tapped_config: Any = copy.deepcopy(self.config)
+        self.config = module.config
+        self.tapped_config = copy.deepcopy(self.config)
         self.tapped_config._attn_implementation = NAME
         self.listeners: dict[Listener, int] = {}  # and the number of the layer
 
     def function(self) -> Callable[..., Any]:
         """The attention function the model would call without us; asked at each call, since it may be set meanwhile."""
-        function = self.interface.get(self.config._attn_implementation, self.eager)
+        name = self.config._attn_implementation
+        function = self.eager if name in (None, "eager") else self.interface.get(name)
         if function is None:
             raise ValueError(
-                f"{OP}: `model`: expected a registered attention implementation, "
-                f"got {self.config._attn_implementation!r}. "
+                f"{OP}: `model`: expected a registered attention implementation, got {name!r}. "
                 'Set one with model.set_attn_implementation("sdpa").'
             )
         return function
