@@ -1,7 +1,7 @@
 """One training step, top to bottom: rollout -> rewards -> score -> select -> weights -> loss -> update."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class Trainer:
         dataset: the records to train on.
         rewards: name and weight of each reward; None: those of ``config``.
         config: see `APPOConfig`.
-        eval_dataset: records that are answered greedily every ``config.eval_every`` steps and at the end.
+        eval_dataset: held-out records, or several splits by name, answered greedily at the start, every
+            ``config.eval_every`` steps and at the end.
 
     A run lives in ``config.output``; ``train()`` goes on from its newest checkpoint, and Ctrl-C saves one and returns.
     """
@@ -55,7 +56,7 @@ class Trainer:
         rewards: dict[str, float] | None = None,
         config: APPOConfig | None = None,
         *,
-        eval_dataset: Sequence[Record] = (),
+        eval_dataset: Sequence[Record] | Mapping[str, Sequence[Record]] = (),
     ) -> None:
         self.config = config = config or APPOConfig()
         self.reward_weights = rewards or config.rewards
@@ -65,8 +66,11 @@ class Trainer:
                 f"`prompts_per_step`: expected a multiple of the {self.accelerator.num_processes} processes, got "
                 f"{config.prompts_per_step}. Change it, or the number of processes."
             )
-        self.processor, self.eval_dataset = processor, list(eval_dataset)
+        self.processor = processor
+        self.eval_splits = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
+        self.eval_splits = {name: records for name, records in self.eval_splits.items() if records}
         self.pad_id = processor.tokenizer.pad_token_id
+        self.meter = Meter()
         policy = Policy(prepare_model(model, config))
         self.reference = reference_policy(policy, config, self.accelerator.device)
         self.model = policy.model
@@ -96,7 +100,7 @@ class Trainer:
         self.log = RunLog(output, tensorboard=config.tensorboard, enabled=main, resume_step=state["step"])
         if main:
             config.save(output / "config.yaml")
-        if first == 1 and self.eval_dataset:
+        if first == 1:
             self.evaluate(0)
         step = state["step"]
         with StopFlag() as stop, training_progress(config.max_steps, step, enabled=main) as show:
@@ -107,7 +111,7 @@ class Trainer:
                 last = step == config.max_steps or stop.requested(accelerator)
                 if last or _due(step, config.save_every):
                     self.save(step)
-                if self.eval_dataset and (step == config.max_steps or _due(step, config.eval_every)):
+                if step == config.max_steps or _due(step, config.eval_every):
                     self.evaluate(step)
                 if last:
                     break
@@ -335,12 +339,14 @@ class Trainer:
 
     # keeping track
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Greedy answers to the evaluation records."""
+    def evaluate(self, step: int) -> None:
+        """Greedy answers to the held-out records, on the main process."""
         self.policy.eval()
-        values = evaluate(self.model, self.processor, self.eval_dataset, self.config, builder=self.build_prompt)
-        self.log.evaluation(step, "eval", values)
-        return values
+        if self.accelerator.is_main_process:
+            for split, records in self.eval_splits.items():
+                values = evaluate(self.model, self.processor, records, self.config, builder=self.build_prompt)
+                self.log.evaluation(step, split, values)
+        self.accelerator.wait_for_everyone()
 
     def save(self, step: int) -> None:
         sampler = self.sampler.state_dict()

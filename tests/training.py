@@ -5,6 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from appo import rewards
 from appo.config import APPOConfig
 from appo.data import Record, load_records
 from appo.tasks import make_task
@@ -32,3 +33,14 @@ def records() -> tuple[Record, ...]:
 
 def tiny(seed: int = 0, **options: Any) -> tuple[Any, Any]:
     return build_tiny(seed, **options)
+
+
+@rewards.register("length_parity")
+def length_parity(completions: list[str], records: list[Record]) -> list[float | None]:
+    """Differs within almost every group, whatever an untrained model says."""
+    return [float(len(text) % 2) for text in completions]
+
+
+@rewards.register("constant")
+def constant(completions: list[str], records: list[Record]) -> list[float | None]:
+    return [1.0 for _ in completions]
