@@ -1,0 +1,130 @@
+"""Reading what a training run left in its folder, finished or not."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FILES = ("config.yaml", "metrics.jsonl", "eval.jsonl", "samples.jsonl")
+
+
+class ReportError(ValueError):
+    """A folder or file that cannot be reported on: the message names it, what was expected and what came."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. metrics, evaluations, samples: one dictionary per line of the file, in the order of steps."""
+
+    folder: Path
+    label: str
+    config: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+    @property
+    def method(self) -> str:
+        """The algorithm by its usual name: APPO, DAPO or GRPO; empty where the run has no settings."""
+        if not self.config:
+            return ""
+        if self.config.get("method") == "grpo":
+            return "DAPO" if self.config.get("dynamic_sampling") else "GRPO"
+        return "APPO"
+
+    @property
+    def step(self) -> int:
+        """The last finished step; 0 before the first."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.get("max_steps", 1 << 60)
+
+    def series(self, *names: str) -> tuple[list[int], list[float]]:
+        """Steps and values of the first of ``names`` that the run logged; steps that lack it are left out."""
+        for name in names:
+            found = [(line["step"], line[name]) for line in self.metrics if _is_number(line.get(name))]
+            if found:
+                steps, values = zip(*found, strict=True)
+                return list(steps), list(values)
+        return [], []
+
+    def evaluation_series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of an evaluation, over the split that was evaluated first."""
+        lines = [line for line in self.evaluations if line.get("split") == self.evaluations[0].get("split")]
+        found = [(line["step"], line[name]) for line in lines if _is_number(line.get(name))]
+        return [step for step, _ in found], [value for _, value in found]
+
+    def last(self, *names: str, window: int = 10) -> float | None:
+        """Mean of the last ``window`` logged values; None where the run did not log it."""
+        values = self.series(*names)[1][-window:]
+        return sum(values) / len(values) if values else None
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[Run]:
+    """Raises ReportError for no folders, a folder that is not a run, or a file that does not parse."""
+    if not folders:
+        raise ReportError("report: `runs`: expected at least one run folder, got none.")
+    paths = [Path(folder) for folder in folders]
+    return [_read_run(path, label) for path, label in zip(paths, _labels(paths), strict=True)]
+
+
+def _read_run(folder: Path, label: str) -> Run:
+    if not folder.is_dir():
+        raise ReportError(f"{folder}: expected a run folder, got no such folder. Pass the `output` of a training run.")
+    if not any((folder / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        inside = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+        raise ReportError(
+            f"{folder}: expected a run folder with {', '.join(FILES)}, got one with {inside}. "
+            "Pass the `output` of a training run."
+        )
+    metrics, evaluations, samples = (_read_lines(folder / name) for name in FILES[1:])
+    return Run(folder, label, _read_config(folder / "config.yaml"), metrics, evaluations, samples)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    from omegaconf import OmegaConf
+
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except Exception as error:  # YAML and OmegaConf have no common base class
+        raise ReportError(f"{path}: expected YAML, got text that does not parse: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ReportError(f"{path}: expected `field: value` lines, got a {type(loaded).__name__}.")
+    return {str(key): value for key, value in loaded.items()}
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file that may not exist yet; a last line that is still being written is left out."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ReportError(f"{path}: line {number}: expected JSON, got text that does not parse: {error}") from error
+        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+            raise ReportError(f"{path}: line {number}: expected an object with a whole `step`, got {line[:80]!r}.")
+        found.append(value)
+    return found
+
+
+def _labels(paths: list[Path]) -> list[str]:
+    """The names of the folders, with as many parents as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    depth = 1
+    while depth < max(map(len, parts)) and len({part[-depth:] for part in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
