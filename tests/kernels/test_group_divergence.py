@@ -124,7 +124,7 @@ def test_equals_from_logits_on_the_same_inputs(kind: str) -> None:
 @pytest.mark.parametrize("spread", [1e-3, 1e-2, 0.0])
 @pytest.mark.parametrize("kind", op.KINDS)
 def test_members_that_nearly_agree(spread: float, kind: str) -> None:
-    """The divergence of near-identical rows is made of differences that bf16 tiles, or summing entropies, would lose."""
+    """The divergence of near-identical rows is made of differences that bf16 tiles or summed entropies would lose."""
     hidden, weight, _ = hidden_and_weight(8, 6, 32, 2003, torch.float32, spread=spread)
     slots = torch.arange(6).expand(1, 8, 6)
     lse = scaled_lse(hidden, weight, None, 1.0, None)
