@@ -4,14 +4,9 @@
 // elements (l / 4, 2 (l % 4)), the next column, and the same columns 8 rows below: a lane has two rows, and the four lanes
 // of a quad share them.
 #pragma once
-#include "platform.h"
+#include "numbers.cuh"
 
 namespace appo {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kWarpSize = 32;
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;

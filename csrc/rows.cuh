@@ -1,31 +1,8 @@
 // Reading and reducing rows of logits: 16-byte accesses where the row allows them, one block per row.
 #pragma once
-#include "platform.h"
+#include "numbers.cuh"
 
 namespace appo {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kWarpSize = 32;
-constexpr uint32_t kAllLanes = 0xffffffffu;
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void from_float(float x, float& y) { y = x; }
-__device__ __forceinline__ void from_float(float x, __half& y) { y = __float2half(x); }
-__device__ __forceinline__ void from_float(float x, __nv_bfloat16& y) { y = __float2bfloat16(x); }
-
-// 16 bytes of elements.
-template <class T>
-struct Vector {
-  static constexpr int kSize = 16 / sizeof(T);
-  union {
-    uint4 word;
-    T element[kSize];
-  };
-  __device__ Vector() : word{} {}
-};
 
 // Elements before the first 16-byte boundary of a row of `length` elements at `row`.
 template <class T>

@@ -21,6 +21,9 @@ struct alignas(16) uint4 {
 struct alignas(8) int2 {
   int x, y;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -80,6 +83,8 @@ template <class T>
 T __shfl_xor_sync(uint32_t mask, T value, int lanes) {
   return __shfl_sync(mask, value, emulation::current->lane ^ lanes);
 }
+inline int __any_sync(uint32_t mask, int vote) { return emulation::ballot(mask, vote) != 0; }
+inline int __all_sync(uint32_t mask, int vote) { return emulation::ballot(mask, vote) == mask; }
 
 using std::max;
 using std::min;

@@ -66,6 +66,18 @@ void complete_shuffle(void* const* slots, uint32_t mask) {
   }
 }
 
+struct VoteSlot {
+  bool vote;
+  uint32_t result;
+};
+void complete_ballot(void* const* slots, uint32_t mask) {
+  uint32_t result = 0;
+  for (int lane = 0; lane < kWarp; lane++)
+    if (mask >> lane & 1 && static_cast<VoteSlot*>(slots[lane])->vote) result |= 1u << lane;
+  for (int lane = 0; lane < kWarp; lane++)
+    if (mask >> lane & 1) static_cast<VoteSlot*>(slots[lane])->result = result;
+}
+
 // PTX ISA, "ldmatrix": lane l holds elements (l / 4, 2 (l % 4)) and the next of each 8 x 8 matrix.
 void complete_ldmatrix(void* const* slots, uint32_t) {
   auto at = [&](int lane) { return static_cast<MatrixSlot*>(slots[lane]); };
@@ -125,6 +137,12 @@ uint32_t shuffle(uint32_t mask, uint32_t value, int source_lane) {
   ShuffleSlot slot{value, 0, source_lane};
   if (current->lane == 0) counters.shuffles++;
   warp_collective("__shfl_sync", mask, &slot, complete_shuffle);
+  return slot.result;
+}
+
+uint32_t ballot(uint32_t mask, bool vote) {
+  VoteSlot slot{vote, 0};
+  warp_collective("vote", mask, &slot, complete_ballot);
   return slot.result;
 }
 

@@ -50,6 +50,7 @@ void barrier();
 void warp_collective(const char* name, uint32_t mask, void* slot, void (*complete)(void* const* slots, uint32_t mask));
 void syncwarp(uint32_t mask);
 uint32_t shuffle(uint32_t mask, uint32_t value, int source_lane);
+uint32_t ballot(uint32_t mask, bool vote);
 
 enum class Format { kHalf, kBfloat16 };
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed);

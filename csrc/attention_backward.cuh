@@ -1,0 +1,364 @@
+// Backward of frame_attention, and, without values, of frame_mass. With P the probabilities and G[r,j] the gradient of the mass
+// that row r has on the frame of key j (0 on keys of no frame):
+//
+//   dP[r,j]  = grad_out[r] . value[j] + G[r,j]
+//   dS[r,j]  = P[r,j] (dP[r,j] - delta[r])
+//   delta[r] = grad_out[r] . out[r] + sum_j P[r,j] G[r,j] - grad_lse[r]
+//   grad_query = scale dS K,  grad_key = scale dS^T Q,  grad_value = P^T grad_out
+//
+// Two passes, each of which owns what it sums, so that no float is added atomically: one over rows (delta, grad_query), one
+// over keys (grad_key, grad_value; all query heads of a key head, so grouped heads need no further sum). Scores are computed
+// again in each, and for delta once more on the keys of frames.
+#pragma once
+#include "attention_backward.h"
+#include "attention_tiles.cuh"
+#include "frame_sums.cuh"
+#include "visibility.cuh"
+
+namespace appo {
+
+template <int D>
+struct BackwardShape {
+  static constexpr int kKeys = 64;                    // of a tile, in both passes
+  static constexpr int kStepRows = D <= 64 ? 64 : 32;  // rows of a stage of the pass over keys: registers for two results
+  static constexpr int kStages = 2;
+  template <bool kWithValue>
+  static constexpr size_t rows_shared_bytes() {
+    return (kRows + kStages * kKeys) * D * 2 * (kWithValue ? 2 : 1) + kRows * sizeof(float);
+  }
+  template <bool kWithValue>
+  static constexpr size_t keys_shared_bytes() {
+    return (kKeys + kStages * kStepRows) * D * 2 * (kWithValue ? 2 : 1) + kStages * kStepRows * (2 * sizeof(float) + 4 * sizeof(int));
+  }
+};
+
+__device__ __forceinline__ float score_unit(const AttentionBackwardParams& p) { return p.score_unit ? *p.score_unit : 1.f; }
+
+// grad_out . out of rows first_row .. first_row + 63, into `dots`: two threads a row.
+template <class T, int D>
+__device__ __forceinline__ void row_dots(const T* grad_out, int64_t grad_stride, const T* out, int64_t out_stride, int first_row,
+                                         int rows, float* dots) {
+  const int row = first_row + threadIdx.x / 2;
+  float dot = 0.f;
+  if (row < rows) {
+    for (int chunk = threadIdx.x % 2; chunk < D / kChunkElements; chunk += 2) {
+      Vector<T> a, b;
+      a.word = platform::load_16_bytes(grad_out + row * grad_stride + chunk * kChunkElements);
+      b.word = platform::load_16_bytes(out + row * out_stride + chunk * kChunkElements);
+#pragma unroll
+      for (int i = 0; i < kChunkElements; i++) dot += to_float(a.element[i]) * to_float(b.element[i]);
+    }
+  }
+  dot += __shfl_xor_sync(kAllLanes, dot, 1);
+  if (threadIdx.x % 2 == 0) dots[threadIdx.x / 2] = dot;
+}
+
+// Pass over rows: a block has 64 rows of one query head.
+template <class T, int D, bool kWithValue>
+__global__ void __launch_bounds__(kThreads) attention_backward_rows(const __grid_constant__ AttentionBackwardParams p) {
+  using Shape = BackwardShape<D>;
+  constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages, kTile = kKeys * D;
+  APPO_SHARED_MEMORY(memory);
+  T* const query_tile = reinterpret_cast<T*>(memory);                           // (kRows, D)
+  T* const key_tiles = query_tile + kRows * D;                                  // (kStages, kKeys, D)
+  T* const grad_out_tile = key_tiles + kStages * kTile;                         // (kRows, D)
+  T* const value_tiles = grad_out_tile + kRows * D;                             // (kStages, kKeys, D)
+  float* const dots = reinterpret_cast<float*>(kWithValue ? value_tiles + kStages * kTile : grad_out_tile);  // (kRows)
+
+  const int first_row = blockIdx.x * kRows, h = blockIdx.y, b = blockIdx.z;
+  const int key_head = h / (p.query_heads / p.key_heads);
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t padded_rows = gridDim.x * static_cast<int64_t>(kRows), head_index = static_cast<int64_t>(b) * p.query_heads + h;
+  const T* query = static_cast<const T*>(p.query) + b * p.query_stride_b + h * p.query_stride_h;
+  const T* key = static_cast<const T*>(p.key) + b * p.key_stride_b + key_head * p.key_stride_h;
+  const T* value = static_cast<const T*>(p.value) + b * p.value_stride_b + key_head * p.value_stride_h;
+  const int* frame_ids = p.frames.ids + static_cast<int64_t>(b) * p.tiles * kFrameTile;
+  const float* grad_mass = p.grad_mass ? p.grad_mass + b * p.grad_mass_stride_b + h * p.grad_mass_stride_h : nullptr;
+
+  TileList<kKeys> list;
+  list.template find<kRows>(p.visibility, b, first_row, p.rows, p.keys);
+  const int tile_count = list.count();
+
+  load_tile<D, kRows>(query_tile, query, p.query_stride_r, first_row, p.rows);
+  if constexpr (kWithValue) {
+    const T* grad_out = static_cast<const T*>(p.grad_out) + b * p.grad_out_stride_b + h * p.grad_out_stride_h;
+    const T* out = static_cast<const T*>(p.out) + b * p.out_stride_b + h * p.out_stride_h;
+    load_tile<D, kRows>(grad_out_tile, grad_out, p.grad_out_stride_r, first_row, p.rows);
+    row_dots<T, D>(grad_out, p.grad_out_stride_r, out, p.out_stride_r, first_row, p.rows, dots);
+  }
+
+  RowView view[2];
+  int row[2];
+  float lse_log2[2], delta[2] = {0.f, 0.f};
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    row[half] = first_row + warp * kWarpRows + lane / 4 + 8 * half;
+    lse_log2[half] = INFINITY;  // probabilities of 0
+    if (row[half] >= p.rows) continue;
+    view[half].load(p.visibility, static_cast<int64_t>(b) * p.rows + row[half], p.keys);
+    const float lse = p.lse[head_index * p.rows + row[half]];
+    lse_log2[half] = lse == -INFINITY ? INFINITY : lse * kLog2E;
+  }
+
+  float score[kKeys / 8][4];
+  // Probabilities of one tile, in `score`.
+  auto probabilities = [&](int tile, const T* key_tile) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) score[i][e] = 0.f;
+    }
+    multiply_transposed<D, kKeys>(score, query_tile, warp * kWarpRows, key_tile);
+    const bool masked = !list.seen_by_all(tile);
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const bool hidden = masked && !view[e / 2].sees(tile * kKeys + i * 8 + 2 * (lane % 4) + e % 2);
+        score[i][e] = hidden ? 0.f : platform::exp2(fmaf(score[i][e], p.scale_log2, -lse_log2[e / 2]));
+      }
+    }
+  };
+  // visit(i, e, gradient of the mass on the key of element e of column block i), for the keys of frames in a tile.
+  auto for_each_mass_gradient = [&](int tile, auto visit) {
+    const int2 range = frame_range<kKeys>(p.frames, b, p.tiles, tile);
+    if (range.y < 0) return;
+    TileFrames<kKeys> frames;
+    frames.load(frame_ids + tile * kKeys);
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const int f = frames.id[i][e % 2];
+        if (f >= 0) visit(i, e, grad_mass[f * padded_rows + row[e / 2]]);
+      }
+    }
+  };
+  // compute(tile, stage) for all tiles that wanted(tile) lets through, with their keys, and values, in shared memory.
+  auto for_each_tile = [&](bool with_value, auto wanted, auto compute) {
+    auto next = [&](int index) {
+      while (index < tile_count && !wanted(list.tile(index))) index++;
+      return index;
+    };
+    int ahead = next(0), number_ahead = 0;
+    auto start_stage = [&] {
+      if (ahead < tile_count) {
+        const int at = list.tile(ahead) * kKeys, stage = number_ahead++ % kStages;
+        load_tile<D, kKeys>(key_tiles + stage * kTile, key, p.key_stride_s, at, p.keys);
+        if (kWithValue && with_value) load_tile<D, kKeys>(value_tiles + stage * kTile, value, p.value_stride_s, at, p.keys);
+        ahead = next(ahead + 1);
+      }
+      platform::commit_copies();
+    };
+#pragma unroll
+    for (int i = 0; i < kStages - 1; i++) start_stage();
+    int number = 0;
+    for (int index = next(0); index < tile_count; index = next(index + 1)) {
+      platform::wait_for_copies<kStages - 2>();
+      __syncthreads();
+      start_stage();
+      compute(list.tile(index), number++ % kStages);
+    }
+    platform::wait_for_copies<0>();
+    __syncthreads();  // all stages are free again, and `dots` written
+  };
+
+  if (grad_mass) {
+    auto has_frames = [&](int tile) { return frame_range<kKeys>(p.frames, b, p.tiles, tile).y >= 0; };
+    for_each_tile(false, has_frames, [&](int tile, int stage) {
+      probabilities(tile, key_tiles + stage * kTile);
+      for_each_mass_gradient(tile, [&](int i, int e, float g) { delta[e / 2] += score[i][e] * g; });
+    });
+  } else {
+    platform::wait_for_copies<0>();
+    __syncthreads();
+  }
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    delta[half] = quad_sum(delta[half]);
+    if constexpr (kWithValue) delta[half] += dots[row[half] - first_row];
+    if (p.grad_lse && row[half] < p.rows) delta[half] -= p.grad_lse[head_index * p.rows + row[half]];
+    if (lane % 4 != 0) continue;
+    float* stats = p.row_stats + (head_index * padded_rows + row[half]) * 2;
+    stats[0] = lse_log2[half], stats[1] = delta[half];
+    if (h != 0) continue;
+    int* view_row = p.row_views + (b * padded_rows + row[half]) * 4;
+    view_row[0] = view[half].first, view_row[1] = view[half].last, view_row[2] = view[half].prefix, view_row[3] = 0;
+  }
+  if (!p.grad_query) return;
+
+  const float unit = score_unit(p);
+  float result[D / 8][4] = {};
+  for_each_tile(true, [](int) { return true; }, [&](int tile, int stage) {
+    probabilities(tile, key_tiles + stage * kTile);
+    float gradient[kKeys / 8][4] = {};
+    if constexpr (kWithValue) multiply_transposed<D, kKeys>(gradient, grad_out_tile, warp * kWarpRows, value_tiles + stage * kTile);
+    if (grad_mass) for_each_mass_gradient(tile, [&](int i, int e, float g) { gradient[i][e] += g; });
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) gradient[i][e] = score[i][e] * (gradient[i][e] - delta[e / 2]) * unit;
+    }
+    multiply<D, kKeys>(result, gradient, key_tiles + stage * kTile);
+  });
+  const float factor[2] = {p.scale / unit, p.scale / unit};
+  T* grad_query = static_cast<T*>(p.grad_query) + head_index * p.rows * D;
+  store_rows<D>(grad_query, D, first_row + warp * kWarpRows, p.rows, result, factor, query_tile + warp * kWarpRows * D);
+}
+
+// Pass over keys: a block has 64 keys of one key head, 16 to a warp, and goes through the rows of all its query heads. Here keys
+// are the rows of fragments, and query rows their columns.
+template <class T, int D, bool kWithValue>
+__global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid_constant__ AttentionBackwardParams p) {
+  using Shape = BackwardShape<D>;
+  constexpr int kKeys = Shape::kKeys, kStepRows = Shape::kStepRows, kStages = Shape::kStages, kTile = kStepRows * D;
+  APPO_SHARED_MEMORY(memory);
+  T* const key_tile = reinterpret_cast<T*>(memory);          // (kKeys, D)
+  T* const query_tiles = key_tile + kKeys * D;               // (kStages, kStepRows, D)
+  T* const value_tile = query_tiles + kStages * kTile;       // (kKeys, D)
+  T* const grad_out_tiles = value_tile + kKeys * D;          // (kStages, kStepRows, D)
+  float* const stats = reinterpret_cast<float*>(kWithValue ? grad_out_tiles + kStages * kTile : value_tile);  // (kStages, kStepRows, 2)
+  int* const views = reinterpret_cast<int*>(stats + kStages * kStepRows * 2);                                // (kStages, kStepRows, 4)
+
+  const int first_key = blockIdx.x * kKeys, end_key = first_key + kKeys - 1, key_head = blockIdx.y, b = blockIdx.z;
+  const int group = p.query_heads / p.key_heads, first_head = key_head * group, end_head = first_head + group;
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  const int64_t padded_rows = (p.rows + kRowPadding - 1) / kRowPadding * static_cast<int64_t>(kRowPadding);
+  const int steps = (p.rows + kStepRows - 1) / kStepRows;
+  const T* key = static_cast<const T*>(p.key) + b * p.key_stride_b + key_head * p.key_stride_h;
+  const int* global_views = p.row_views + b * padded_rows * 4;
+
+  // Whether each of the step's rows, one or two to a lane, satisfies the condition; or whether any does.
+  auto row_view = [&](int step, int i) {
+    const int4 v = *reinterpret_cast<const int4*>(global_views + (static_cast<int64_t>(step) * kStepRows + i * kWarpSize + lane) * 4);
+    RowView view;
+    view.first = v.x, view.last = v.y, view.prefix = v.z;
+    return view;
+  };
+  auto seen_by_any = [&](int step) {
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < kStepRows / kWarpSize; i++) {
+      const RowView view = row_view(step, i);
+      any = any || view.prefix > first_key || (view.first <= end_key && view.last >= first_key);
+    }
+    return __any_sync(kAllLanes, any);
+  };
+  auto seen_by_all = [&](int step) {
+    bool all = true;
+#pragma unroll
+    for (int i = 0; i < kStepRows / kWarpSize; i++) {
+      const RowView view = row_view(step, i);
+      all = all && (view.prefix > end_key || (view.first <= first_key && view.last >= end_key));
+    }
+    return __all_sync(kAllLanes, all);
+  };
+  auto next_wanted = [&](int step) {
+    while (step < steps && !seen_by_any(step)) step++;
+    return step;
+  };
+  const int first_wanted = next_wanted(0);
+
+  struct Place {
+    int head, step, number;
+  };
+  auto advance = [&](Place& place) {
+    place.number++;
+    place.step = next_wanted(place.step + 1);
+    if (place.step == steps) place.head++, place.step = first_wanted;
+  };
+  const Place start{first_wanted == steps ? end_head : first_head, first_wanted, 0};
+  Place ahead = start;
+  auto start_stage = [&] {
+    if (ahead.head < end_head) {
+      const int stage = ahead.number % kStages, first_row = ahead.step * kStepRows;
+      const T* query = static_cast<const T*>(p.query) + b * p.query_stride_b + ahead.head * p.query_stride_h;
+      load_tile<D, kStepRows>(query_tiles + stage * kTile, query, p.query_stride_r, first_row, p.rows);
+      if constexpr (kWithValue) {
+        const T* grad_out = static_cast<const T*>(p.grad_out) + b * p.grad_out_stride_b + ahead.head * p.grad_out_stride_h;
+        load_tile<D, kStepRows>(grad_out_tiles + stage * kTile, grad_out, p.grad_out_stride_r, first_row, p.rows);
+      }
+      // 16 bytes a thread: two rows of statistics, one of views.
+      const float* global_stats = p.row_stats + ((static_cast<int64_t>(b) * p.query_heads + ahead.head) * padded_rows + first_row) * 2;
+      const int thread = threadIdx.x;
+      if (thread < kStepRows / 2) platform::copy_async(stats + stage * kStepRows * 2 + thread * 4, global_stats + thread * 4, true);
+      if (thread < kStepRows) platform::copy_async(views + (stage * kStepRows + thread) * 4, global_views + (first_row + thread) * 4, true);
+      advance(ahead);
+    }
+    platform::commit_copies();
+  };
+  load_tile<D, kKeys>(key_tile, key, p.key_stride_s, first_key, p.keys);
+  if constexpr (kWithValue) {
+    const T* value = static_cast<const T*>(p.value) + b * p.value_stride_b + key_head * p.value_stride_h;
+    load_tile<D, kKeys>(value_tile, value, p.value_stride_s, first_key, p.keys);
+  }
+#pragma unroll
+  for (int i = 0; i < kStages - 1; i++) start_stage();
+
+  int frame[2], key_of[2];  // of this lane's two keys
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    key_of[half] = first_key + warp * kWarpRows + lane / 4 + 8 * half;
+    frame[half] = p.frames.ids[static_cast<int64_t>(b) * p.tiles * kFrameTile + key_of[half]];
+  }
+
+  const float unit = score_unit(p);
+  float key_result[D / 8][4] = {}, value_result[kWithValue ? D / 8 : 1][4] = {};
+  for (Place at = start; at.head < end_head; advance(at)) {
+    platform::wait_for_copies<kStages - 2>();
+    __syncthreads();
+    start_stage();
+    const int stage = at.number % kStages, first_row = at.step * kStepRows;
+    const T* query_tile = query_tiles + stage * kTile;
+    const T* grad_out_tile = grad_out_tiles + stage * kTile;
+    const float* row_stats = stats + stage * kStepRows * 2;
+    const int* row_views = views + stage * kStepRows * 4;
+    const bool masked = !seen_by_all(at.step);
+
+    float probability[kStepRows / 8][4] = {}, gradient[kStepRows / 8][4] = {};
+    multiply_transposed<D, kStepRows>(probability, key_tile, warp * kWarpRows, query_tile);
+    if constexpr (kWithValue) multiply_transposed<D, kStepRows>(gradient, value_tile, warp * kWarpRows, grad_out_tile);
+    const float* grad_mass = p.grad_mass
+        ? p.grad_mass + b * p.grad_mass_stride_b + at.head * p.grad_mass_stride_h + first_row : nullptr;
+#pragma unroll
+    for (int i = 0; i < kStepRows / 8; i++) {
+#pragma unroll
+      for (int c = 0; c < 2; c++) {
+        const int r = i * 8 + 2 * (lane % 4) + c;  // of the step
+        const float lse_log2 = row_stats[2 * r], delta = row_stats[2 * r + 1];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int e = 2 * half + c;
+          float weight = platform::exp2(fmaf(probability[i][e], p.scale_log2, -lse_log2));
+          if (masked) {
+            RowView view;
+            view.first = row_views[4 * r], view.last = row_views[4 * r + 1], view.prefix = row_views[4 * r + 2];
+            if (!view.sees(key_of[half])) weight = 0.f;
+          }
+          float dp = gradient[i][e];
+          if (grad_mass && frame[half] >= 0) dp += grad_mass[frame[half] * padded_rows + r];
+          probability[i][e] = weight;
+          gradient[i][e] = weight * (dp - delta) * unit;
+        }
+      }
+    }
+    if constexpr (kWithValue) multiply<D, kStepRows>(value_result, probability, grad_out_tile);
+    multiply<D, kStepRows>(key_result, gradient, query_tile);
+  }
+  platform::wait_for_copies<0>();
+  __syncthreads();  // the key and value tiles, read by every warp's own rows only, become staging areas
+
+  const int64_t offset = (static_cast<int64_t>(b) * p.key_heads + key_head) * p.keys * D;
+  const int warp_key = first_key + warp * kWarpRows;
+  if (p.grad_key) {
+    const float factor[2] = {p.scale / unit, p.scale / unit};
+    store_rows<D>(static_cast<T*>(p.grad_key) + offset, D, warp_key, p.keys, key_result, factor, key_tile + warp * kWarpRows * D);
+  }
+  if constexpr (kWithValue) {
+    const float factor[2] = {1.f, 1.f};
+    if (p.grad_value)
+      store_rows<D>(static_cast<T*>(p.grad_value) + offset, D, warp_key, p.keys, value_result, factor, value_tile + warp * kWarpRows * D);
+  }
+}
+
+}  // namespace appo
