@@ -111,10 +111,10 @@ class Rows:
     last: Tensor | None
     prefix: Tensor | None
 
-    def sees(self, tile: "KeyTile") -> bool | Tensor:
-        """True: every row sees every key of the tile. False: none sees any. Else (rows, keys of the tile) bool."""
+    def hidden(self, tile: "KeyTile") -> bool | Tensor:
+        """False: every row sees every key of the tile. True: none sees any. Else (rows, keys of the tile) bool."""
         if self.first is None and self.last is None:
-            return True
+            return False
         whole: Tensor | bool = True
         apart: Tensor | bool = False
         if self.first is not None:
@@ -124,18 +124,18 @@ class Rows:
         if self.prefix is not None:
             whole, apart = whole | (self.prefix > tile.high), apart & (self.prefix <= tile.low)
         if bool(torch.as_tensor(whole).all()):
-            return True
-        if bool(torch.as_tensor(apart).all()):
             return False
+        if bool(torch.as_tensor(apart).all()):
+            return True
         keys = tile.positions
-        seen = torch.ones(self.stop - self.start, len(keys), dtype=torch.bool, device=keys.device)
+        hidden = torch.zeros(self.stop - self.start, len(keys), dtype=torch.bool, device=keys.device)
         if self.first is not None:
-            seen &= keys >= self.first[:, None]
+            hidden |= keys < self.first[:, None]
         if self.last is not None:
-            seen &= keys <= self.last[:, None]
+            hidden |= keys > self.last[:, None]
         if self.prefix is not None:
-            seen |= keys < self.prefix[:, None]
-        return seen
+            hidden &= keys >= self.prefix[:, None]
+        return hidden
 
 
 def row_tiles(
@@ -190,8 +190,8 @@ class KeyTile:
 def key_tiles(frame_ids: Tensor, num_frames: int, size: int, *, frames_only: bool) -> list[KeyTile]:
     """Cuts the keys of one sequence, (S,) frame ids, into tiles of at most ``size``; only keys of frames if asked to.
 
-    Sorting by frame makes the keys of every frame neighbours, so that a frame's mass is a sum over a slice, whatever the
-    layout was: no atomics, and pairwise in fp32.
+    Sorting by frame makes the keys of every frame neighbours, so that a frame's mass is a sum over a slice, whatever
+    the layout was: no atomics, and pairwise in fp32.
     """
     ids = torch.where(frame_ids < 0, num_frames, frame_ids)
     ids, order = torch.sort(ids, stable=True)

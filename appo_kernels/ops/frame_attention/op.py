@@ -9,22 +9,24 @@ A backend has
         writes the last three where they are not None, whatever was in the buffers before; grad_out, grad_lse and
         grad_mass are None where that result was not used
 
-    query      (B, Hq, R, d), key and value (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides, unit last one
+    query      (B, Hq, R, d), key and value (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides,
+               unit last one
     frame_ids  (B, S) int32, -1 for none; any strides
     first_key, last_key, prefix_keys   (B, R) int32 or None (0, S - 1, 0); any strides; first_key may be negative
     frame_weights  (B, F) fp32 that multiplies each frame's sum, or None for ones
     out        (B, Hq, R, d) like query; lse (B, Hq, R) fp32, natural log; mass (B, R, F) fp32: contiguous
-    grad_out, grad_lse, grad_mass: like the results, any strides; grad_query, grad_key, grad_value: contiguous, like the inputs
+    grad_out, grad_lse, grad_mass: like the results, any strides; grad_query, grad_key, grad_value: like the inputs,
+               contiguous
 
-With P_h the softmax of head h, w the frame weights, f(j) the frame of key j, and g the gradient of the mass (0 on keys of
-no frame):
+With P_h the softmax of head h, w the frame weights, f(j) the frame of key j, and g the gradient of the mass (0 on
+keys of no frame):
 
     dP_h[r,j] = grad_out_h[r] . value_j + w_f(j) g[r,f(j)] / Hq
     dS_h[r,j] = P_h[r,j] (dP_h[r,j] - delta_h[r])
     delta_h[r] = grad_out_h[r] . out_h[r] + sum_f w_f g[r,f] M_h[r,f] / Hq - grad_lse_h[r]
 
-where M_h is the frame sum of head h alone, not the mean over heads. The first term of delta should be taken from an ``out``
-in fp32 (or from P and value) rather than from a rounded one where that is affordable.
+where M_h is the frame sum of head h alone, not the mean over heads. The first term of delta is taken from the
+``out`` that was returned.
 """
 
 import math
@@ -59,7 +61,7 @@ def frame_attention(
     reduction: str = "sum",
     backend: str = "auto",
 ) -> FrameAttentionOutput:
-    """Attention and its mass on every frame, M[b,r,f] = mean_h sum_{v in f} softmax_v(...), in one pass (SPEC section 3).
+    """Attention and its mass on every frame, mean_h sum_{v in f} softmax_v(...), in one pass (SPEC section 3).
 
     Args:
         query: (B, Hq, R, d) fp32, fp16, bf16 or fp64.
@@ -74,9 +76,9 @@ def frame_attention(
         backend: "auto", "torch", "triton" or "cuda".
 
     Returns:
-        ``FrameAttentionOutput(out, lse, mass)``: (B, Hq, R, d) of the dtype of query; (B, Hq, R) fp32; (B, R, F) fp32 (fp64
-        for fp64 inputs). A row that sees no key has out 0, lse -inf and mass 0, exactly, and no gradient. Differentiable
-        once with respect to query, key and value through all three.
+        ``FrameAttentionOutput(out, lse, mass)``: (B, Hq, R, d) of the dtype of query; (B, Hq, R) fp32; (B, R, F) fp32
+        (fp64 for fp64 inputs). A row that sees no key has out 0, lse -inf and mass 0, exactly, and no gradient.
+        Differentiable once with respect to query, key and value through all three.
 
     Raises:
         ValueError: a wrong shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,

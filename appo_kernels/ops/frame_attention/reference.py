@@ -1,4 +1,4 @@
-"""The definition of frame_attention: dense, in the dtype of its inputs, differentiable by ordinary autograd."""
+"""The definition of frame_attention: dense, in the dtype of its inputs, differentiated by autograd."""
 
 from torch import Tensor
 

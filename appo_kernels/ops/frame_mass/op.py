@@ -8,7 +8,7 @@ A backend has
              grad_mass, grad_query, grad_key)
         writes the gradients that are not None, whatever was in the buffers before
 
-    query          (B, Hq, R, d), key (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides, unit last one
+    query, key     (B, Hq, R, d) and (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides, unit last
     frame_ids      (B, S) int32, -1 for none; any strides
     lse, new_lse   (B, Hq, R) fp32, natural log; lse -inf (also +inf) only in rows that see no key
     first_key, last_key, prefix_keys   (B, R) int32 or None (0, S - 1, 0); any strides; first_key may be negative
@@ -17,8 +17,8 @@ A backend has
     mass           (B, R, F), or (B, Hq, R, F) when per_head, fp32; any strides
     grad_mass      like mass, any strides; grad_query, grad_key: contiguous, of the dtype of query and key, or None
 
-With P_h the softmax of head h over all visible keys, w the frame weights, c = 1/Hq (1 when per_head), f(j) the frame of key
-j and g the incoming gradient: mass[r,f] = c w_f sum_h sum_{j in f} P_h[r,j], and
+With P_h the softmax of head h over all visible keys, w the frame weights, c = 1/Hq (1 when per_head), f(j) the frame
+of key j and g the incoming gradient: mass[r,f] = c w_f sum_h sum_{j in f} P_h[r,j], and
 
     dS_h[r,j] = P_h[r,j] (c w_f(j) g[r,f(j)] - delta_h[r]),    delta_h[r] = sum_j P_h[r,j] c w_f(j) g[r,f(j)]
 
@@ -60,24 +60,25 @@ def frame_mass(
         key: (B, Hkv, S, d), dtype of ``query``; Hq is any multiple of Hkv.
         frame_ids: (B, S) int32 or int64, the frame of each key in [0, num_frames), -1 for none, in any order.
         num_frames: F. A frame may have no key.
-        lse: (B, Hq, R) fp32 (fp64 for fp64 inputs): natural-log log-sum-exp of scale * query . key over **all** keys that
-            the row sees, as attention kernels return it. With it only the keys of frames are read. None: computed here.
+        lse: (B, Hq, R) fp32 (fp64 for fp64 inputs): natural-log log-sum-exp of scale * query . key over **all**
+            keys that the row sees, as attention kernels return it. With it only the keys of frames are read. None:
+            computed here.
         first_key, last_key: (B, R) int. Row r sees keys first..last inclusive; None: 0 and S - 1. first > last: none of
             them. A negative first_key is as 0 (a window that starts before the sequence).
         prefix_keys: (B, R) int in [0, S]: keys 0..prefix-1 are seen as well; a key in both counts once. None: 0.
         scale: of the scores; None: 1 / sqrt(d).
         reduction: "sum" over the keys of a frame (a probability), or "mean" (the paper's Attn).
         per_head: no mean over heads.
-        out: (B, R, F), or (B, Hq, R, F), of the dtype of the result: the mass is added to it and ``out`` returned, so that
-            layers sum up in one buffer. Where a gradient is wanted the mass is computed aside and added by
+        out: (B, R, F), or (B, Hq, R, F), of the dtype of the result: the mass is added to it and ``out`` returned, so
+            that layers sum up in one buffer. Where a gradient is wanted the mass is computed aside and added by
             ``out.add_``, under autograd's ordinary rules (``out`` cannot be a leaf that requires a gradient).
         backend: "auto", "torch", "triton" or "cuda".
 
     Returns:
-        (B, R, F) fp32 (fp64 for fp64 inputs), mean over query heads; (B, Hq, R, F) when ``per_head``. A row that sees no
-        key, and a frame without keys, have exactly 0. Differentiable once with respect to query and key. A given ``lse``
-        counts as what it is, the log-sum-exp of these very scores: the gradient is that of the true mass and reaches
-        all visible keys, and ``lse`` itself gets none.
+        (B, R, F) fp32 (fp64 for fp64 inputs), mean over query heads; (B, Hq, R, F) when ``per_head``. A row that sees
+        no key, and a frame without keys, have exactly 0. Differentiable once with respect to query and key. A given
+        ``lse`` counts as what it is, the log-sum-exp of these very scores: the gradient is that of the true mass and
+        reaches all visible keys, and ``lse`` itself gets none.
 
     Raises:
         ValueError: a wrong shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,

@@ -1,4 +1,4 @@
-"""The definition of frame_mass (SPEC section 3): dense, in the dtype of its inputs, differentiable by ordinary autograd."""
+"""The definition of frame_mass (SPEC section 3): dense, in the dtype of its inputs, differentiated by autograd."""
 
 import math
 
