@@ -162,7 +162,7 @@ def test_bitwise_equal_on_a_second_run_and_anew_for_each_forward(case: Case) -> 
 
 # Reentrant checkpointing runs the first forward without gradients, the other kind with; both run layers again later.
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("backward_inside", [False, True])
+@pytest.mark.parametrize("backward_inside", [False, True])  # or in the context of another recorder
 def test_gradient_checkpointing(case: Case, reentrant: bool, backward_inside: bool) -> None:
     case.model.train()
     labels = case.inputs["input_ids"]
@@ -180,7 +180,10 @@ def test_gradient_checkpointing(case: Case, reentrant: bool, backward_inside: bo
         if backward_inside:
             loss.backward()
     if not backward_inside:
-        loss.backward()
+        with record_frame_mass(case.model, case.frames, rows=ROWS) as later:
+            loss.backward()
+        with pytest.raises(RuntimeError, match="got none through"):  # a recomputation is no forward
+            _ = later.mass
     assert calls() == 2 * models.LAYERS  # the layers did run twice
     assert torch.equal(recorder.mass, recorded)
     assert_close(recorded, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, ROWS])
