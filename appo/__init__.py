@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .frames import frame_ids as frame_ids
     from .selection import perception_slots as perception_slots
     from .selection import select_frames as select_frames
+    from .trainer import Trainer as Trainer
     from .weights import group_advantages as group_advantages
     from .weights import token_weights as token_weights
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "APPOConfig": "config",
     "FrameIds": "frames",
+    "Trainer": "trainer",
     "frame_ids": "frames",
     "group_advantages": "weights",
     "perception_slots": "selection",
