@@ -1,10 +1,10 @@
 """The shared library of CUDA kernels: found, loaded with ctypes, called with the operator's name on every error.
 
-The library has a C interface (``csrc/launch.h``): a launcher takes a pointer to its params struct, the struct's size and a
-stream. It knows nothing of torch, so one build serves every torch and Python version.
+The library has a C interface (``csrc/launch.h``): a launcher takes a pointer to its params struct, its size and
+a stream. It knows nothing of torch, so one build serves every torch and Python version.
 
-``APPO_EMULATION_LIBRARY`` names a build of the same sources for the CPU (``tests/emulation``): backend "cuda" then serves
-CPU tensors too, thread by thread on an emulated GPU. That is for testing, not for use: it is some thousand times slower.
+``APPO_EMULATION_LIBRARY`` names a build of the same sources for the CPU (``tests/emulation``): backend "cuda" then
+serves CPU tensors too, thread by thread on an emulated GPU. That is for testing, not for use: it is very slow.
 """
 
 import ctypes
@@ -53,12 +53,12 @@ def _open(file: str | Path) -> ctypes.CDLL:
     return library
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def emulation(file: str) -> ctypes.CDLL:
     return _open(file)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def native() -> ctypes.CDLL | None:
     file = path()
     return None if file is None else _open(file)

@@ -1,6 +1,6 @@
 """Builds csrc/ as plain C++ with the emulated GPU, and speaks to its runtime.
 
-A build is kept in ``build/emulation`` under a hash of sources and flags, so only the first test run after a change compiles.
+A build is kept in ``build/emulation`` under a hash of sources and flags: only the first run after a change compiles.
 """
 
 import concurrent.futures
@@ -75,8 +75,16 @@ class Launch:
 
 
 COUNTERS = (
-    "launches", "blocks", "barriers", "shuffles", "ldmatrix", "mma", "async_copies", "shared_accesses", "bank_conflicts",
-)  # fmt: skip
+    "launches",
+    "blocks",
+    "barriers",
+    "shuffles",
+    "ldmatrix",
+    "mma",
+    "async_copies",
+    "shared_accesses",
+    "bank_conflicts",
+)
 
 
 class Emulator:
@@ -124,6 +132,6 @@ class Emulator:
         )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def emulator() -> Emulator:
     return Emulator(build())

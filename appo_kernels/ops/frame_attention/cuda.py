@@ -22,11 +22,11 @@ ROW_PADDING = 64  # kRowPadding
 
 
 class Visibility(ctypes.Structure):
-    _fields_ = [("first_key", ctypes.c_void_p), ("last_key", ctypes.c_void_p), ("prefix_keys", ctypes.c_void_p)]
+    _fields_ = (("first_key", ctypes.c_void_p), ("last_key", ctypes.c_void_p), ("prefix_keys", ctypes.c_void_p))
 
 
 class FrameIds(ctypes.Structure):
-    _fields_ = [("ids", ctypes.c_void_p), ("range", ctypes.c_void_p)]
+    _fields_ = (("ids", ctypes.c_void_p), ("range", ctypes.c_void_p))
 
 
 def strides(name: str, dimensions: str) -> list[tuple[str, type]]:
@@ -41,7 +41,7 @@ SIZES = counts("batch", "query_heads", "key_heads", "rows", "keys", "frame_count
 
 
 class AttentionForwardParams(cuda_library.Params):
-    _fields_ = [
+    _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "lse", "sums", "tops")),
         ("visibility", Visibility),
         ("frames", FrameIds),
@@ -52,11 +52,11 @@ class AttentionForwardParams(cuda_library.Params):
         *SIZES,
         ("scale_log2", ctypes.c_float),
         *counts("head_dim", "element"),
-    ]
+    )
 
 
 class AttentionBackwardParams(cuda_library.Params):
-    _fields_ = [
+    _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "grad_out")),
         *((name, ctypes.c_void_p) for name in ("lse", "grad_lse", "grad_mass", "score_unit", "row_stats", "row_views")),
         *((name, ctypes.c_void_p) for name in ("grad_query", "grad_key", "grad_value")),
@@ -72,15 +72,15 @@ class AttentionBackwardParams(cuda_library.Params):
         ("scale_log2", ctypes.c_float),
         ("scale", ctypes.c_float),
         *counts("head_dim", "element"),
-    ]
+    )
 
 
 class HeadMeanParams(cuda_library.Params):
-    _fields_ = [
+    _fields_ = (
         *((name, ctypes.c_void_p) for name in ("per_head", "frame_weights", "mass")),
         *strides("mass", "bhrf"),
         *((name, ctypes.c_int64) for name in ("batch", "query_heads", "kept_heads", "rows", "frame_count")),
-    ]
+    )
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -291,8 +291,10 @@ def attend_backward(
     grad_key: Tensor | None,
     grad_value: Tensor | None,
 ) -> None:
-    """The two backward passes. ``value``, ``out`` and ``grad_out``: all or none. ``grad_mass`` (B, 1 or Hq, R, F) is that of
-    each head's frame sums. Writes the last three where they are tensors, whatever was in them."""
+    """The two backward passes, which write the last three where they are tensors, whatever was in them.
+
+    ``value``, ``out`` and ``grad_out``: all or none. ``grad_mass`` (B, 1 or Hq, R, F) is that of head sums.
+    """
     gradients = [g for g in (grad_query, grad_key, grad_value) if g is not None]
     batch, heads, rows, _ = query.shape
     if not (batch * rows and key.shape[2]):

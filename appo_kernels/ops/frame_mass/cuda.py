@@ -15,7 +15,7 @@ ROW_TILE = 64  # rows of a block: kRows
 
 
 class FrameMassParams(cuda_library.Params):
-    _fields_ = [
+    _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "lse", "frame_weights", "mass")),
         ("visibility", attention.Visibility),
         ("frames", attention.FrameIds),
@@ -26,7 +26,7 @@ class FrameMassParams(cuda_library.Params):
         *attention.counts("frames_per_block", "per_head"),
         ("scale_log2", ctypes.c_float),
         *attention.counts("head_dim", "element"),
-    ]
+    )
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -106,7 +106,7 @@ def backward(
 
 
 def frames_per_block(blocks: int, frame_count: int, device: torch.device) -> int:
-    """How many frames each block takes, so that four blocks' worth of work reach every multiprocessor where there is that much."""
+    """How many frames each block takes, so that every multiprocessor gets four blocks where there is that much work."""
     if device.type == "cpu":
         return max(1, frame_count // 2)  # emulated: two blocks, so that the cut is tested
     wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count

@@ -20,7 +20,7 @@ forward = streaming.forward
 
 
 class DivergenceParams(cuda_library.Params):
-    _fields_ = [
+    _fields_ = (
         ("logits", ctypes.c_void_p),
         ("lse", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
@@ -36,7 +36,7 @@ class DivergenceParams(cuda_library.Params):
         ("log_uniform", ctypes.c_float),
         ("k3", ctypes.c_int),
         ("element", ctypes.c_int),
-    ]
+    )
 
 
 CHUNK = 8192  # words per block: kDivergenceChunk

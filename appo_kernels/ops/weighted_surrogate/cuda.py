@@ -21,7 +21,7 @@ linear_forward = streaming.linear_forward
 
 
 class SurrogateParams(cuda_library.Params):
-    _fields_ = [
+    _fields_ = (
         ("logits", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
         ("targets", ctypes.c_void_p),
@@ -42,7 +42,7 @@ class SurrogateParams(cuda_library.Params):
         ("inverse_temperature", ctypes.c_float),
         ("softcap", ctypes.c_float),
         ("element", ctypes.c_int),
-    ]
+    )
 
 
 def unsupported(problem: Problem) -> str | None:
