@@ -13,6 +13,10 @@ from torch import Tensor
 from appo_kernels import checks
 
 OP = "frame_ids"
+# Families whose prompts have timestamps between the frames of a video, so that each run of video tokens is a frame.
+FRAMES_APART = ("qwen3vl", "qwen35")
+# Families that show video frames as images, one run of image tokens each.
+FRAMES_AS_IMAGES = ("internvl", "smolvlm")
 
 
 class FrameIds(NamedTuple):
@@ -23,19 +27,21 @@ class FrameIds(NamedTuple):
 
 
 def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Tensor | None = None) -> FrameIds:
-    """Frame of each token of ``input_ids``, for models of the Qwen-VL family.
+    """Frame of each token of ``input_ids``, for models of the Qwen-VL family, InternVL and SmolVLM.
 
     Frames are numbered 0, 1, 2, ... in order of appearance, on through all videos of a sequence, and from 0 in each
     sequence. Text, timestamps, vision start and end markers, padding and **images** have frame -1 (an image beside a
-    video is no moment of it).
+    video is no moment of it). InternVL and SmolVLM show video frames as images: there every run of image tokens is a
+    frame, and an image beside a video (SmolVLM: each tile of it) cannot be told from one.
 
     Args:
         input_ids: (B, S) int32 or int64 token ids, padded on either side.
         config_or_processor: the model's config (``video_token_id`` and ``vision_config.spatial_merge_size``) or its
-            processor (``video_token_id`` and ``video_processor.merge_size``).
+            processor (``video_token_id`` and ``video_processor.merge_size``); InternVL, SmolVLM: ``image_token_id``.
         video_grid_thw: (number of videos in the batch, 3) int, the grids of the batch's videos in order: what the
             processor returned and the model is given. One row per frame, t = 1, does as well. May be left out for
-            Qwen3-VL and its relatives, whose frames are runs of video tokens between timestamps, and for text alone.
+            Qwen3-VL and its relatives, whose frames are runs of video tokens between timestamps, and for text alone;
+            must be None for InternVL and SmolVLM.
 
     Returns:
         ``FrameIds(ids (B, S) int32, num_frames (B,) int64)`` on the device of ``input_ids``.
@@ -46,15 +52,18 @@ def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Te
     """
     checks.rank(OP, "input_ids", input_ids, 2, "(B, S)")
     checks.dtype(OP, "input_ids", input_ids, checks.INTS)
-    is_video = input_ids == _video_token_id(config_or_processor)  # (B, S)
+    shown_as_images = _is_of(config_or_processor, FRAMES_AS_IMAGES)
+    is_video = input_ids == _token_id(config_or_processor, "image_token_id" if shown_as_images else "video_token_id")
+    if video_grid_thw is not None and shown_as_images:
+        checks.fail(OP, "video_grid_thw", f"None for {_name(config_or_processor)}", "a tensor", "Leave it out.")
     if video_grid_thw is not None:
         return _from_grids(is_video, video_grid_thw, _merge_size(config_or_processor))
-    if not bool(is_video.any()) or _separates_frames(config_or_processor):
+    if shown_as_images or _is_of(config_or_processor, FRAMES_APART) or not bool(is_video.any()):
         return _from_runs(is_video)
     checks.fail(
         OP,
         "video_grid_thw",
-        f"the grids of the videos ({_name(config_or_processor)} puts all frames of a video into one run of tokens)",
+        f"the grids of the videos ({_name(config_or_processor)} may put all frames of a video into one run of tokens)",
         None,
         'Pass the `video_grid_thw` that the processor returned, or the config of a model with timestamps ("qwen3_vl").',
     )
@@ -146,15 +155,20 @@ def _name(source: Any) -> str:
     return getattr(source, "model_type", None) or type(source).__name__
 
 
-def _video_token_id(source: Any) -> int:
-    token = getattr(source, "video_token_id", None)
+def _is_of(source: Any, families: tuple[str, ...]) -> bool:
+    """By model type of a config ("qwen3_vl_moe") or class name of a processor ("Qwen3VLProcessor")."""
+    return _name(source).lower().replace("_", "").startswith(families)
+
+
+def _token_id(source: Any, field: str) -> int:
+    token = getattr(source, field, None)
     if not isinstance(token, int):
         checks.fail(
             OP,
             "config_or_processor",
-            "a config or processor with `video_token_id`",
+            f"a config or processor with `{field}`",
             f"{_name(source)}, which has none",
-            "Pass `model.config` (not its text_config) or the processor of a video model of the Qwen-VL family.",
+            "Pass `model.config` (not its text_config) or the processor of a video model.",
         )
     return token
 
@@ -171,9 +185,3 @@ def _merge_size(source: Any) -> int:
         f"{_name(source)}, which has neither",
         "Pass `model.config` or the processor of a video model of the Qwen-VL family.",
     )
-
-
-def _separates_frames(source: Any) -> bool:
-    """Whether timestamps part the frames (Qwen3-VL, Qwen3-VL-MoE, Qwen3.5), so that each run of tokens is a frame."""
-    name = _name(source).lower().replace("_", "")
-    return name.startswith(("qwen3vl", "qwen35"))

@@ -44,6 +44,18 @@ def test_timestamps_between_frames() -> None:
     check(frame_ids(tokens, QWEN3), want, [2, 1])
 
 
+def test_frames_shown_as_images() -> None:
+    tokens = torch.tensor(
+        [[1, 9, 5, IMAGE, IMAGE, 5, 9, 5, IMAGE, IMAGE, 5, 2], [PAD] * 6 + [1, 5, IMAGE, IMAGE, 5, 2]]
+    )
+    want = [[-1, -1, -1, 0, 0, -1, -1, -1, 1, 1, -1, -1], [-1] * 8 + [0, 0, -1, -1]]
+    for model_type in ("internvl", "smolvlm"):
+        config = SimpleNamespace(model_type=model_type, image_token_id=IMAGE)
+        check(frame_ids(tokens, config), want, [2, 1])
+        with pytest.raises(ValueError, match=f"video_grid_thw.*None for {model_type}"):
+            frame_ids(tokens, config, video_grid_thw=torch.tensor([[2, 2, 4]]))
+
+
 def test_video_at_both_ends() -> None:
     check(frame_ids(torch.tensor([[VIDEO, 1, VIDEO]]), QWEN3), [[0, -1, 1]], [2])
 
