@@ -1,13 +1,22 @@
 """Triton: the mass of frames from a known lse, and what rows and tiles look like to all attention kernels.
 
-A tile of ``BM`` rows packs (row, query head) pairs that share a key/value head, so that a tile of keys is loaded once for
-all of them: lane m is row m // G of the tile and query head m % G of the group, G any number.
+A tile of ``BM`` rows packs (row, query head) pairs that share a key/value head, so that a tile of keys is loaded once
+for all of them: lane m is row m // G of the tile and query head m % G of the group, G any number.
 
 Shapes: B sequences, R rows, S keys, F frames, T key tiles, N row tiles. Pointers ``p_``, tiles in registers ``b_``.
 """
 
+import math
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from appo_kernels.tile_plan import KeyPlan
+from appo_kernels.triton_launch import Tiling, multiprocessors, padded_head_dim
+
+FRAMES_PER_PROGRAM = 16
 
 
 @triton.jit
@@ -98,17 +107,18 @@ def sum_heads(b_lanes, G: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["R", "S", "T", "F"])
 def replay_kernel(
-    p_query, p_key, p_lse, p_order, p_frames, p_tiles, p_frame_tiles, p_small, p_bounds, p_sums,
-    stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks,
-    HKV, R, S, T, F, scale,
+    p_query, p_key, p_lse, p_order, p_frames, p_tiles, p_frame_tiles, p_small, p_bounds, p_weights, p_out,
+    stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks, stride_ob, stride_oh, stride_or, stride_of,
+    HKV, R, S, T, F, scale, factor,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, FG: tl.constexpr,
-    BOUNDS: tl.constexpr, LARGE: tl.constexpr, PER_HEAD: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    BOUNDS: tl.constexpr, WEIGHTED: tl.constexpr, LARGE: tl.constexpr, PER_HEAD: tl.constexpr, SPLIT: tl.constexpr,
+    ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the keys of FG frames for a tile of rows.
+    """Adds factor * weight[b, f] * (sum over the keys of f) of FG frames for a tile of rows to p_out, any strides.
 
-    p_sums: (B, R, F) the sum over all heads; with SPLIT (B, HKV, R, F), one program and one sum per key/value head, so
-    that few rows still fill a GPU; with PER_HEAD (B, Hq, R, F). Both orders of summation are the same. LARGE: take the
-    frames that have tiles of their own, besides the small ones. scale includes log2(e).
+    p_out: (B, 1, R, F), the sum over all heads in order; with PER_HEAD (B, Hq, R, F). With SPLIT (B, HKV, R, F) buffers
+    for ``accumulate_kernel``, one program per key/value head, so that few rows still fill a GPU: the order of the sums
+    is the same. LARGE: take the frames that have tiles of their own, besides the small ones. scale includes log2(e).
     """
     row_tile, group = tl.program_id(0), tl.program_id(1)
     if SPLIT:
@@ -136,6 +146,11 @@ def replay_kernel(
             return
 
     column = tl.arange(0, FG)
+    frame_exists = first_frame + column < F
+    weight = tl.full([FG], 1.0, tl.float32)
+    if WEIGHTED and not SPLIT:
+        weight = tl.load(p_weights + b64 * F + first_frame + column, mask=frame_exists, other=0.0)
+    p_out += b64 * stride_ob + (first_frame + column).to(tl.int64)[None, :] * stride_of
     total = tl.zeros([ROWS, FG], tl.float32)
     for kv_head in range(head_start, head_stop):
         head = kv_head * G + head_in_group
@@ -148,13 +163,15 @@ def replay_kernel(
             length = tl.load(p_tiles + tile * 4 + 1)
             frame = tl.load(p_tiles + tile * 4 + 2)
             b_p = probabilities(
-                b_query, p_head_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale, D, DP, BN, BOUNDS
+                b_query, p_head_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale,
+                D, DP, BN, BOUNDS,
             )  # fmt: skip
             sums += tl.where(column[None, :] == frame - first_frame, tl.sum(b_p, 1)[:, None], 0.0)
         for start in range(small_start, small_stop, BN):
             length = tl.minimum(small_stop - start, BN)
             b_p = probabilities(
-                b_query, p_head_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale, D, DP, BN, BOUNDS
+                b_query, p_head_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale,
+                D, DP, BN, BOUNDS,
             )  # fmt: skip
             n = tl.arange(0, BN)
             b_frame = tl.load(p_frames + start + n, mask=n < length, other=-1)
@@ -164,39 +181,83 @@ def replay_kernel(
                 part = tl.sum(tl.where(b_frame[None, :] == frame, b_p, 0.0), 1)
                 sums += tl.where(column[None, :] == frame - first_frame, part[:, None], 0.0)
         if PER_HEAD:
-            p = p_sums + ((b64 * HKV * G + head.to(tl.int64)) * R + row)[:, None] * F + first_frame + column[None, :]
-            tl.store(p, sums, mask=valid[:, None] & (first_frame + column < F)[None, :])
+            p = p_out + head.to(tl.int64)[:, None] * stride_oh + row.to(tl.int64)[:, None] * stride_or
+            inside = valid[:, None] & frame_exists[None, :]
+            tl.store(p, tl.load(p, mask=inside, other=0.0) + sums * factor * weight[None, :], mask=inside)
         else:
             total += sum_heads(sums, G, BM, ROWS)
     if not PER_HEAD:
         r = row_tile * (BM // G) + tl.arange(0, ROWS)
-        inside = (tl.arange(0, ROWS) < BM // G) & (r < R)
-        plane = b64 * HKV + head_start if SPLIT else b64
-        p = p_sums + (plane * R + r)[:, None] * F + first_frame + column[None, :]
-        tl.store(p, total, mask=inside[:, None] & (first_frame + column < F)[None, :])
+        inside = ((tl.arange(0, ROWS) < BM // G) & (r < R))[:, None] & frame_exists[None, :]
+        p = p_out + r.to(tl.int64)[:, None] * stride_or
+        if SPLIT:
+            tl.store(p + head_start * stride_oh, total, mask=inside)
+        else:
+            tl.store(p, tl.load(p, mask=inside, other=0.0) + total * factor * weight[None, :], mask=inside)
 
 
 @triton.jit(do_not_specialize=["R", "F"])
 def accumulate_kernel(
-    p_sums, p_weights, p_mass, stride_b, stride_h, stride_r, stride_f, factor, R, F, heads, planes,
+    p_sums, p_weights, p_mass, stride_b, stride_r, stride_f, factor, R, F, planes,
     WEIGHTED: tl.constexpr, BR: tl.constexpr, BF: tl.constexpr,
 ):  # fmt: skip
-    """mass[b, h, r, f] += factor weight[b, f] * sum over planes of sums[b, h, plane, r, f], planes in order.
+    """mass[b, r, f] += factor * weight[b, f] * sum over planes of sums[b, plane, r, f], planes in order.
 
-    One program per (rows, frames, b h). p_weights (B, F); p_sums contiguous; p_mass any strides.
+    One program per (rows, frames, b). p_weights (B, F); p_sums contiguous; p_mass any strides.
     """
-    outer = tl.program_id(2).to(tl.int64)
+    sequence = tl.program_id(2).to(tl.int64)
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     inside = (r < R)[:, None] & (f < F)[None, :]
     offset = r.to(tl.int64)[:, None] * F + f[None, :]
     total = tl.zeros([BR, BF], tl.float32)
     for plane in range(planes):
-        total += tl.load(p_sums + (outer * planes + plane) * R * F + offset, mask=inside, other=0.0)
+        total += tl.load(p_sums + (sequence * planes + plane) * R * F + offset, mask=inside, other=0.0)
     total *= factor
-    sequence = outer // heads
     if WEIGHTED:
         total *= tl.load(p_weights + sequence * F + f, mask=f < F, other=0.0)[None, :]
-    p = p_mass + sequence * stride_b + (outer % heads) * stride_h
-    p += r.to(tl.int64)[:, None] * stride_r + f.to(tl.int64)[None, :] * stride_f
+    p = p_mass + sequence * stride_b + r.to(tl.int64)[:, None] * stride_r + f.to(tl.int64)[None, :] * stride_f
     tl.store(p, tl.load(p, mask=inside, other=0.0) + total, mask=inside)
+
+
+def replay(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    plan: KeyPlan,
+    bounds: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    mass: Tensor,
+    choice: Tiling,
+    *,
+    large: bool = True,
+    split: bool | None = None,
+) -> None:
+    """Adds the mass of frames to ``mass`` (B, 1 or Hq, R, F), any strides.
+
+    plan: of tiles of ``choice.keys`` keys. large: False leaves out the frames that have tiles of their own. split: one
+    program per key/value head; None: where there are too few programs for the GPU otherwise.
+    """
+    (B, Hq, R, D), (HKV, S) = query.shape, key.shape[1:3]
+    F, T, G, per_head = mass.shape[3], plan.tiles.shape[1], Hq // HKV, mass.shape[1] != 1 or Hq == 1
+    row_tiles, groups = triton.cdiv(R, choice.rows // G), triton.cdiv(F, FRAMES_PER_PROGRAM)
+    if split is None:
+        split = row_tiles * groups * B < 2 * multiprocessors(query.device)
+    split = split and not per_head and HKV > 1
+    out = torch.zeros(B, HKV, R, F, dtype=torch.float32, device=query.device) if split else mass
+    weighted, factor = frame_weights is not None, 1.0 if per_head else 1.0 / Hq
+    weights = lse if frame_weights is None else frame_weights
+    replay_kernel[(row_tiles, groups, B * HKV if split else B)](
+        query, key, lse.contiguous(), plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small,
+        plan.order if bounds is None else bounds, weights, out,
+        *query.stride()[:3], *key.stride()[:3], *out.stride(), HKV, R, S, T, F, scale * math.log2(math.e), factor,
+        G=G, D=D, DP=padded_head_dim(D), BM=choice.rows, BN=choice.keys, FG=FRAMES_PER_PROGRAM,
+        BOUNDS=bounds is not None, WEIGHTED=weighted, LARGE=large, PER_HEAD=per_head, SPLIT=split,
+        ROWS=max(16, triton.next_power_of_2(choice.rows // G)), num_warps=choice.warps, num_stages=choice.stages,
+    )  # fmt: skip
+    if split:
+        accumulate_kernel[(triton.cdiv(R, 32), triton.cdiv(F, 32), B)](
+            out, weights, mass, mass.stride(0), mass.stride(2), mass.stride(3), factor, R, F, HKV,
+            WEIGHTED=weighted, BR=32, BF=32, num_warps=4,
+        )  # fmt: skip

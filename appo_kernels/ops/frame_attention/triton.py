@@ -1,0 +1,214 @@
+"""frame_attention, backend "triton": one online-softmax pass, its finish, and the gradients."""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+
+from appo_kernels.dispatch import Problem
+from appo_kernels.ops.frame_attention import triton_backward as backward_kernels
+from appo_kernels.ops.frame_attention import triton_forward as forward_kernels
+from appo_kernels.ops.frame_mass import triton_replay
+from appo_kernels.tile_plan import key_plan, row_bounds, visitors, visits
+from appo_kernels.triton_launch import BACKWARD, FORWARD, architecture, padded_head_dim, tiling
+from appo_kernels.triton_launch import unsupported as _unsupported
+
+LOG2_E = math.log2(math.e)
+# Row sums and maxima of all tiles, kept until the final normaliser is known. Longer inputs are taken in parts of rows.
+SCRATCH_BYTES = 256 << 20
+
+
+def unsupported(problem: Problem) -> str | None:
+    return _unsupported(problem)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    mass: Tensor,
+) -> None:
+    attend(
+        query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse, mass[:, None]
+    )  # fmt: skip
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor | None,
+    lse: Tensor,
+    mass: Tensor,
+) -> None:
+    """Writes ``out`` (with ``value``) and ``lse`` (contiguous), adds to ``mass`` (B, 1 or Hq, R, F), any strides."""
+    (B, Hq, R, D), (HKV, S) = query.shape, key.shape[1:3]
+    F, per_head = mass.shape[3], mass.shape[1] != 1 or Hq == 1
+    if not B * R:
+        return
+    if not S:
+        lse.fill_(-math.inf)
+        if out is not None:
+            out.zero_()
+        return
+    choice = tiling(FORWARD, architecture(query.device), query.element_size(), D, Hq // HKV)
+    G, T_bytes = Hq // HKV, 2 * 4 * choice.rows
+    bounds = row_bounds(B, R, S, first_key, last_key, prefix_keys)
+    plan = key_plan(frame_ids, F, bounds, choice.keys)
+    visit = visits(plan, F, bounds, R, choice.rows // G, choice.keys)
+    N, T = visit.tiles.shape[1:]
+    part = min(N, max(1, SCRATCH_BYTES // (B * HKV * T * T_bytes)))
+    scratch = torch.empty(2, B * HKV * part * T * choice.rows if F else 1, dtype=torch.float32, device=query.device)
+    bounds_or_any = plan.order if bounds is None else bounds
+    value_or_any, out_or_any = (key, query) if value is None or out is None else (value, out)
+    for start in range(0, N, part):
+        tiles = min(part, N - start)
+        forward_kernels.online_kernel[(tiles, B * HKV)](
+            query, key, value_or_any, out_or_any, lse, plan.order, plan.tiles, visit.tiles, visit.counts, bounds_or_any,
+            *scratch, *query.stride()[:3], *key.stride()[:3], *value_or_any.stride()[:3], *out_or_any.stride()[:3],
+            HKV, R, S, T, N, start, magnitude(scale),
+            G=G, D=D, DP=padded_head_dim(D), BM=choice.rows, BN=choice.keys, BOUNDS=bounds is not None,
+            VALUE=value is not None, MASS=F > 0, NEGATIVE=scale < 0, num_warps=choice.warps, num_stages=choice.stages,
+        )  # fmt: skip
+        if F:
+            forward_kernels.finish_kernel[(tiles, F, B)](
+                *scratch, lse, visit.kinds, plan.frame_tiles, lse if frame_weights is None else frame_weights, mass,
+                *mass.stride(), HKV, R, T, N, F, start, 1.0 if per_head else 1.0 / Hq,
+                G=G, BM=choice.rows, WEIGHTED=frame_weights is not None, PER_HEAD=per_head,
+                ROWS=triton.next_power_of_2(choice.rows // G), num_warps=4,
+            )  # fmt: skip
+    if F:
+        triton_replay.replay(query, key, lse, plan, bounds, frame_weights, scale, mass, choice, large=False)
+
+
+def magnitude(scale: float) -> float:
+    """|scale| in base 2. A scale of 0 becomes one that leaves every score at 0, without making NaN of -inf."""
+    return max(abs(scale) * LOG2_E, 1e-37)
+
+
+def backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+) -> None:
+    attend_backward(
+        query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse,
+        grad_out, grad_lse, None if grad_mass is None else grad_mass[:, None], grad_query, grad_key, grad_value,
+    )  # fmt: skip
+
+
+def attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    frame_ids: Tensor,
+    first_key: Tensor | None,
+    last_key: Tensor | None,
+    prefix_keys: Tensor | None,
+    frame_weights: Tensor | None,
+    scale: float,
+    out: Tensor | None,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+) -> None:
+    """Writes the last three. ``grad_mass`` (B, 1 or Hq, R, F); lse contiguous; all other gradients in any strides."""
+    (B, Hq, R, D), (HKV, S) = query.shape, key.shape[1:3]
+    for gradient in (grad_query, grad_key, grad_value):
+        if gradient is not None and (gradient is not grad_query or not S):
+            gradient.zero_()  # keys that no row sees have no tile
+    if not B * R * S:
+        return
+    G, F = Hq // HKV, 0 if grad_mass is None else grad_mass.shape[3]
+    choice = tiling(BACKWARD, architecture(query.device), query.element_size(), D, G)
+    bounds = row_bounds(B, R, S, first_key, last_key, prefix_keys)
+    ids = torch.full_like(frame_ids, -1) if not F else frame_ids
+    plan = key_plan(ids, F, bounds, choice.keys)
+    visit = visits(plan, F, bounds, R, choice.rows // G, choice.keys)
+    N, T = visit.tiles.shape[1:]
+    lse = lse.contiguous()
+    if grad_out is not None and grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    has_value, has_mass = value is not None and grad_out is not None, grad_mass is not None and F > 0
+    unused = lse  # a pointer for operands that a flag leaves out
+    outs = (out, grad_out) if has_value else (unused, unused)
+    grad_mass_or_any = grad_mass if has_mass and grad_mass is not None else unused
+    per_head = grad_mass is not None and (grad_mass.shape[1] != 1 or Hq == 1)
+    mass_strides = _head_strides(grad_mass, per_head) if has_mass and grad_mass is not None else (0, 0, 0, 0)
+    factor = 1.0 if per_head else 1.0 / Hq
+    weights = unused if frame_weights is None else frame_weights
+    bounds_or_any = plan.order if bounds is None else bounds
+    out_strides = grad_out.stride()[:3] if has_value and grad_out is not None else (0, 0, 0)
+    signed = math.copysign(magnitude(scale), scale)
+    common = {
+        "G": G, "D": D, "DP": padded_head_dim(D), "BM": choice.rows, "BN": choice.keys, "BOUNDS": bounds is not None,
+        "MASS": has_mass, "WEIGHTED": frame_weights is not None and has_mass,
+        "num_warps": choice.warps, "num_stages": choice.stages,
+    }  # fmt: skip
+    delta = torch.empty_like(lse)
+    backward_kernels.delta_kernel[(N, B * HKV)](
+        query, key, lse, *outs, unused if grad_lse is None else grad_lse, grad_mass_or_any, weights,
+        plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small, bounds_or_any, delta,
+        *query.stride()[:3], *key.stride()[:3], *out_strides, *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
+        *mass_strides, HKV, R, S, T, F, signed, factor, OUT=has_value, LSE=grad_lse is not None, **common,
+    )  # fmt: skip
+    operands = (
+        query, key, key if value is None else value, query if grad_out is None else grad_out, grad_mass_or_any,
+        weights, lse, delta,
+    )  # fmt: skip
+    strides = (
+        *query.stride()[:3], *key.stride()[:3], *(key if value is None else value).stride()[:3], *out_strides,
+        *mass_strides, HKV, R, S, T, N, F, signed, factor,
+    )  # fmt: skip
+    if grad_query is not None:
+        backward_kernels.query_kernel[(N, B * HKV)](
+            *operands, grad_query, plan.order, plan.frames, plan.tiles, visit.tiles, visit.counts, bounds_or_any,
+            *strides, VALUE=has_value, **common,
+        )  # fmt: skip
+    if grad_key is not None or grad_value is not None:
+        rows, counts = visitors(visit)
+        grad_key = key.new_empty(key.shape) if grad_key is None else grad_key
+        grad_value = key.new_empty(key.shape if has_value else 1) if grad_value is None else grad_value
+        backward_kernels.key_kernel[(T, B * HKV)](
+            *operands, grad_key, grad_value, plan.order, plan.frames, plan.tiles, rows, counts, bounds_or_any,
+            *strides, VALUE=has_value, **common,
+        )  # fmt: skip
+
+
+def _head_strides(grad_mass: Tensor, per_head: bool) -> tuple[int, ...]:
+    """Strides of (B, Hq, R, F); 0 for the heads when all share the gradient of their mean."""
+    b, h, r, f = grad_mass.stride()
+    return b, h if per_head else 0, r, f

@@ -1,0 +1,327 @@
+"""Triton: gradients of attention and of the frame mass, from the lse. No atomics: dq by rows, dk and dv by keys.
+
+    dP = dO V^T + g,  dS = P (dP - delta),  dq = scale dS K,  dk = scale dS^T Q,  dv = P^T dO
+
+g[row, key] is the gradient of the mass of the key's frame (times weight and 1 / heads), 0 on keys of no frame. In a
+tile of one frame it is one number per row, which is taken off delta once per tile; only tiles of small frames gather it.
+"""
+
+import triton
+import triton.language as tl
+
+from appo_kernels.ops.frame_mass.triton_replay import (
+    load_bounds,
+    load_keys,
+    load_lse,
+    load_rows,
+    packed_rows,
+    probabilities,
+    visible,
+)
+
+
+@triton.jit
+def frame_gradient(p_grad, p_weights, row_offset, frame, valid, F, stride_f, factor, WEIGHTED: tl.constexpr):
+    """g of rows at ``row_offset`` on ``frame`` (same shape as the rows, or broadcast with them); 0 for frame F."""
+    known = valid & (frame < F)
+    g = tl.load(p_grad + row_offset + frame * stride_f, mask=known, other=0.0) * factor
+    if WEIGHTED:
+        g *= tl.load(p_weights + frame, mask=frame < F, other=0.0)
+    return g
+
+
+@triton.jit(do_not_specialize=["R", "S", "T", "F"])
+def delta_kernel(
+    p_query, p_key, p_lse, p_out, p_grad_out, p_grad_lse, p_grad_mass, p_weights,
+    p_order, p_frames, p_tiles, p_frame_tiles, p_small, p_bounds, p_delta,
+    stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks,
+    stride_gb, stride_gh, stride_gr, stride_lb, stride_lh, stride_lr, stride_mb, stride_mh, stride_mr, stride_mf,
+    HKV, R, S, T, F, scale, factor,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BOUNDS: tl.constexpr,
+    OUT: tl.constexpr, LSE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """delta (B, Hq, R) = dO . O - dlse + sum over frames of g M_h, each term where its flag is set.
+
+    The last is the mass of head h alone, replayed here; out is contiguous, the gradients have any strides.
+    """
+    row_tile = tl.program_id(0)
+    sequence, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
+    b64 = sequence.to(tl.int64)
+    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
+    head = kv_head * G + head_in_group
+    flat = (b64 * HKV * G + head) * R + row
+    delta = tl.zeros([BM], tl.float32)
+    if OUT:
+        b_out = load_rows(p_out + b64 * HKV * G * R * D, R.to(tl.int64) * D, D, row, head, valid, D, DP)
+        b_grad = load_rows(p_grad_out + b64 * stride_gb, stride_gh, stride_gr, row, head, valid, D, DP)
+        delta += tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
+    if LSE:
+        offset = b64 * stride_lb + head.to(tl.int64) * stride_lh + row.to(tl.int64) * stride_lr
+        delta -= tl.load(p_grad_lse + offset, mask=valid, other=0.0)
+    if MASS:
+        first, last, prefix = row, row, row
+        if BOUNDS:
+            first, last, prefix = load_bounds(p_bounds, sequence, row, valid, R)
+        p_order += b64 * S
+        p_frames += b64 * S
+        p_tiles += b64 * T * 4
+        p_grad_mass += b64 * stride_mb
+        p_weights += b64 * F
+        b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)
+        lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)
+        p_key += b64 * stride_kb + kv_head.to(tl.int64) * stride_kh
+        row_offset = head.to(tl.int64) * stride_mh + row.to(tl.int64) * stride_mr
+        for tile in range(tl.load(p_frame_tiles + b64 * (F + 2) + F)):
+            start = tl.load(p_tiles + tile * 4)
+            length = tl.load(p_tiles + tile * 4 + 1)
+            frame = tl.load(p_tiles + tile * 4 + 2)
+            b_p = probabilities(
+                b_query, p_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale, D, DP, BN, BOUNDS
+            )  # fmt: skip
+            g = frame_gradient(p_grad_mass, p_weights, row_offset, frame, valid, F, stride_mf, factor, WEIGHTED)
+            delta += tl.sum(b_p, 1) * g
+        small_stop = tl.load(p_small + b64 * (F + 1) + F)
+        for start in range(tl.load(p_small + b64 * (F + 1)), small_stop, BN):
+            length = tl.minimum(small_stop - start, BN)
+            b_p = probabilities(
+                b_query, p_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale, D, DP, BN, BOUNDS
+            )  # fmt: skip
+            n = tl.arange(0, BN)
+            b_frame = tl.load(p_frames + start + n, mask=n < length, other=F)
+            g = frame_gradient(
+                p_grad_mass, p_weights, row_offset[:, None], b_frame[None, :], valid[:, None], F, stride_mf, factor,
+                WEIGHTED,
+            )  # fmt: skip
+            delta += tl.sum(b_p * g, 1)
+    tl.store(p_delta + flat, delta, mask=valid)
+
+
+@triton.jit
+def score_gradient(
+    b_rows, b_keys, b_grads, b_values, lse, delta, g, seen, scale,
+    VALUE: tl.constexpr, MASKED: tl.constexpr, GATHERED: tl.constexpr,
+):  # fmt: skip
+    """P and dS of a tile, oriented as ``b_rows`` x ``b_keys``^T: lse and delta are broadcastable to it.
+
+    g: per element where GATHERED, else it is already taken off delta.
+    """
+    b_p = tl.exp2(tl.dot(b_rows, tl.trans(b_keys), input_precision="ieee") * scale - lse)
+    if MASKED:
+        b_p = tl.where(seen, b_p, 0.0)
+    b_dp = tl.zeros_like(b_p) - delta
+    if VALUE:
+        b_dp += tl.dot(b_grads, tl.trans(b_values), input_precision="ieee")
+    if GATHERED:
+        b_dp += g
+    return b_p, b_p * b_dp
+
+
+@triton.jit
+def query_step(
+    b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles, tile, p_grad_mass, p_weights,
+    row_offset, stride_mf, F, factor, lse, delta, first, last, prefix, valid, scale, b_dq,
+    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr,
+    VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Adds one tile of keys to dq. The tiles of the first loop are not MASKED and hold one frame."""
+    n = tl.arange(0, BN)
+    start = tl.load(p_tiles + tile * 4)
+    g, seen = 0.0, True
+    if MASKED:
+        inside = n < tl.load(p_tiles + tile * 4 + 1)
+        position = tl.load(p_order + start + n, mask=inside, other=0)
+        seen = inside[None, :] & visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)
+    else:
+        inside = n < BN
+        position = tl.load(p_order + start + n)
+    if MASS:
+        if MASKED:
+            b_frame = tl.load(p_frames + start + n, mask=inside, other=F)
+            g = frame_gradient(
+                p_grad_mass, p_weights, row_offset[:, None], b_frame[None, :], valid[:, None], F, stride_mf, factor,
+                WEIGHTED,
+            )  # fmt: skip
+        else:
+            frame = tl.load(p_tiles + tile * 4 + 2)
+            delta = delta - frame_gradient(
+                p_grad_mass, p_weights, row_offset, frame, valid, F, stride_mf, factor, WEIGHTED
+            )
+    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, not MASKED)
+    b_value = b_key
+    if VALUE:
+        b_value = load_keys(p_value, stride_vs, position, inside, D, DP, not MASKED)
+    _, b_ds = score_gradient(
+        b_query, b_key, b_grad, b_value, lse[:, None], delta[:, None], g, seen, scale, VALUE, MASKED, MASS and MASKED
+    )  # fmt: skip
+    return tl.dot(b_ds.to(b_key.dtype), b_key, b_dq, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["R", "S", "T", "N", "F"])
+def query_kernel(
+    p_query, p_key, p_value, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_grad_query,
+    p_order, p_frames, p_tiles, p_visits, p_counts, p_bounds,
+    stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_gh, stride_gr, stride_mb, stride_mh, stride_mr, stride_mf,
+    HKV, R, S, T, N, F, scale, factor,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BOUNDS: tl.constexpr,
+    VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """dq / scale of one row tile and key/value head; dq is contiguous. scale includes log2(e)."""
+    row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    sequence, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
+    b64, h64 = sequence.to(tl.int64), kv_head.to(tl.int64)
+    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
+    head = kv_head * G + head_in_group
+    flat = (b64 * HKV * G + head) * R + row
+    b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)
+    b_grad = b_query
+    if VALUE:
+        b_grad = load_rows(p_grad_out + b64 * stride_gb, stride_gh, stride_gr, row, head, valid, D, DP)
+    lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)
+    delta = tl.load(p_delta + flat, mask=valid, other=0.0)
+    first, last, prefix = row, row, row
+    if BOUNDS:
+        first, last, prefix = load_bounds(p_bounds, sequence, row, valid, R)
+    p_order += b64 * S
+    p_frames += b64 * S
+    p_tiles += b64 * T * 4
+    p_key += b64 * stride_kb + h64 * stride_kh
+    p_value += b64 * stride_vb + h64 * stride_vh
+    p_grad_mass += b64 * stride_mb
+    p_weights += b64 * F
+    row_offset = head.to(tl.int64) * stride_mh + row.to(tl.int64) * stride_mr
+    visit = b64 * N + row_tile
+    p_visits += visit * T
+    leading = tl.load(p_counts + visit * 2)
+    count = tl.load(p_counts + visit * 2 + 1)
+
+    b_dq = tl.zeros([BM, DP], tl.float32)
+    for i in range(leading):
+        b_dq = query_step(
+            b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles, tl.load(p_visits + i),
+            p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta, first, last, prefix, valid,
+            scale, b_dq, D, DP, BN, False, BOUNDS, VALUE, MASS, WEIGHTED,
+        )  # fmt: skip
+    for i in range(leading, count):
+        b_dq = query_step(
+            b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles, tl.load(p_visits + i),
+            p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta, first, last, prefix, valid,
+            scale, b_dq, D, DP, BN, True, BOUNDS, VALUE, MASS, WEIGHTED,
+        )  # fmt: skip
+    d = tl.arange(0, DP)
+    b_dq = b_dq * (scale * 0.6931471805599453)
+    tl.store(
+        p_grad_query + flat[:, None] * D + d[None, :],
+        b_dq.to(p_grad_query.dtype.element_ty),
+        mask=valid[:, None] & (d < D)[None, :],
+    )
+
+
+@triton.jit
+def key_step(
+    b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds, row_tile, sequence, kv_head,
+    stride_qh, stride_qr, stride_gh, stride_gr, stride_mh, stride_mr, stride_mf, HKV, R, F, factor,
+    position, inside, frame, b_frame, scale, b_dk, b_dv,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr,
+    VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """Adds one tile of rows, all heads of the group in it, to dk / scale and dv."""
+    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
+    head = kv_head * G + head_in_group
+    b_query = load_rows(p_query, stride_qh, stride_qr, row, head, valid, D, DP)
+    b_grad = b_query
+    if VALUE:
+        b_grad = load_rows(p_grad_out, stride_gh, stride_gr, row, head, valid, D, DP)
+    lse = load_lse(p_lse, head, row, valid, R)
+    delta = tl.load(p_delta + head.to(tl.int64) * R + row, mask=valid, other=0.0)
+    row_offset = head.to(tl.int64) * stride_mh + row.to(tl.int64) * stride_mr
+    g, seen = 0.0, True
+    if MASKED:
+        first, last, prefix = row, row, row
+        if BOUNDS:
+            first, last, prefix = load_bounds(p_bounds, sequence, row, valid, R)
+        seen = inside[:, None] & visible(position[:, None], first[None, :], last[None, :], prefix[None, :], BOUNDS)
+    if MASS:
+        if MASKED:
+            g = frame_gradient(
+                p_grad_mass, p_weights, row_offset[None, :], b_frame[:, None], valid[None, :], F, stride_mf, factor,
+                WEIGHTED,
+            )  # fmt: skip
+        else:
+            delta = delta - frame_gradient(
+                p_grad_mass, p_weights, row_offset, frame, valid, F, stride_mf, factor, WEIGHTED
+            )
+    b_p, b_ds = score_gradient(
+        b_key, b_query, b_value, b_grad, lse[None, :], delta[None, :], g, seen, scale, VALUE, MASKED, MASS and MASKED
+    )  # fmt: skip
+    if VALUE:
+        b_dv = tl.dot(b_p.to(b_grad.dtype), b_grad, b_dv, input_precision="ieee")
+    b_dk = tl.dot(b_ds.to(b_query.dtype), b_query, b_dk, input_precision="ieee")
+    return b_dk, b_dv
+
+
+@triton.jit(do_not_specialize=["R", "S", "T", "N", "F"])
+def key_kernel(
+    p_query, p_key, p_value, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_grad_key, p_grad_value,
+    p_order, p_frames, p_tiles, p_visitors, p_counts, p_bounds,
+    stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
+    stride_gb, stride_gh, stride_gr, stride_mb, stride_mh, stride_mr, stride_mf,
+    HKV, R, S, T, N, F, scale, factor,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BOUNDS: tl.constexpr,
+    VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one tile of keys and key/value head: the heads of its group are rows of the same tiles.
+
+    Both are contiguous; p_grad_value counts with VALUE only. Keys without a tile are not written.
+    """
+    tile = tl.program_id(0)
+    sequence, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
+    b64, h64 = sequence.to(tl.int64), kv_head.to(tl.int64)
+    p_tiles += (b64 * T + tile) * 4
+    start = tl.load(p_tiles)
+    length = tl.load(p_tiles + 1)
+    frame = tl.load(p_tiles + 2)
+    if length == 0:
+        return
+    n = tl.arange(0, BN)
+    inside = n < length
+    position = tl.load(p_order + b64 * S + start + n, mask=inside, other=0)
+    b_frame = tl.load(p_frames + b64 * S + start + n, mask=inside, other=F)
+    b_key = load_keys(p_key + b64 * stride_kb + h64 * stride_kh, stride_ks, position, inside, D, DP, False)
+    b_value = b_key
+    if VALUE:
+        b_value = load_keys(p_value + b64 * stride_vb + h64 * stride_vh, stride_vs, position, inside, D, DP, False)
+    p_query += b64 * stride_qb
+    p_grad_out += b64 * stride_gb
+    p_grad_mass += b64 * stride_mb
+    p_weights += b64 * F
+    p_lse += b64 * HKV * G * R
+    p_delta += b64 * HKV * G * R
+    visit = b64 * T + tile
+    p_visitors += visit * N
+    whole = tl.load(p_counts + visit * 2)
+    count = tl.load(p_counts + visit * 2 + 1)
+
+    b_dk = tl.zeros([BN, DP], tl.float32)
+    b_dv = tl.zeros([BN, DP], tl.float32)
+    for i in range(whole):
+        b_dk, b_dv = key_step(
+            b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds,
+            tl.load(p_visitors + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh, stride_mr,
+            stride_mf, HKV, R, F, factor, position, inside, frame, b_frame, scale, b_dk, b_dv,
+            G, D, DP, BM, False, BOUNDS, VALUE, MASS, WEIGHTED,
+        )  # fmt: skip
+    for i in range(whole, count):
+        b_dk, b_dv = key_step(
+            b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds,
+            tl.load(p_visitors + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh, stride_mr,
+            stride_mf, HKV, R, F, factor, position, inside, frame, b_frame, scale, b_dk, b_dv,
+            G, D, DP, BM, True, BOUNDS, VALUE, MASS, WEIGHTED,
+        )  # fmt: skip
+    d = tl.arange(0, DP)
+    target = ((b64 * HKV + h64) * S + position)[:, None] * D + d[None, :]
+    mask = inside[:, None] & (d < D)[None, :]
+    b_dk = b_dk * (scale * 0.6931471805599453)
+    tl.store(p_grad_key + target, b_dk.to(p_grad_key.dtype.element_ty), mask=mask)
+    if VALUE:
+        tl.store(p_grad_value + target, b_dv.to(p_grad_value.dtype.element_ty), mask=mask)

@@ -1,0 +1,98 @@
+"""What the Triton backends share: which calls they can serve, and the sizes they pick per architecture."""
+
+import os
+from dataclasses import dataclass, replace
+
+import torch
+from triton.runtime import driver
+
+from appo_kernels.dispatch import Problem
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+
+
+def runs_on_host() -> bool:
+    """Whether Triton launches kernels on CPU tensors: its interpreter, or a driver that says so (``host_memory``)."""
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        return True
+    return bool(getattr(driver._active, "host_memory", False))
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why the Triton kernels cannot serve ``problem``; None when they can."""
+    if problem.dtype not in DTYPES:
+        return f"the Triton kernels take fp16, bf16 and fp32, not {str(problem.dtype).removeprefix('torch.')}"
+    if problem.head_dim > MAX_HEAD_DIM:
+        return f"the Triton kernels take head sizes up to {MAX_HEAD_DIM}, not {problem.head_dim}"
+    if problem.device.type == "cuda":
+        if torch.cuda.get_device_capability(problem.device) < (8, 0):
+            return "the Triton kernels need compute capability 8.0 or later"
+        return None
+    if problem.device.type == "cpu" and runs_on_host():
+        return None
+    return f"the Triton kernels run on CUDA devices, not on {problem.device.type} (or set TRITON_INTERPRET=1)"
+
+
+def architecture(device: torch.device) -> int:
+    """80, 90, 100, ...: of a CUDA device, or the one that a driver of host memory compiles for (80 interpreted)."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return driver._active.get_current_target().arch if getattr(driver._active, "host_memory", False) else 80
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Streaming multiprocessors to fill; 1 where kernels run on the host."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@dataclass(frozen=True)
+class Tiling:
+    rows: int  # lanes of a row tile: query rows times the query heads that share a key/value head
+    keys: int
+    warps: int
+    stages: int  # tiles of keys in flight
+
+
+# Attention kernels: {(at least this architecture, bytes of an element, at most this padded head size): tiling}.
+# Chosen so that nothing spills and two blocks fit a multiprocessor where the tiles allow it; `python -m
+# benchmarks.static` prints what the choices cost.
+FORWARD = {
+    (80, 2, 64): Tiling(128, 64, 4, 3),
+    (80, 2, 128): Tiling(128, 64, 8, 2),
+    (80, 2, 256): Tiling(64, 32, 8, 2),
+    (80, 4, 64): Tiling(64, 32, 8, 2),
+    (80, 4, 128): Tiling(32, 32, 8, 2),
+    (80, 4, 256): Tiling(16, 16, 8, 2),
+    (90, 2, 64): Tiling(128, 64, 8, 3),
+    (90, 2, 128): Tiling(128, 64, 8, 3),
+    (90, 2, 256): Tiling(128, 32, 8, 2),
+}
+BACKWARD = {
+    (80, 2, 64): Tiling(64, 64, 4, 2),
+    (80, 2, 128): Tiling(64, 64, 8, 2),
+    (80, 2, 256): Tiling(32, 32, 8, 1),
+    (80, 4, 64): Tiling(32, 32, 8, 1),
+    (80, 4, 128): Tiling(16, 32, 8, 1),
+    (80, 4, 256): Tiling(16, 16, 8, 1),
+}
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The head size that tiles have: a power of two, at least 32; columns beyond ``head_dim`` are zeros."""
+    return max(32, 1 << (head_dim - 1).bit_length())
+
+
+def tiling(table: dict[tuple[int, int, int], Tiling], arch: int, element: int, head_dim: int, group: int) -> Tiling:
+    """The entry of the newest architecture not beyond ``arch`` and the smallest head size that fits.
+
+    group: query heads per key/value head; a row tile holds at least one row of each.
+    """
+    fits = [
+        (-least, widest, choice)
+        for (least, size, widest), choice in table.items()
+        if least <= arch and size == element and padded_head_dim(head_dim) <= widest
+    ]
+    _, _, choice = min(fits, key=lambda entry: entry[:2])
+    return replace(choice, rows=max(choice.rows, 1 << (group - 1).bit_length()))
