@@ -99,13 +99,11 @@ def warm_start(folder: Path, clips: Path, seed: int) -> None:
             prompts.append(builder(record))
             progress.advance(decoding)
         teaching = progress.add_task("warm start", total=None)
-        warm_up(
-            model,
-            processor,
-            prompts,
-            seed=seed,
-            progress=lambda step, loss: progress.update(teaching, completed=step, description=f"loss {loss:.2f}"),
-        )
+
+        def show(step: int, loss: float, moments: float) -> None:
+            progress.update(teaching, completed=step, description=f"warm start, loss {loss:.2f}")
+
+        warm_up(model, processor, prompts, seed=seed, progress=show)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,26 @@ FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
 
 class Meter:
-    """Weighted means of a step's numbers, over micro-batches and processes. A name that ends in /max is a maximum."""
+    """Numbers of a step, over micro-batches and processes: weighted means, and maxima."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, float] = defaultdict(float)
-        self._weights: dict[str, float] = defaultdict(float)
+        self._sums: dict[str, list[float]] = {}  # name -> [sum of value x weight, sum of weights]
+        self._maxima: dict[str, float] = {}
 
     def add(self, name: str, value: float | Tensor, weight: float = 1.0) -> None:
-        """NaN is a number that is not known here (a reward that does not apply): it does not enter the mean."""
+        """Enter a value into a mean; NaN, a number not known here (a reward that does not apply), is left out."""
         value = float(value)
-        if math.isnan(value) or weight == 0:
-            return
-        if name.endswith("/max"):
-            self._sums[name] = max(self._sums.get(name, -math.inf), value)
-        else:
-            self._sums[name] += value * weight
-        self._weights[name] += weight
+        if weight > 0 and not math.isnan(value):
+            entry = self._sums.setdefault(name, [0.0, 0.0])
+            entry[0] += value * weight
+            entry[1] += weight
+
+    def maximum(self, name: str, value: float | Tensor) -> None:
+        self._maxima[name] = max(float(value), self._maxima.get(name, -math.inf))
 
     def means(self) -> dict[str, float]:
         """The numbers of this process."""
-        return _join([(self._sums, self._weights)])
+        return {name: total / weight for name, (total, weight) in self._sums.items()} | self._maxima
 
     def result(self, accelerator: Accelerator) -> dict[str, float]:
         """The numbers of all processes together; every process must call it."""
@@ -41,18 +40,13 @@ class Meter:
             return self.means()
         from accelerate.utils import gather_object
 
-        return _join(gather_object([(dict(self._sums), dict(self._weights))]))
-
-
-def _join(parts: list[tuple[dict[str, float], dict[str, float]]]) -> dict[str, float]:
-    found = {}
-    for name in dict.fromkeys(name for sums, _ in parts for name in sums):
-        here = [(sums[name], weights[name]) for sums, weights in parts if name in sums]
-        if name.endswith("/max"):
-            found[name] = max(value for value, _ in here)
-        else:
-            found[name] = sum(value for value, _ in here) / sum(weight for _, weight in here)
-    return found
+        joined = Meter()
+        for sums, maxima in gather_object([(self._sums, self._maxima)]):
+            for name, (total, weight) in sums.items():
+                joined.add(name, total / weight, weight)
+            for name, value in maxima.items():
+                joined.maximum(name, value)
+        return joined.means()
 
 
 class RunLog:

@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from appo_kernels import SurrogateOutput
 
 from .logs import Meter
@@ -18,15 +21,26 @@ def measure_groups(meter: Meter, groups: Sequence[Group]) -> None:
             meter.add(f"reward/{name}", values[known].mean(), int(known.sum()))
         lengths = group.mask.sum(1).float()
         meter.add("length/mean", lengths.mean())
-        meter.add("length/max", lengths.max())
+        meter.maximum("length/max", lengths.max())
+        meter.add("length/clipped", 1 - group.finished.float().mean())
         meter.add("entropy", group.entropy[group.mask].mean(), group.tokens)
         if group.target_frames is not None and group.weights is not None and group.mass is not None:
             weights = group.weights[group.mask]
             meter.add("weight/mean", weights.mean(), group.tokens)
-            meter.add("weight/max", weights.max())
+            meter.maximum("weight/max", weights.max())
             meter.add("weight/share", (weights > 1).float().mean(), group.tokens)
-            meter.add("mass/per_key", group.mass.sum(-1)[group.mask].mean(), group.tokens)
+            meter.add("mass/frames", mass_on_frames(group)[group.mask].mean(), group.tokens)
             measure_frames(meter, group)
+
+
+def mass_on_frames(group: Group) -> Tensor:
+    """(G, N): the share of each token's attention that falls on frames at all, whichever reduction was recorded."""
+    assert group.mass is not None
+    if group.mass_reduction == "sum":
+        return group.mass.sum(-1)
+    ids = group.prompt.frame_ids
+    sizes = torch.bincount(ids[ids >= 0].long(), minlength=group.mass.shape[-1])
+    return (group.mass * sizes).sum(-1)
 
 
 def measure_frames(meter: Meter, group: Group) -> None:
@@ -55,7 +69,7 @@ def measure_loss(meter: Meter, result: SurrogateOutput, tokens: int, weighted: f
         meter.add("clip/unweighted", max(0.0, clipped / (1 - weighted)), tokens * (1 - weighted))
     meter.add("kl/approx", values["approx_kl"], tokens)
     meter.add("kl/ref", values["ref_kl"], tokens)
-    meter.add("ratio/max", values["ratio_max"])
+    meter.maximum("ratio/max", values["ratio_max"])
     meter.add("tokens/effective", values["effective_tokens"])
 
 

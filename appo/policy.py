@@ -26,7 +26,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.model: Any = model
         causal = self.causal
         if "mm_encoder_outputs" not in inspect.signature(causal.base_model.forward).parameters:
             raise ValueError(

@@ -108,7 +108,7 @@ def reference_policy(
 
     @contextmanager
     def reference() -> Iterator[nn.Module]:
-        with policy.model.disable_adapter() if config.lora_rank else nullcontext():  # type: ignore[operator]
+        with policy.model.disable_adapter() if config.lora_rank else nullcontext():
             yield frozen
 
     return reference

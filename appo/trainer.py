@@ -73,9 +73,9 @@ class Trainer:
         self.meter = Meter()
         policy = Policy(prepare_model(model, config))
         self.reference = reference_policy(policy, config, self.accelerator.device)
-        self.model = policy.model
+        self.model: Any = policy.model
         self.policy, self.optimizer = self.accelerator.prepare(policy, build_optimizer(policy, config))
-        self.softcap = policy.softcap
+        self.logits: dict[str, Any] = {"temperature": config.temperature, "softcap": policy.softcap}
         self.build_prompt = PromptBuilder(processor, policy.causal.config, config)
         self.sampler = RecordSampler(
             dataset, seed=config.seed, rank=self.accelerator.process_index, world=self.accelerator.num_processes
@@ -134,7 +134,7 @@ class Trainer:
             self.update(groups, learning_rate(number, config))
         measure_groups(self.meter, groups)
         self.meter.add("time/step", time.perf_counter() - started)
-        self.meter.add("memory/peak_gib/max", peak_memory_gib(self.accelerator.device))
+        self.meter.maximum("memory/peak_gib", peak_memory_gib(self.accelerator.device))
         if number == 1 or _due(number, config.sample_every):
             self.log.sample(number, sample_record(groups[0], self.processor))
         return self.meter.result(self.accelerator)
@@ -144,7 +144,8 @@ class Trainer:
     def rollout(self, number: int) -> list[Group]:
         """This process's groups. With dynamic sampling, groups without signal give way to new prompts."""
         config, world = self.config, self.accelerator.num_processes
-        wanted, groups = config.prompts_per_step // world, []
+        wanted = config.prompts_per_step // world
+        groups: list[Group] = []
         rounds = config.max_sampling_rounds if config.dynamic_sampling else 1
         generator = torch.Generator(self.accelerator.device)
         generator.manual_seed(_seed(config.seed, number, self.accelerator.process_index))
@@ -188,6 +189,7 @@ class Trainer:
                     completion_ids=ids,
                     mask=mask,
                     rollout_logprobs=sampled.logprobs[rows].cpu(),
+                    finished=sampled.finished[rows].cpu(),
                     texts=texts,
                     rewards=total,
                     accuracy=accuracy,
@@ -204,34 +206,30 @@ class Trainer:
         """Log-probabilities, entropy and frame mass in one forward; from these the weight of every token."""
         config = self.config
         batch = batch_groups(groups, self.pad_id, self.accelerator.device)
-        weighted = config.method == "appo" and batch.prompts.num_frames > 0
-        recorder = nullcontext()
-        if weighted:
+        recorder = None
+        if config.method == "appo" and batch.prompts.num_frames > 0:
             recorder = record_frame_mass(
                 self.model, batch.frame_ids, rows=batch.rows, layers=config.layers, reduction=config.mass_reduction
             )
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-            shape = {"bias": bias, "temperature": config.temperature, "softcap": self.softcap}
-            tokens = token_logprobs(hidden[batch.mask], weight, batch.completion_ids[batch.mask], **shape)
-            lse = hidden.new_zeros(batch.mask.shape, dtype=torch.float32).masked_scatter(batch.mask, tokens.lse)
+            logprobs, entropy, lse = self.token_values(batch, hidden, weight, bias)
             for index, group in enumerate(groups):
-                rows = slice(index * config.group_size, (index + 1) * config.group_size)
-                length = group.mask.shape[1]
-                group.old_logprobs, group.entropy = (
-                    torch.zeros(batch.mask.shape, device=lse.device).masked_scatter(batch.mask, x)[rows, :length].cpu()
-                    for x in (tokens.logprobs, tokens.entropy)
-                )
-                if weighted:
-                    mass = recorder.mass[rows, :length, : group.prompt.num_frames]
-                    self.weigh(group, mass, hidden[rows, :length], weight, lse[rows, :length], shape)
+                own = slice(index * config.group_size, (index + 1) * config.group_size), slice(group.mask.shape[1])
+                group.old_logprobs, group.entropy = logprobs[own].cpu(), entropy[own].cpu()
+                if recorder is not None:
+                    mass = recorder.mass[own][..., : group.prompt.num_frames]
+                    with self.timed("weights"):
+                        self.weigh(group, mass, hidden[own], weight, bias, lse[own])
 
-        with self.accelerator.autocast(), recorder:
+        with self.accelerator.autocast(), recorder or nullcontext():
             self.policy(batch, head)
         if self.reference is not None:
             self.score_reference(groups, batch)
 
-    def weigh(self, group: Group, mass: Tensor, hidden: Tensor, weight: Tensor, lse: Tensor, shape: dict) -> None:
+    def weigh(
+        self, group: Group, mass: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor
+    ) -> None:
         """What a group's responses looked at becomes the weight of each of their tokens (SPEC sections 4 and 5)."""
         config, device = self.config, mass.device
         mask, accuracy = group.mask.to(device), group.accuracy.to(device)
@@ -240,19 +238,23 @@ class Trainer:
             top_tokens=config.top_tokens, top_frames=config.top_frames, threshold=config.threshold,
         )  # fmt: skip
         slots = perception_slots(mass, mask, frames, top_tokens=config.slot_tokens)
-        divergence = group_divergence(hidden, weight, lse, slots, kind=config.divergence, **shape)
+        divergence = group_divergence(hidden, weight, lse, slots, kind=config.divergence, bias=bias, **self.logits)
         weights = token_weights(divergence, slots, mask, alpha=config.alpha, average=config.average)
-        group.target_frames, group.weights, group.mass = frames.cpu(), weights.cpu(), mass.cpu()
+        group.target_frames, group.weights = frames.cpu(), weights.cpu()
+        group.mass, group.mass_reduction = mass.cpu(), config.mass_reduction
+
+    def token_values(self, batch: ResponseBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+        """Log-probability, entropy and log-sum-exp of every response token, each (B, N) fp32; 0 at padding."""
+        targets = batch.completion_ids[batch.mask]
+        values = token_logprobs(hidden[batch.mask], weight, targets, bias=bias, **self.logits)
+        return [torch.zeros(batch.mask.shape, device=x.device).masked_scatter(batch.mask, x) for x in values]
 
     @torch.no_grad()
     def score_reference(self, groups: Sequence[Group], batch: ResponseBatch) -> None:
         """Log-probabilities under the reference policy, for the KL term (beta > 0)."""
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            targets = batch.completion_ids[batch.mask]
-            options = {"bias": bias, "temperature": self.config.temperature, "softcap": self.softcap}
-            tokens = token_logprobs(hidden[batch.mask], weight, targets, **options)
-            return torch.zeros(batch.mask.shape, device=hidden.device).masked_scatter(batch.mask, tokens.logprobs)
+            return self.token_values(batch, hidden, weight, bias)[0]
 
         with self.accelerator.autocast(), self.reference() as reference:
             logprobs = reference(batch, head).cpu()
@@ -294,15 +296,15 @@ class Trainer:
         config = self.config
         batch = batch_groups(groups, self.pad_id, self.accelerator.device)
 
-        def stack(values: Sequence[Tensor | None]) -> Tensor | None:
-            rows = [value for value in values if value is not None]
-            return stack_tokens(rows, 0.0).to(batch.mask.device) if len(rows) == len(groups) else None
+        def stack(values: Sequence[Tensor]) -> Tensor:
+            return stack_tokens(values, 0.0).to(batch.mask.device)
 
-        old = [group.old_logprobs for group in groups]
-        weights = [torch.ones_like(x) if g.weights is None else g.weights for g, x in zip(groups, old, strict=True)]
+        weights = [torch.ones_like(g.old_logprobs) if g.weights is None else g.weights for g in groups]
         arguments: dict[str, Any] = {
             "token_weights": stack(weights),
-            "ref_logprobs": stack([group.ref_logprobs for group in groups]),
+            "ref_logprobs": stack([g.ref_logprobs for g in groups if g.ref_logprobs is not None])
+            if config.beta
+            else None,
             "rollout_logprobs": stack([g.rollout_logprobs for g in groups]) if config.rollout_cap else None,
             "rollout_cap": config.rollout_cap or 2.0,
             "eps_low": config.eps_low,
@@ -313,15 +315,15 @@ class Trainer:
             "aggregation": config.aggregation,
             "num_items": tokens,
             "max_length": config.max_new_tokens,
-            "temperature": config.temperature,
-            "softcap": self.softcap,
             "entropy_coef": config.entropy_coef,
-        }
+        } | self.logits
         advantages = torch.cat([group.advantages for group in groups]).to(batch.mask.device)
+
+        old = stack([group.old_logprobs for group in groups])
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SurrogateOutput:
             return linear_weighted_surrogate(
-                hidden, weight, batch.completion_ids, stack(old), advantages, batch.mask, bias=bias, **arguments
+                hidden, weight, batch.completion_ids, old, advantages, batch.mask, bias=bias, **arguments
             )
 
         with self.accelerator.autocast():

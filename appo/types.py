@@ -18,6 +18,7 @@ class Group:
     completion_ids: Tensor  # (G, N) int64
     mask: Tensor  # (G, N) bool: the response's tokens, its end token included
     rollout_logprobs: Tensor  # (G, N) fp32, as the engine that sampled them saw them
+    finished: Tensor  # (G,) bool: False for a response that was cut off at the length limit
     texts: list[str]
     rewards: Tensor  # (G,) fp32, the weighted sum
     accuracy: Tensor  # (G,) fp32, what divides S1 from S2
@@ -30,7 +31,8 @@ class Group:
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))  # (G, N) fp32
     weights: Tensor | None = None  # (G, N) fp32: W of SPEC section 5; None: all ones
     target_frames: Tensor | None = None  # (K,) int64: psi'
-    mass: Tensor | None = None  # (G, N, F) fp32, kept only for groups that are written down
+    mass: Tensor | None = None  # (G, N, F) fp32
+    mass_reduction: str = "mean"
 
     @property
     def informative(self) -> bool:

@@ -50,7 +50,7 @@ def why_not(problem: Problem, backend: str) -> str | None:
 
 @functools.lru_cache(maxsize=None)
 def _automatic(problem: Problem) -> str:
-    refused = []
+    refused: list[str] = []
     for backend in MODULES:
         reason = why_not(problem, backend)
         if reason is None and backend != "torch" and problem.device.type == "cpu":

@@ -1,6 +1,6 @@
 """APPO inside a training loop of your own: the operators and four functions, with no trainer of ours.
 
-Runs as it is, on a tiny random model. With your model, `responses`, `rewards` and the optimizer are what you have already.
+Runs as it is, on a tiny random model. In your trainer, `responses`, `rewards` and the optimizer are there already.
 """
 
 import torch

@@ -36,8 +36,18 @@ def test_a_step_leaves_its_numbers_and_moves_the_model(tmp_path):
     (metrics,) = lines(tmp_path)
     named = {"loss", "reward", "accuracy", "entropy", "grad_norm", "lr", "length/mean", "clip/low", "clip/high"}
     named |= {"weight/mean", "weight/max", "frames/target", "frames/recall", "groups/no_signal", "time/rollout"}
-    named |= {"time/score", "time/update", "time/step", "memory/peak_gib/max", "reward/length_parity"}
+    named |= {
+        "time/score",
+        "time/update",
+        "time/step",
+        "memory/peak_gib",
+        "mass/frames",
+        "length/clipped",
+        "time/weights",
+        "reward/length_parity",
+    }
     assert named <= metrics.keys()
+    assert 0 < metrics["mass/frames"] < 1 and metrics["length/clipped"] > 0
     assert metrics["grad_norm"] > 0 and metrics["weight/max"] > 1 and metrics["entropy"] > 0
     moved = [n for n, p in before.state_dict().items() if not torch.equal(p, trainer.model.state_dict()[n])]
     assert (
