@@ -47,8 +47,7 @@ def make_task(
     question instead of a fixed one.
 
     Records are in the Video-R1 format (SPEC section 8), with ``path`` relative to DIR, and have besides: ``time_spans``
-    [[start, end]] in seconds, the moments that decide the question; ``seen``, a word for what each shows; ``duration`` in
-    seconds; ``task``, the question kind. Returns the path of each split's records.
+    [[start, end]] in seconds, the moments that decide the question; ``duration`` in seconds; ``task``, the question kind. Returns the path of each split's records.
 
     A clip depends on the seed, its split and its number only: the same arguments give the same bytes, and a larger size keeps
     the smaller one's clips. Raises ValueError for an unknown kind or split, or sizes that cannot be drawn.
@@ -77,13 +76,13 @@ def make_task(
     return written
 
 
-def think_text(task: str, steps: Sequence[int], seen: Sequence[str], answer: str) -> str:
-    """What a response of the warm start says before its answer: what was seen, and when.
+def think_text(task: str, steps: Sequence[int], answer: str) -> str:
+    """What a response of the warm start says before its answer: when it looked, and what it saw.
 
-    steps: temporal grid step of each moment, from 0. seen: a word for each. answer: the text of the chosen option.
+    steps: temporal grid step of each moment, from 0. answer: the text of the chosen option.
     """
-    looks = " then ".join(f"at step {NUMBERS[step]} i see {what}" for step, what in zip(steps, seen, strict=True))
-    return f"{looks} so the {task} is {answer}"
+    when = " then ".join(NUMBERS[step] for step in steps)
+    return f"i see {answer} at step {when} so the {task} is {answer}"
 
 
 def response_text(think: str, letter: str) -> str:
@@ -103,7 +102,6 @@ def _record(question: Question, name: str, path: str, duration: float) -> dict[s
         "data_source": SOURCE,
         "task": question.kind,
         "time_spans": [list(span) for span in question.spans],
-        "seen": list(question.seen),
         "duration": duration,
     }
 

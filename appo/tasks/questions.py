@@ -29,8 +29,7 @@ class Difficulty:
 class Question:
     """A scene and what is asked about it.
 
-    answer: index into ``options``. spans: [start, end] in seconds of each deciding moment. seen: what each of them shows, a
-    word, in the order of time.
+    answer: index into ``options``. spans: (start, end) in seconds of each moment that decides it, in the order of time.
     """
 
     kind: str
@@ -39,7 +38,6 @@ class Question:
     options: tuple[str, ...]
     answer: int
     spans: tuple[tuple[float, float], ...]
-    seen: tuple[str, ...]
 
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
@@ -52,7 +50,7 @@ def colour(rng: np.random.Generator, level: Difficulty, duration: float, fps: fl
     spans = _spans(rng, 1, level.length, duration, fps)
     moment = Moment(*spans[0], colour=COLOURS[names[answer]], strength=level.contrast)
     scene = _scene(rng, level, [_shape(rng, level, moments=(moment,))])
-    return Question("colour", scene, "Which colour is the flash?", names, answer, spans, (names[answer],))
+    return Question("colour", scene, "Which colour is the flash?", names, answer, spans)
 
 
 def order(rng: np.random.Generator, level: Difficulty, duration: float, fps: float) -> Question:
@@ -64,8 +62,7 @@ def order(rng: np.random.Generator, level: Difficulty, duration: float, fps: flo
         for span, which in zip(spans, (first, second), strict=True)
     )
     scene = _scene(rng, level, [_shape(rng, level, moments=moments)])
-    seen = (names[first], names[second])
-    return Question("order", scene, "Which colour comes first?", names, first, spans, seen)
+    return Question("order", scene, "Which colour comes first?", names, first, spans)
 
 
 def count(rng: np.random.Generator, level: Difficulty, duration: float, fps: float) -> Question:
@@ -75,7 +72,7 @@ def count(rng: np.random.Generator, level: Difficulty, duration: float, fps: flo
     spans = _spans(rng, answer + 1, min(level.length, duration / 8), duration, fps)
     moments = tuple(Moment(*span, colour=WHITE, strength=level.contrast) for span in spans)
     scene = _scene(rng, level, [_shape(rng, level, moments=moments)])
-    return Question("count", scene, "How many flashes are there?", options, answer, spans, ("white",) * (answer + 1))
+    return Question("count", scene, "How many flashes are there?", options, answer, spans)
 
 
 def direction(rng: np.random.Generator, level: Difficulty, duration: float, fps: float) -> Question:
@@ -86,7 +83,7 @@ def direction(rng: np.random.Generator, level: Difficulty, duration: float, fps:
     offset = DIRECTIONS[options[answer]]
     moment = Moment(*spans[0], offset=(reach * offset[0], reach * offset[1]))
     scene = _scene(rng, level, [_shape(rng, level, moments=(moment,), spread=0.05)])
-    return Question("direction", scene, "Which way is the jump?", options, answer, spans, (options[answer],))
+    return Question("direction", scene, "Which way is the jump?", options, answer, spans)
 
 
 def blink(rng: np.random.Generator, level: Difficulty, duration: float, fps: float) -> Question:
@@ -104,7 +101,7 @@ def blink(rng: np.random.Generator, level: Difficulty, duration: float, fps: flo
         ),
     ]
     scene = _scene(rng, level, shapes)
-    return Question("blink", scene, "Which object is the blink?", options, answer, spans, (options[answer],))
+    return Question("blink", scene, "Which object is the blink?", options, answer, spans)
 
 
 KINDS: dict[str, Callable[[np.random.Generator, Difficulty, float, float], Question]] = {
