@@ -23,6 +23,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 DECODERS = ("decord", "pyav")
+WORKER = Path(__file__).with_name("video_worker.py")
 
 
 class VideoError(ValueError):
@@ -125,9 +126,8 @@ class _Worker:
     """One decoding process. A request that runs over its time kills it."""
 
     def __init__(self) -> None:
-        script = Path(__file__).with_name("video_worker.py")
         self.process = subprocess.Popen(
-            [sys.executable, "-u", str(script)],
+            [sys.executable, "-u", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # FFmpeg's chatter; what matters comes back as an exception
