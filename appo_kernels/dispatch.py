@@ -1,8 +1,8 @@
 """Which implementation serves a call.
 
-Every operator lives in ``appo_kernels/ops/<op>/`` and has one module per backend: ``streaming.py`` (torch), ``triton.py``
-and ``cuda.py``. A backend module says in ``unsupported(problem)`` why it cannot serve a call (None: it can). A module
-that does not exist is a backend the operator does not have.
+Every operator lives in ``appo_kernels/ops/<op>/`` and has one module per backend: ``streaming.py`` (torch),
+``triton.py`` and ``cuda.py``. A backend module says in ``unsupported(problem)`` why it cannot serve a call (None: it
+can). A module that does not exist is a backend the operator does not have.
 """
 
 import functools
@@ -33,7 +33,7 @@ class Problem:
     needs_grad: bool = False
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def implementation(op: str, backend: str) -> ModuleType | None:
     """The module of one backend of one operator, or None where the operator has no such backend."""
     name = f"appo_kernels.ops.{op}.{MODULES[backend]}"
@@ -48,7 +48,7 @@ def why_not(problem: Problem, backend: str) -> str | None:
     return module.unsupported(problem)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _automatic(problem: Problem) -> str:
     refused: list[str] = []
     for backend in MODULES:
@@ -56,7 +56,8 @@ def _automatic(problem: Problem) -> str:
         if reason is None and backend != "torch" and problem.device.type == "cpu":
             reason = "on the CPU it is only emulated, for tests; name it to have that"
         if reason is None:
-            logger.debug("%s: backend %s for %s (%s)", problem.op, backend, problem, "; ".join(refused) or "first choice")
+            why = "; ".join(refused) or "first choice"
+            logger.debug("%s: backend %s for %s (%s)", problem.op, backend, problem, why)
             return backend
         refused.append(f"not {backend}: {reason}")
     raise ValueError(f"{problem.op}: no backend can serve {problem}: {'; '.join(refused)}")
@@ -69,8 +70,8 @@ def resolve(
 ) -> str:
     """The backend that serves this call: the named one, or the fastest that can when ``backend`` is "auto".
 
-    ``APPO_BACKEND`` replaces "auto" (not an explicit name). Raises ValueError when a named backend cannot serve the call,
-    saying why and which ones can.
+    ``APPO_BACKEND`` replaces "auto" (not an explicit name). Raises ValueError when a named backend cannot serve the
+    call, saying why and which ones can.
     """
     if backend == "auto":
         backend = os.environ.get("APPO_BACKEND", "auto")

@@ -16,9 +16,8 @@ def make_groups(builder, count, size, lengths, vocab):
         ids = torch.randint(0, vocab, (size, length), generator=generator)
         mask = torch.arange(length) < torch.randint(1, length + 1, (size, 1), generator=generator)
         nothing = torch.zeros(size)
-        groups.append(
-            Group(builder(record), ids, mask, torch.zeros(ids.shape), [""] * size, nothing, nothing, {}, nothing)
-        )
+        texts, logprobs = [""] * size, torch.zeros(ids.shape)
+        groups.append(Group(builder(record), ids, mask, logprobs, mask[:, -1], texts, nothing, nothing, {}, nothing))
     return groups
 
 
