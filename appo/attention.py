@@ -98,7 +98,7 @@ class FrameMassRecorder:
         self._depth = 0  # how often the context is open
         self._in_forward = False
         self._total: Tensor | None = None  # (B, R, F): sum over the layers recorded so far; fp64 in fp64 models
-        self._recorded: list[int] = []  # their numbers
+        self._recorded: list[int] = []  # their numbers, once for each pass (some models run a layer several times)
         # Layers share their mask tensor, and its intervals are found once a forward: (mask, window, result)
         self._visibility: tuple[Any, Any, Visibility] | None = None
 
@@ -116,7 +116,7 @@ class FrameMassRecorder:
                 f"{OP}: `mass`: expected a forward through the tapped layers {self.layers}, got none through "
                 f"{missing}. Call the model itself, not a copy, inside the context, and read `mass` after it."
             )
-        return (self._total / len(self._layers)).float()
+        return (self._total / len(self._recorded)).float()
 
     def __enter__(self) -> "FrameMassRecorder":
         self._depth += 1
@@ -177,7 +177,7 @@ class FrameMassRecorder:
         options: dict[str, Any],
     ) -> None:
         """Adds the mass of one tapped layer; query (B, Hq, L, d) and key (B, Hkv, S, d) as its attention got them."""
-        if not self._in_forward or layer in self._recorded:
+        if not self._in_forward:
             return
         for name in UNSUPPORTED:
             if options.get(name) is not None:

@@ -272,6 +272,13 @@ def test_soft_caps_and_sinks_are_refused() -> None:
             model(input_ids=tokens(1))
 
 
+def test_layer_that_runs_twice_counts_twice() -> None:
+    model, ids = models.qwen2(), frames(2)
+    model.model.layers[3] = model.model.layers[2]
+    inputs = {"input_ids": tokens(2), "use_cache": False}
+    assert_close(record(model, ids, **inputs), reference(eager(model, **inputs), ids))  # layers 0, 1, 2, 2
+
+
 def test_batches_without_frames() -> None:
     model = models.qwen2()
     with torch.no_grad(), record_frame_mass(model, torch.full((2, S), -1), rows=slice(-3, None)) as recorder:
