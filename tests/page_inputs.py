@@ -44,6 +44,14 @@ def write_run(folder: Path, *, method: str = "appo", steps: int = 40, max_steps:
     return folder
 
 
+def write_small_run(folder: Path, **options: Any) -> Path:
+    """A run whose only metric is the reward: quick to draw."""
+    run = write_run(folder, **options)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    _write(run / "metrics.jsonl", [{"step": line["step"], "reward": line["reward"]} for line in lines])
+    return run
+
+
 def _metrics(step: int, chance: random.Random, weighted: bool) -> dict[str, Any]:
     rise = 1 - math.exp(-step / 12)
     near = lambda value, spread: max(0.0, value + chance.gauss(0, spread))  # noqa: E731
@@ -114,11 +122,11 @@ def _sample(step: int, chance: random.Random, weighted: bool) -> dict[str, Any]:
 
 
 def inspection(G: int = 4, F: int = 8, N: int = 24) -> dict[str, Any]:
-    """Arguments of write_inspection: a grey square that is green in frames 4 and 5, which some answers look at."""
+    """Arguments of write_inspection: a grey square, green in two frames that some answers look at."""
     generator = torch.Generator().manual_seed(0)
     frames = torch.full((2 * F, 3, 28, 28), 60, dtype=torch.uint8)
     frames[:, :, 9:19, 9:19] = 150
-    frames[8:12, :, 9:19, 9:19] = torch.tensor([50, 185, 80], dtype=torch.uint8)[:, None, None]
+    frames[F : F + 4, :, 9:19, 9:19] = torch.tensor([50, 185, 80], dtype=torch.uint8)[:, None, None]
     frames = (frames + torch.randint(0, 20, frames.shape, generator=generator)).to(torch.uint8)
     tokens = []
     for i in range(G):
@@ -130,20 +138,22 @@ def inspection(G: int = 4, F: int = 8, N: int = 24) -> dict[str, Any]:
     for i, row in enumerate(tokens):
         for t, word in enumerate(row):
             if word in ("moment", "turns", "green", "blue", "red", "A", "B", "C"):
-                mass[i, t, (4, 5) if i % 2 == 0 else (1, 2)] += 0.2 + 0.2 * torch.rand(1, generator=generator)
+                mass[i, t, (F // 2, F // 2 + 1) if i % 2 == 0 else (0, 1)] += 0.2 + 0.2 * torch.rand(
+                    1, generator=generator
+                )
                 weights[i, t] = 1 + 1.2 * float(torch.rand(1, generator=generator))
     return {
         "frames": frames,
         "times": [(f * 0.5, f * 0.5 + 0.25) for f in range(F)],
         "tokens": tokens,
         "mass": mass,
-        "selected": torch.tensor([4, 6]),
+        "selected": torch.tensor([F // 2, F - 2]),
         "weights": weights,
         "rewards": torch.tensor([1.0, 0.1, 1.0, 0.1])[torch.arange(G) % 4],
         "question": QUESTION,
         "options": OPTIONS,
         "answer": "B",
-        "crucial": [4, 5],
+        "crucial": [F // 2, F // 2 + 1],
     }
 
 

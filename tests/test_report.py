@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from page_inputs import inspection, write_run
+from page_inputs import inspection, write_run, write_small_run
 from PIL import Image
 
 from appo.inspect import write_inspection
@@ -62,7 +62,7 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / seed / "run") for seed in ("s0", "s1")]
+    runs = [write_small_run(tmp_path / seed / "run") for seed in ("s0", "s1")]
     text = write_report(runs, tmp_path / "report.html").read_text()
     assert "<td>s0/run</td>" in text
     assert "<td>s1/run</td>" in text
@@ -76,7 +76,7 @@ def test_grpo_says_that_words_counted_alike_and_has_no_frames(tmp_path: Path) ->
 
 
 def test_a_run_that_is_still_going(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", steps=7)
+    run = write_small_run(tmp_path / "run", steps=7)
     with open(run / "metrics.jsonl", "a") as file:
         file.write('{"step": 8, "reward": 0.')
     text = write_report([run], tmp_path / "report.html").read_text()
@@ -103,7 +103,7 @@ def test_metrics_that_are_not_there_leave_no_hole(tmp_path: Path) -> None:
 
 
 def test_one_step_and_metrics_that_come_late(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", steps=1)
+    run = write_run(tmp_path / "run", steps=1, max_steps=1)
     assert write_report([run], tmp_path / "report.html").read_text().count("<figure") > 10
     late = tmp_path / "late"
     late.mkdir()
@@ -114,7 +114,7 @@ def test_one_step_and_metrics_that_come_late(tmp_path: Path) -> None:
 
 
 def test_text_of_the_model_cannot_become_markup(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", steps=10)
+    run = write_small_run(tmp_path / "run", steps=10)
     evil = "</p><script>alert(1)</script>"
     sample = {"step": 1, "question": evil, "options": [f"A. {evil}"], "answer": "A"}
     sample["completions"] = [{"text": evil, "tokens": [evil], "weights": [1.5], "accuracy": 1.0, "reward": 1.0}]
@@ -127,7 +127,7 @@ def test_text_of_the_model_cannot_become_markup(tmp_path: Path) -> None:
 
 
 def test_tokens_are_tinted_by_weight(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", steps=10)
+    run = write_small_run(tmp_path / "run", steps=10)
     completion = {
         "text": "a b",
         "tokens": ["a", " b", "\n"],
@@ -145,7 +145,7 @@ def test_tokens_are_tinted_by_weight(tmp_path: Path) -> None:
 
 
 def test_the_inspection_of_a_run_is_shown_with_a_link(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "runs" / "appo", steps=5)
+    run = write_small_run(tmp_path / "runs" / "appo", steps=5)
     write_inspection(run / "inspection", **inspection())
     page = write_report([run], tmp_path / "pages" / "report.html")
     assert 'href="../runs/appo/inspection/inspection.html"' in page.read_text()
@@ -218,7 +218,7 @@ def test_inspection_without_weights_frames_or_truth(tmp_path: Path) -> None:
     data = page_data(page)
     assert (data["top"], data["truthKnown"]) == (1.0, False)
     assert "No frame was picked, so every word counts once." in page.read_text()
-    assert "decides the question" not in page.read_text()
+    assert "known for this clip" not in page.read_text()
 
 
 def test_inspection_of_hostile_groups(tmp_path: Path) -> None:

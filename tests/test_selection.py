@@ -209,3 +209,54 @@ def test_select_frames_refuses(changed: dict, named: str) -> None:
 def test_perception_slots_refuses_frames_that_are_not_there(frames: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="perception_slots: `frames`"):
         perception_slots(MASS, MASK, frames)
+
+
+def by_the_book(mass: list, lengths: list[int], rewards: list[float], strategy: str, K1: int, K2: int) -> list[int]:
+    """SPEC section 4 in plain Python."""
+    F = len(mass[0][0])
+    A, psi = {}, {}
+    for i, n in enumerate(lengths):
+        if n:
+            top = [sorted((mass[i][t][f] for t in range(n)), reverse=True)[:K1] for f in range(F)]
+            A[i] = [sum(values) / len(values) for values in top]
+            psi[i] = set(sorted(range(F), key=lambda f: (-A[i][f], f))[:K2])
+    right = [i for i in A if rewards[i] >= 0.5]
+    wrong = [i for i in A if rewards[i] < 0.5]
+    if strategy == "contrast":
+        if not right or not wrong:
+            return []
+        gain = [sum(A[i][f] for i in right) / len(right) - sum(A[i][f] for i in wrong) / len(wrong) for f in range(F)]
+        return sorted(f for f in sorted(range(F), key=lambda f: (-gain[f], f))[:K2] if gain[f] > 0)
+    union = {
+        kind: set().union(*(psi[i] for i in members)) for kind, members in (("S1", right), ("S2", wrong), ("all", A))
+    }
+    chosen = {
+        "hard": union["S1"] - union["S2"],
+        "soft": union["S1"],
+        "all": union["all"],
+        "released-hard": union["S1"],
+        "released-soft": union["S1"] if right else union["all"],
+    }
+    return sorted(chosen[strategy])
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_random_groups_against_the_specification_in_plain_python(strategy: str) -> None:
+    generator = torch.Generator().manual_seed(7)
+    found = 0
+    for _ in range(60):
+        G, N, F, K1, K2 = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in
+                           ((1, 9), (1, 30), (1, 18), (1, 20), (1, 6)))  # fmt: skip
+        # Few distinct values, so that ties are common and sums exact. Not for contrast: its means of means are not exact.
+        mass = torch.randint(1, 6, (G, N, F), generator=generator).double() / 64
+        if strategy == "contrast":
+            mass = torch.rand(G, N, F, generator=generator, dtype=torch.float64)
+        lengths = torch.randint(0, N + 1, (G,), generator=generator)
+        rewards = torch.randint(0, 3, (G,), generator=generator) / 2
+        frames = select_frames(
+            mass, torch.arange(N) < lengths[:, None], rewards, strategy=strategy, top_tokens=K1, top_frames=K2
+        )
+        expected = by_the_book(mass.tolist(), lengths.tolist(), rewards.tolist(), strategy, K1, K2)
+        assert frames.tolist() == expected
+        found += len(expected)
+    assert found > 20

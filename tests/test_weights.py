@@ -160,3 +160,25 @@ def test_advantages_of_integer_rewards() -> None:
 def test_group_advantages_refuses(rewards: torch.Tensor, scale: str, named: str) -> None:
     with pytest.raises(ValueError, match=f"group_advantages: `{named}`"):
         group_advantages(rewards, scale=scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("average", ["frames", "member"])
+def test_a_gpu_gives_what_the_cpu_gives_and_the_same_each_time(average: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    mass = torch.rand(8, 384, 16, generator=generator)
+    mask = torch.arange(384) < torch.randint(0, 385, (8, 1), generator=generator)
+    rewards = torch.randint(0, 2, (8,), generator=generator).float()
+
+    def chain(device: str) -> list[torch.Tensor]:
+        m, k, r = (tensor.to(device) for tensor in (mass, mask, rewards))
+        frames = select_frames(m, k, r, strategy="soft")
+        slots = perception_slots(m, k, frames)
+        divergence = torch.rand(slots.shape[0], slots.shape[2], generator=torch.Generator().manual_seed(6)).to(device)
+        return [frames, slots, token_weights(divergence, slots, k, average=average), group_advantages(r)]
+
+    expected, got, again = chain("cpu"), chain("cuda"), chain("cuda")
+    for name, a, b, c in zip(("frames", "slots", "weights", "advantages"), expected, got, again, strict=True):
+        assert b.is_cuda, name
+        assert torch.equal(b, c), name
+        torch.testing.assert_close(b.cpu(), a, rtol=0, atol=1e-6 if a.is_floating_point() else 0)

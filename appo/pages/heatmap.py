@@ -72,6 +72,9 @@ def _thumbnails(axes: Any, found: "Inspection") -> None:
 def _cells(axes: Any, found: "Inspection", index: int) -> None:
     mass = found.mass[index][:MAX_TOKENS]
     tokens = found.tokens[index][:MAX_TOKENS]
+    if not tokens:  # an empty answer keeps its place
+        axes.axis("off")
+        return
     highest = float(mass.max()) if mass.size else 0.0
     axes.imshow((mass / highest) ** GAMMA if highest > 0 else mass, aspect="auto", cmap=BLUES, vmin=0, vmax=1)
     for frame in found.selected:
@@ -83,6 +86,9 @@ def _cells(axes: Any, found: "Inspection", index: int) -> None:
 
 def _weights(axes: Any, found: "Inspection", index: int) -> None:
     weights = found.weights[index][:MAX_TOKENS]
+    if not weights.size:
+        axes.axis("off")
+        return
     axes.barh(range(len(weights)), weights - 1, color=WEIGHT, height=0.66)
     for row, weight in enumerate(weights):
         if weight > 1.005:

@@ -104,8 +104,18 @@ function point(t) {
     return;
   }
   document.querySelectorAll(`[data-token="${t}"]`).forEach((node) => node.classList.add("on"));
+  if (t === state.pinned) reveal(find("rows").children[t]);
   const weighs = weights[t] > 1.005 ? `counts ${weights[t].toFixed(2)} times` : "counts once";
   find("readout").textContent = `“${tokens[t].trim()}” looks most at ${where}; it ${weighs} in training.`;
+}
+
+// Scroll the map, not the page, until a row stands below the thumbnails.
+function reveal(row) {
+  const map = find("strip").parentElement, top = row.offsetTop - map.offsetTop;
+  const hidden = find("strip").offsetHeight;
+  if (top - hidden < map.scrollTop || top + row.offsetHeight > map.scrollTop + map.clientHeight) {
+    map.scrollTop = top - (hidden + map.clientHeight) / 2;
+  }
 }
 
 function tokenOf(event) {
