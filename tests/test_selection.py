@@ -247,7 +247,7 @@ def test_random_groups_against_the_specification_in_plain_python(strategy: str) 
     for _ in range(60):
         G, N, F, K1, K2 = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in
                            ((1, 9), (1, 30), (1, 18), (1, 20), (1, 6)))  # fmt: skip
-        # Few distinct values, so that ties are common and sums exact. Not for contrast: its means of means are not exact.
+        # Few distinct values: ties are common and sums exact. Not for contrast, whose means of means are not exact.
         mass = torch.randint(1, 6, (G, N, F), generator=generator).double() / 64
         if strategy == "contrast":
             mass = torch.rand(G, N, F, generator=generator, dtype=torch.float64)
