@@ -3,7 +3,7 @@
     dP = dO V^T + g,  dS = P (dP - delta),  dq = scale dS K,  dk = scale dS^T Q,  dv = P^T dO
 
 g[row, key] is the gradient of the mass of the key's frame (times weight and 1 / heads), 0 on keys of no frame. In a
-tile of one frame it is one number per row, which is taken off delta once per tile; only tiles of small frames gather it.
+tile of one frame it is one number per row, which is taken off delta once per tile; tiles of small frames gather it.
 """
 
 import triton
@@ -22,11 +22,25 @@ from appo_kernels.ops.frame_mass.triton_replay import (
 
 @triton.jit
 def frame_gradient(p_grad, p_weights, row_offset, frame, valid, F, stride_f, factor, WEIGHTED: tl.constexpr):
-    """g of rows at ``row_offset`` on ``frame`` (same shape as the rows, or broadcast with them); 0 for frame F."""
-    known = valid & (frame < F)
-    g = tl.load(p_grad + row_offset + frame * stride_f, mask=known, other=0.0) * factor
+    """g of rows at ``row_offset`` on ``frame``, (BM,); 0 for frame F, the keys of no frame."""
+    g = tl.load(p_grad + row_offset + frame.to(tl.int64) * stride_f, mask=valid & (frame < F), other=0.0) * factor
     if WEIGHTED:
         g *= tl.load(p_weights + frame, mask=frame < F, other=0.0)
+    return g
+
+
+@triton.jit
+def frame_gradients(
+    p_grad, p_weights, p_frames, start, length, row_offset, valid, F, stride_f, factor,
+    WEIGHTED: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """g of rows on the ``length`` keys from ``start`` in the plan's order, whatever their frames, (BM, BN)."""
+    n = tl.arange(0, BN)
+    b_frame = tl.load(p_frames + start + n, mask=n < length, other=-1)
+    g = tl.zeros([BM, BN], tl.float32)
+    for frame in range(tl.load(p_frames + start), tl.load(p_frames + start + length - 1) + 1):
+        g_row = frame_gradient(p_grad, p_weights, row_offset, frame, valid, F, stride_f, factor, WEIGHTED)
+        g = tl.where(b_frame[None, :] == frame, g_row[:, None], g)
     return g
 
 
@@ -86,11 +100,9 @@ def delta_kernel(
             b_p = probabilities(
                 b_query, p_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale, D, DP, BN, BOUNDS
             )  # fmt: skip
-            n = tl.arange(0, BN)
-            b_frame = tl.load(p_frames + start + n, mask=n < length, other=F)
-            g = frame_gradient(
-                p_grad_mass, p_weights, row_offset[:, None], b_frame[None, :], valid[:, None], F, stride_mf, factor,
-                WEIGHTED,
+            g = frame_gradients(
+                p_grad_mass, p_weights, p_frames, start, length, row_offset, valid, F, stride_mf, factor,
+                WEIGHTED, BM, BN,
             )  # fmt: skip
             delta += tl.sum(b_p * g, 1)
     tl.store(p_delta + flat, delta, mask=valid)
@@ -120,7 +132,7 @@ def score_gradient(
 def query_step(
     b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles, tile, p_grad_mass, p_weights,
     row_offset, stride_mf, F, factor, lse, delta, first, last, prefix, valid, scale, b_dq,
-    D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr,
     VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of keys to dq. The tiles of the first loop are not MASKED and hold one frame."""
@@ -128,7 +140,8 @@ def query_step(
     start = tl.load(p_tiles + tile * 4)
     g, seen = 0.0, True
     if MASKED:
-        inside = n < tl.load(p_tiles + tile * 4 + 1)
+        length = tl.load(p_tiles + tile * 4 + 1)
+        inside = n < length
         position = tl.load(p_order + start + n, mask=inside, other=0)
         seen = inside[None, :] & visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)
     else:
@@ -136,10 +149,9 @@ def query_step(
         position = tl.load(p_order + start + n)
     if MASS:
         if MASKED:
-            b_frame = tl.load(p_frames + start + n, mask=inside, other=F)
-            g = frame_gradient(
-                p_grad_mass, p_weights, row_offset[:, None], b_frame[None, :], valid[:, None], F, stride_mf, factor,
-                WEIGHTED,
+            g = frame_gradients(
+                p_grad_mass, p_weights, p_frames, start, length, row_offset, valid, F, stride_mf, factor,
+                WEIGHTED, BM, BN,
             )  # fmt: skip
         else:
             frame = tl.load(p_tiles + tile * 4 + 2)
@@ -200,13 +212,13 @@ def query_kernel(
         b_dq = query_step(
             b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles, tl.load(p_visits + i),
             p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta, first, last, prefix, valid,
-            scale, b_dq, D, DP, BN, False, BOUNDS, VALUE, MASS, WEIGHTED,
+            scale, b_dq, D, DP, BM, BN, False, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
     for i in range(leading, count):
         b_dq = query_step(
             b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles, tl.load(p_visits + i),
             p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta, first, last, prefix, valid,
-            scale, b_dq, D, DP, BN, True, BOUNDS, VALUE, MASS, WEIGHTED,
+            scale, b_dq, D, DP, BM, BN, True, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
     d = tl.arange(0, DP)
     b_dq = b_dq * (scale * 0.6931471805599453)
@@ -221,9 +233,9 @@ def query_kernel(
 def key_step(
     b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds, row_tile, sequence, kv_head,
     stride_qh, stride_qr, stride_gh, stride_gr, stride_mh, stride_mr, stride_mf, HKV, R, F, factor,
-    position, inside, frame, b_frame, scale, b_dk, b_dv,
-    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr,
-    VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
+    position, inside, frame, p_frames, start, length, scale, b_dk, b_dv,
+    G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
+    BOUNDS: tl.constexpr, VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
     """Adds one tile of rows, all heads of the group in it, to dk / scale and dv."""
     row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
@@ -243,9 +255,11 @@ def key_step(
         seen = inside[:, None] & visible(position[:, None], first[None, :], last[None, :], prefix[None, :], BOUNDS)
     if MASS:
         if MASKED:
-            g = frame_gradient(
-                p_grad_mass, p_weights, row_offset[None, :], b_frame[:, None], valid[None, :], F, stride_mf, factor,
-                WEIGHTED,
+            g = tl.trans(
+                frame_gradients(
+                    p_grad_mass, p_weights, p_frames, start, length, row_offset, valid, F, stride_mf, factor,
+                    WEIGHTED, BM, BN,
+                )
             )  # fmt: skip
         else:
             delta = delta - frame_gradient(
@@ -286,7 +300,7 @@ def key_kernel(
     n = tl.arange(0, BN)
     inside = n < length
     position = tl.load(p_order + b64 * S + start + n, mask=inside, other=0)
-    b_frame = tl.load(p_frames + b64 * S + start + n, mask=inside, other=F)
+    p_frames += b64 * S
     b_key = load_keys(p_key + b64 * stride_kb + h64 * stride_kh, stride_ks, position, inside, D, DP, False)
     b_value = b_key
     if VALUE:
@@ -307,16 +321,16 @@ def key_kernel(
     for i in range(whole):
         b_dk, b_dv = key_step(
             b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds,
-            tl.load(p_visitors + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh, stride_mr,
-            stride_mf, HKV, R, F, factor, position, inside, frame, b_frame, scale, b_dk, b_dv,
-            G, D, DP, BM, False, BOUNDS, VALUE, MASS, WEIGHTED,
+            tl.load(p_visitors + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh,
+            stride_mr, stride_mf, HKV, R, F, factor, position, inside, frame, p_frames, start, length, scale,
+            b_dk, b_dv, G, D, DP, BM, BN, False, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
     for i in range(whole, count):
         b_dk, b_dv = key_step(
             b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds,
-            tl.load(p_visitors + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh, stride_mr,
-            stride_mf, HKV, R, F, factor, position, inside, frame, b_frame, scale, b_dk, b_dv,
-            G, D, DP, BM, True, BOUNDS, VALUE, MASS, WEIGHTED,
+            tl.load(p_visitors + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh,
+            stride_mr, stride_mf, HKV, R, F, factor, position, inside, frame, p_frames, start, length, scale,
+            b_dk, b_dv, G, D, DP, BM, BN, True, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
     d = tl.arange(0, DP)
     target = ((b64 * HKV + h64) * S + position)[:, None] * D + d[None, :]

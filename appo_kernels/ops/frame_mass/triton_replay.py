@@ -97,12 +97,13 @@ def probabilities(
 
 
 @triton.jit
-def sum_heads(b_lanes, G: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr):
-    """(BM, n) values of lanes -> (ROWS, n) sums over the G heads of each row, exact products in fp32."""
-    r = tl.arange(0, ROWS)
-    lane = tl.arange(0, BM)
-    member = (lane // G)[None, :] == r[:, None]
-    return tl.dot(member.to(tl.float32), b_lanes, input_precision="ieee")
+def sum_heads(b_lanes, G: tl.constexpr, BM: tl.constexpr, ROWS: tl.constexpr, FG: tl.constexpr):
+    """(BM, FG) values of lanes -> (ROWS, FG) sums over the G heads of each row, in the order of the heads."""
+    total = tl.zeros([ROWS, FG], tl.float32)
+    for g in range(G):
+        lane = tl.minimum(tl.arange(0, ROWS) * G + g, BM - 1)  # rows beyond the tile's repeat a lane and are not stored
+        total += tl.gather(b_lanes, tl.broadcast_to(lane[:, None], [ROWS, FG]), axis=0)
+    return total
 
 
 @triton.jit(do_not_specialize=["R", "S", "T", "F"])
@@ -185,7 +186,7 @@ def replay_kernel(
             inside = valid[:, None] & frame_exists[None, :]
             tl.store(p, tl.load(p, mask=inside, other=0.0) + sums * factor * weight[None, :], mask=inside)
         else:
-            total += sum_heads(sums, G, BM, ROWS)
+            total += sum_heads(sums, G, BM, ROWS, FG)
     if not PER_HEAD:
         r = row_tile * (BM // G) + tl.arange(0, ROWS)
         inside = ((tl.arange(0, ROWS) < BM // G) & (r < R))[:, None] & frame_exists[None, :]
@@ -254,7 +255,7 @@ def replay(
         *query.stride()[:3], *key.stride()[:3], *out.stride(), HKV, R, S, T, F, scale * math.log2(math.e), factor,
         G=G, D=D, DP=padded_head_dim(D), BM=choice.rows, BN=choice.keys, FG=FRAMES_PER_PROGRAM,
         BOUNDS=bounds is not None, WEIGHTED=weighted, LARGE=large, PER_HEAD=per_head, SPLIT=split,
-        ROWS=max(16, triton.next_power_of_2(choice.rows // G)), num_warps=choice.warps, num_stages=choice.stages,
+        ROWS=triton.next_power_of_2(choice.rows // G), num_warps=choice.warps, num_stages=choice.stages,
     )  # fmt: skip
     if split:
         accumulate_kernel[(triton.cdiv(R, 32), triton.cdiv(F, 32), B)](

@@ -1,0 +1,153 @@
+"""What the Triton kernels cost before they run: python -m benchmarks.static [--arch 80 90 100] [--markdown FILE].
+
+Compiles each kernel with its default configuration and prints registers, spills, shared memory, blocks per
+multiprocessor and the instructions of its main loop. Needs no GPU. These are facts about the code, not measured times.
+Exits with 1 when a kernel spills, exceeds the shared memory of its architecture, or when the frame mass costs the main
+loop of attention more than it may.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from appo_kernels.ops.frame_attention import triton as frame_attention
+from appo_kernels.ops.frame_mass import triton as frame_mass
+from benchmarks import sass
+from ptxsim import triton_device
+
+ARCHITECTURES = (80, 90, 100)
+# Head sizes of Qwen2.5-VL and Qwen3-VL (128), small models (64), the vision-style 80 and 96, and the largest.
+HEAD_DIMS = (64, 80, 128, 256)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+MASS_BUDGET = 1.05  # main-loop instructions of attention with the mass against without it
+HEADS, KEY_HEADS, ROWS, KEYS, FRAMES = 28, 4, 64, 256, 2
+
+
+@dataclass(frozen=True)
+class Entry:
+    kernel: str
+    dtype: str
+    head_dim: int
+    arch: int
+    tile: str
+    warps: int
+    shared_bytes: int
+    code: sass.Code
+
+    def faults(self) -> list[str]:
+        name = f"{self.kernel} {self.dtype} d={self.head_dim} sm_{self.arch}"
+        limit, found = sass.LIMITS[self.arch][0], []
+        if self.code.spills:
+            found.append(f"{name}: {self.code.spills} instructions spill registers")
+        if self.shared_bytes > limit:
+            found.append(f"{name}: {self.shared_bytes} bytes of shared memory, the limit is {limit}")
+        return found
+
+
+def attention_entries(head_dim: int, dtype: str, arch: int, *, gradients: bool = True) -> Iterator[Entry]:
+    """Attention and frame mass at causal bounds: forward with and without mass, replay, gradients."""
+    with triton_device.simulated(arch=arch, execute=False) as device:
+        query, out, grad_out, grad_query = torch.zeros(4, 1, HEADS, ROWS, head_dim, dtype=DTYPES[dtype])
+        key, value, grad_key, grad_value = torch.zeros(4, 1, KEY_HEADS, KEYS, head_dim, dtype=DTYPES[dtype])
+        lse, mass = torch.zeros(1, HEADS, ROWS), torch.zeros(1, ROWS, FRAMES)
+        ids = (torch.arange(KEYS) // (KEYS // FRAMES))[None].int()
+        last = (torch.arange(ROWS) + KEYS - ROWS)[None].int()
+        bounds = (None, last, None)
+        frame_attention.forward(query, key, value, ids, *bounds, None, 0.1, out, lse, mass)
+        none = torch.full_like(ids, -1)
+        frame_attention.forward(query, key, value, none, *bounds, None, 0.1, out, lse, mass[..., :0])
+        frame_mass.forward(query, key, ids, lse, *bounds, None, 0.1, False, mass, None)
+        frame_mass.forward(query, key, ids, None, *bounds, None, 0.1, False, mass, lse)
+        if gradients:
+            frame_attention.backward(
+                query, key, value, ids, *bounds, None, 0.1, out, lse, grad_out, lse, mass,
+                grad_query, grad_key, grad_value,
+            )  # fmt: skip
+    seen = set()
+    for launch in device.launches:
+        name = _label(launch)
+        if name in seen or "BN" not in launch.constants:  # the rest only combines sums
+            continue
+        seen.add(name)
+        tile = f"{launch.constants['BM']}x{launch.constants['BN']}"
+        code = sass.read(launch.cubin)
+        yield Entry(name, dtype, head_dim, arch, tile, launch.num_warps, launch.shared_bytes, code)
+
+
+def _label(launch: triton_device.Launch) -> str:
+    flags = launch.constants
+    if launch.name == "online_kernel":
+        return "online" + (" attention" if flags["VALUE"] else " lse") + (" + mass" if flags["MASS"] else "")
+    if launch.name == "replay_kernel":
+        return "replay" if flags["LARGE"] else "replay of small frames"
+    return launch.name.removesuffix("_kernel")
+
+
+def mass_overhead(entries: list[Entry]) -> Iterator[tuple[Entry, float, list[str]]]:
+    """Attention with the mass against without: the entry, the ratio of main-loop instructions, what is over budget."""
+    plain = {(e.dtype, e.head_dim, e.arch): e.code.loop for e in entries if e.kernel == "online attention"}
+    for entry in entries:
+        if entry.kernel != "online attention + mass":
+            continue
+        loop, base = entry.code.loop, plain[entry.dtype, entry.head_dim, entry.arch]
+        ratio = loop["all"] / base["all"]
+        name = f"frame mass in the main loop, {entry.dtype} d={entry.head_dim} sm_{entry.arch}"
+        over = [f"{name}: {loop[k]} {k} for {base[k]}" for k in ("tensor", "shuffle", "exp") if loop[k] > base[k]]
+        if ratio > MASS_BUDGET:
+            over.append(f"{name}: {ratio:.3f} of the instructions, at most {MASS_BUDGET} allowed")
+        yield entry, ratio, over
+
+
+def table(entries: list[Entry]) -> str:
+    head = "kernel|type|d|sm|tile|warps|registers|spills|shared KiB|blocks/SM|loop|tensor|exp|shuffle|fp32|load|store"
+    lines = [f"| {' | '.join(head.split('|'))} |", "|" + "---|" * (head.count("|") + 1)]
+    for e in entries:
+        loop = e.code.loop
+        cells = [
+            e.kernel, e.dtype, e.head_dim, e.arch, e.tile, e.warps, e.code.registers, e.code.spills,
+            f"{e.shared_bytes / 1024:.0f}", e.code.occupancy(e.arch, 32 * e.warps, e.shared_bytes),
+            *(loop[k] for k in ("all", "tensor", "exp", "shuffle", "fp32", "load", "store")),
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+    parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    options = parser.parse_args()
+    entries = [
+        entry
+        for arch in options.arch
+        for dtype in options.dtype
+        for head_dim in options.head_dim
+        for entry in attention_entries(head_dim, dtype, arch)
+    ]
+    lines = [table(entries), ""]
+    faults = [fault for entry in entries for fault in entry.faults()]
+    for entry, ratio, over in mass_overhead(entries):
+        lines.append(
+            f"- {entry.dtype}, d = {entry.head_dim}, sm_{entry.arch}: the mass takes the main loop of attention to "
+            f"{ratio:.3f} of its instructions"
+        )
+        faults += over
+    text = "\n".join(lines)
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(
+            f"# Static figures of the Triton kernels\n\n`python -m benchmarks.static`\n\n{text}\n"
+        )
+    for fault in faults:
+        print("FAULT", fault, file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
