@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from appo_kernels import dispatch
 from appo_kernels.logits import compute_dtype
@@ -143,6 +144,7 @@ class WeightedSurrogate(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_loss).to(gradient.dtype), None, None, None, None
@@ -171,6 +173,7 @@ class LogitsWeightedSurrogate(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return _scaled(gradient, grad_loss, _is_one(grad_loss)), None, None, None, None, None, None
@@ -205,6 +208,7 @@ class LinearWeightedSurrogate(torch.autograd.Function):
         return loss, metrics
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         unit = _is_one(grad_loss)
         gradients = [_scaled(gradient, grad_loss, unit) for gradient in ctx.saved_tensors]

@@ -158,8 +158,8 @@ def linear_forward(
 class _Head:
     """The three matrix products with the weight (V, D), one tile of tokens at a time, and the sums of its gradients.
 
-    A weight in half precision is taken in slices of the vocabulary, because its products need an fp32 copy of the slice
-    (CPU) or an fp32 result to be added (GPU), and its gradient is summed over tiles in fp32.
+    A weight in half precision is taken in slices of the vocabulary where the whole would need a buffer of its size: its
+    products on a CPU, which are of an fp32 copy, and its gradient, which is summed over tiles in fp32.
     """
 
     def __init__(
@@ -175,6 +175,7 @@ class _Head:
         if weight.dtype in HALVES:
             columns = max(1, WEIGHT_TILE_BYTES * (8 if weight.is_cuda else 1) // (D * dtype.itemsize))
         self.slices = list(tiles(V, columns))
+        self.weight_slices = [slice(0, V)] if weight.is_cuda else self.slices
         several = tokens > self.rows
         self.weight_sum, self.bias_sum = grad_weight, grad_bias
         if grad_weight is not None and grad_weight.dtype != dtype:
@@ -187,7 +188,7 @@ class _Head:
         """(m, V) of ``x`` (m, D), in the tile: valid until the next call."""
         tile = self.tile[: x.shape[0]]
         x = operand(x)
-        for v in self.slices:
+        for v in self.weight_slices:
             product(x, operand(self.weight[v]).t(), out=tile[:, v])
         return tile if self.bias is None else tile.add_(self.bias)
 
@@ -198,20 +199,21 @@ class _Head:
             self.bias_sum.add_(summed) if self.started else self.bias_sum.copy_(summed)
         dz = dz.to(x.dtype) if dz.is_cuda else dz
         x = operand(x)
-        for v in self.slices:
-            if grad_x is not None:
+        if grad_x is not None:
+            for v in self.weight_slices:
                 weight = operand(self.weight[v])
                 product(dz[:, v], weight, out=grad_x) if v.start == 0 else add_product_(grad_x, dz[:, v], weight)
+        for v in self.slices:
             if self.grad_weight is None:
-                continue
+                break
+            left = dz[:, v].t()
             if self.weight_sum is None:
-                self.grad_weight[v] = product(
-                    dz[:, v].t(), x, out=dz.new_empty(v.stop - v.start, x.shape[1], dtype=self.tile.dtype)
-                )
+                slice_sum = torch.empty(left.shape[0], x.shape[1], dtype=self.tile.dtype, device=x.device)
+                self.grad_weight[v] = product(left, x, out=slice_sum)
             elif self.started:
-                add_product_(self.weight_sum[v], dz[:, v].t(), x)
+                add_product_(self.weight_sum[v], left, x)
             else:
-                product(dz[:, v].t(), x, out=self.weight_sum[v])
+                product(left, x, out=self.weight_sum[v])
         self.started = True
 
     def finish(self) -> None:
