@@ -19,6 +19,16 @@ MAX_KEYS = 1024
 TILE_SCORES = 1 << 18
 
 
+def base_two(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The factor of query . key, and that of natural logarithms, for exponentials to base 2 in ``dtype``.
+
+    The first is scale log2(e) rounded to ``dtype``, the second fits what was rounded, so that exp2(factor query . key -
+    log2_e lse) is a probability to the power of 1 + 6e-8. Rounded apart they would err by 6e-8 times the scores.
+    """
+    factor = float(torch.tensor(scale * LOG2_E, dtype=dtype))
+    return factor, factor / scale if factor else LOG2_E
+
+
 def unsupported(problem: dispatch.Problem) -> str | None:
     return None
 
@@ -60,6 +70,7 @@ def attend(
     """Writes ``lse``, and ``out`` if there is a value; adds to ``mass``, (B, Hq, R, F) when ``per_head``."""
     batch, heads, rows, _ = query.shape
     num_frames, group = mass.shape[-1], heads // key.shape[1]
+    factor, log2_e = base_two(scale, lse.dtype)
     for b in range(batch):
         tiles = layout.key_tiles(frame_ids[b], num_frames, MAX_KEYS, frames_only=False)
         size = max(16, TILE_SCORES // max([len(tile) for tile in tiles], default=1))
@@ -70,10 +81,10 @@ def attend(
                 of_kv = slice(kv * group, (kv + 1) * group)
                 one_value = None if value is None else value[b, kv]
                 sums, peak, weighted = _online_softmax(
-                    query[b, of_kv, here], key[b, kv], one_value, tiles, part, scale, mass
+                    query[b, of_kv, here], key[b, kv], one_value, tiles, part, factor, mass
                 )
                 denominator = sums.sum(-1)  # (g, rows)
-                lse[b, of_kv, here] = peak / LOG2_E + denominator.log()
+                lse[b, of_kv, here] = peak / log2_e + denominator.log()
                 inverse = torch.where(denominator == 0, 0, 1 / denominator)[..., None]
                 if out is not None and weighted is not None:
                     out[b, of_kv, here] = weighted.mul_(inverse).to(out.dtype)
@@ -94,12 +105,12 @@ def _online_softmax(
     value: Tensor | None,
     tiles: list[layout.KeyTile],
     part: layout.Rows,
-    scale: float,
+    factor: float,
     mass: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Of the heads that share one key head: query (g, rows, d), key and value (S, d).
 
-    Returns the frame sums (g, rows, F + 1) and value product (g, rows, d) of exp2(score log2(e) - peak), and the
+    Returns the frame sums (g, rows, F + 1) and value product (g, rows, d) of exp2(factor query . key - peak), and the
     peak (g, rows).
     """
     group, rows, head_dim = query.shape
@@ -116,7 +127,7 @@ def _online_softmax(
         values = None if value is None else tile.take(value, dtype)
         scores = query.new_empty(rows, len(tile))
         for head in range(group):
-            torch.addmm(scores, query[head], column, beta=0, alpha=scale * LOG2_E, out=scores)
+            torch.addmm(scores, query[head], column, beta=0, alpha=factor, out=scores)
             if isinstance(hidden, Tensor):
                 scores.masked_fill_(hidden, -math.inf)
             highest = torch.maximum(peak[head], scores.amax(-1))
@@ -181,13 +192,14 @@ def attend_backward(
     batch, heads, rows, _ = query.shape
     group = heads // key.shape[1]
     num_frames = 0 if grad_mass is None else grad_mass.shape[-1]
+    factor, log2_e = base_two(scale, dtype)
     for b in range(batch):
         # Without a gradient of the mass all frames are as no frame.
         ids = frame_ids[b] if grad_mass is not None else torch.full_like(frame_ids[b], -1)
         tiles = layout.key_tiles(ids, num_frames, MAX_KEYS, frames_only=False)
         size = max(16, TILE_SCORES // max([len(tile) for tile in tiles], default=1))
         shift = torch.where(
-            torch.isneginf(lse[b]), -math.inf, lse[b] * -LOG2_E
+            torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype)
         )  # exp2(score - inf) = 0 in a row without keys
         for kv in range(key.shape[1]):
             dkey = torch.zeros_like(key[b, kv], dtype=dtype)
@@ -211,7 +223,7 @@ def attend_backward(
                     None if value is None else value[b, kv],
                     shift[of_kv, here],
                     None if grad_out is None else grad_out[b, of_kv, here].to(dtype),
-                    frame_grad, delta, tiles, part, scale, dkey, dvalue,
+                    frame_grad, delta, tiles, part, scale, factor, dkey, dvalue,
                 )  # fmt: skip
                 if grad_query is not None:
                     grad_query[b, of_kv, here] = dquery.to(query.dtype)
@@ -232,6 +244,7 @@ def _rows_backward(
     tiles: list[layout.KeyTile],
     part: layout.Rows,
     scale: float,
+    factor: float,
     dkey: Tensor,
     dvalue: Tensor,
 ) -> Tensor:
@@ -249,7 +262,7 @@ def _rows_backward(
                 continue
             column = tile.take(key, query.dtype).t()
             for head in range(group):
-                probabilities = _probabilities(query[head], column, shift[head], hides, scale)
+                probabilities = _probabilities(query[head], column, shift[head], hides, factor)
                 delta[head] += probabilities.mul_(frame_grad[head].index_select(1, tile.frames)).sum(-1)
     dquery = torch.zeros_like(query)
     for tile, hides in zip(tiles, hidden, strict=True):
@@ -259,7 +272,7 @@ def _rows_backward(
         values = None if value is None or grad_out is None else tile.take(value, query.dtype)
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(keys)
         for head in range(group):
-            probabilities = _probabilities(query[head], keys.t(), shift[head], hides, scale)
+            probabilities = _probabilities(query[head], keys.t(), shift[head], hides, factor)
             minus_delta = -delta[head, :, None]
             if values is not None and grad_out is not None:
                 dvalues.addmm_(probabilities.t(), grad_out[head])
@@ -277,9 +290,11 @@ def _rows_backward(
     return dquery
 
 
-def _probabilities(query: Tensor, column: Tensor, shift: Tensor, hidden: bool | Tensor, scale: float) -> Tensor:
-    """(rows, n): exp2(scale log2(e) query key + shift), 0 where hidden."""
-    scores = torch.addmm(shift[:, None], query, column, alpha=scale * LOG2_E)
+def _probabilities(query: Tensor, column: Tensor, shift: Tensor, hidden: bool | Tensor, factor: float) -> Tensor:
+    """(rows, n): exp2(factor query . key + shift), 0 where hidden."""
+    scores = query.new_empty(len(query), column.shape[1])
+    torch.addmm(scores, query, column, beta=0, alpha=factor, out=scores)
+    scores += shift[:, None]
     if isinstance(hidden, Tensor):
         scores.masked_fill_(hidden, -math.inf)
     return scores.exp2_()

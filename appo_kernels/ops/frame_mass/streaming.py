@@ -2,7 +2,7 @@
 
 Probabilities of a tile are added up over the heads first and over the keys of each frame once at the end, so that
 beside the matrix product a head costs an exponential and an addition per score. Exponentials are to base 2, which the
-vectorised libraries compute in about half the time of base e; the factor of log2(e) goes into scale and lse.
+vectorised libraries compute in about half the time of base e; log2(e) goes into scale and lse.
 """
 
 import math
@@ -18,7 +18,7 @@ from appo_kernels.ops.frame_attention import streaming as attention
 KEY_NUMBERS = 4 << 20
 # Scores of a tile. Two such blocks are alive: those of one head, and their sum over the heads.
 TILE_SCORES = 1 << 20
-MAX_KEYS = 4096
+MIN_KEYS, MAX_KEYS = 256, 4096
 
 
 def unsupported(problem: dispatch.Problem) -> str | None:
@@ -51,10 +51,11 @@ def forward(
     num_frames = mass.shape[-1]
     if not mass.numel():
         return
-    keys = max(256, min(MAX_KEYS, KEY_NUMBERS // (key.shape[1] * head_dim)))
+    factor, log2_e = attention.base_two(scale, dtype)
+    keys = max(MIN_KEYS, min(MAX_KEYS, KEY_NUMBERS // (key.shape[1] * head_dim)))
     for b in range(batch):
         # An empty row's lse of -inf or +inf becomes +inf, and exp(score - inf) the 0 it must be.
-        shift = torch.where(torch.isneginf(lse[b]), -math.inf, lse[b] * -attention.LOG2_E)  # (Hq, R)
+        shift = torch.where(torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype))  # (Hq, R)
         for tile in layout.key_tiles(frame_ids[b], num_frames, keys, frames_only=True):
             columns = [tile.take(key_Sd, dtype).t() for key_Sd in key[b]]  # Hkv of (d, n)
             for part in layout.row_tiles(b, rows, max(16, TILE_SCORES // len(tile)), *bounds):
@@ -62,7 +63,7 @@ def forward(
                 if hidden is True:
                     continue
                 weights = None if frame_weights is None else frame_weights[b]
-                _add_tile(query[b], columns, shift, tile, part, hidden, weights, scale, per_head, mass[b])
+                _add_tile(query[b], columns, shift, tile, part, hidden, weights, factor, per_head, mass[b])
 
 
 def _add_tile(
@@ -73,7 +74,7 @@ def _add_tile(
     part: layout.Rows,
     hidden: bool | Tensor,
     weights: Tensor | None,
-    scale: float,
+    factor: float,
     per_head: bool,
     mass: Tensor,
 ) -> None:
@@ -85,7 +86,9 @@ def _add_tile(
     for head in range(heads):
         column = columns[head * len(columns) // heads]
         rows = query[head, here].to(column.dtype)
-        torch.addmm(shift[head, here, None], rows, column, alpha=scale * attention.LOG2_E, out=scores)
+        torch.addmm(scores, rows, column, beta=0, alpha=factor, out=scores)
+        # Not as the product's bias: its partial sums would be rounded at the magnitude of the lse.
+        scores += shift[head, here, None]
         if isinstance(hidden, Tensor):
             scores.masked_fill_(hidden, -math.inf)
         scores.exp2_()
