@@ -22,7 +22,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from appo.tasks.questions import DIRECTIONS, NUMBERS
+from appo.tasks.questions import DIRECTIONS, KINDS, NUMBERS
 from appo.tasks.render import COLOURS, SHAPES
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -85,7 +85,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     Tags are ordinary tokens, so that decoding with ``skip_special_tokens`` keeps them:
     ``<think> at step two i see red so the colour is red</think><answer>A</answer>`` comes back as it is.
     """
-    words = [*COLOURS, *NUMBERS, *DIRECTIONS, *SHAPES, *WORDS]
+    words = [*KINDS, *COLOURS, *NUMBERS, *DIRECTIONS, *SHAPES, *WORDS]
     pieces = ["<unk>", "\n", *TAGS, *string.ascii_uppercase, *string.digits, *".,:;?!()<>-'\"", *words]
     pieces += [word.capitalize() for word in words if len(word) > 1]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
