@@ -48,7 +48,7 @@ def write_inspection(
     times: Sequence[tuple[float, float]],
     tokens: Sequence[Sequence[str]],
     mass: Tensor,
-    selected: Sequence[int] | Tensor,
+    selected: Sequence[int] | Tensor | None,
     weights: Tensor | None,
     rewards: Sequence[float] | Tensor,
     accuracy: Sequence[float] | Tensor | None = None,
@@ -65,7 +65,7 @@ def write_inspection(
         times: F pairs (first, last), the seconds that each frame covers.
         tokens: the tokens of each response as text; response i has n_i <= N of them.
         mass: (G, N, F) frame mass, from ``record_frame_mass``; rows past n_i are ignored.
-        selected: target frames, from ``select_frames``.
+        selected: target frames, from ``select_frames``; None stands for none.
         weights: (G, N) token weights; None stands for ones.
         rewards: (G,). accuracy: (G,), at least 0.5 means right (default: the rewards).
         question, options, answer: what was asked; ``answer`` is an option's letter, or a text.
@@ -95,7 +95,7 @@ def write_inspection(
         checks.fail(
             OP, "tokens", f"at most N = {N} tokens a response", max(lengths), "Pass the tokens mass was read for."
         )
-    picked, deciding = (sorted(map(int, indices)) for indices in (selected, crucial))
+    picked, deciding = (sorted(map(int, indices)) for indices in (() if selected is None else selected, crucial))
     for name, indices in (("selected", picked), ("crucial", deciding)):
         if any(not 0 <= index < F for index in indices):
             checks.fail(OP, name, f"frames in 0..{F - 1}", indices, "Pass frame indices, not seconds.")

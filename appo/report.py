@@ -73,17 +73,7 @@ def _progress(run: Run) -> str:
 
 
 def _tiles(run: Run) -> str:
-    tiles = []
-    steps, held_out = run.evaluation_series("accuracy") if run.evaluations else ([], [])
-    if len(held_out) > 1:
-        gain = 100 * (held_out[-1] - held_out[0])
-        count = run.evaluations[0].get("records")
-        questions = f" {count:.0f} questions the model was not trained on." if count else ""
-        value = f'<span class="from">{held_out[0]:.0%} →</span> {held_out[-1]:.0%}'
-        note = f"{gain:+.0f} points from step {steps[0]} to step {steps[-1]}, greedy answers.{questions}"
-        tiles.append(tile("Held-out accuracy", value, note, strong=True))
-    elif held_out:
-        tiles.append(tile("Held-out accuracy", f"{held_out[0]:.0%}", f"at step {steps[0]}", strong=True))
+    tiles = [_accuracy_tile(run, split, first=split == run.splits[0]) for split in run.splits]
     reward = run.series("reward")[1]
     if reward:
         window = panels.smoothing([run])
@@ -97,6 +87,24 @@ def _tiles(run: Run) -> str:
             tiles.append(tile(name, form.format(number), note))
     note = '<p class="frames">Shares and times are means of the last 10 steps.</p>'
     return f'<div class="tiles">{"".join(tiles)}</div>{note}' if tiles else ""
+
+
+def _accuracy_tile(run: Run, split: str, *, first: bool) -> str:
+    """Held-out accuracy before and after; the first split is the headline."""
+    steps, values = run.evaluation_series("accuracy", split)
+    if not values:
+        return ""
+    name = "Held-out accuracy" + (f", {split}" if split and split != "eval" else "")
+    if len(values) == 1:
+        return tile(name, f"{values[0]:.0%}", f"At step {steps[0]}.", strong=first)
+    gain = f"{100 * (values[-1] - values[0]):+.0f} points"
+    count = run.of_split(split)[0].get("records")
+    questions = f" {count:.0f} questions the model was not trained on." if count else ""
+    note = f"{gain} from step {steps[0]} (before training) to step {steps[-1]}, greedy answers.{questions}"
+    if steps[0] > 0:
+        note = note.replace(" (before training)", "")
+    value = f'<span class="from">{values[0]:.0%} →</span> {values[-1]:.0%}'
+    return tile(name, value, note if first else f"{gain}.", strong=first)
 
 
 TILES = (
@@ -127,13 +135,14 @@ COLUMNS = (
 def _comparison(runs: list[Run]) -> str:
     """A row per run; the columns that no run has are left out."""
     columns = [column for column in COLUMNS if any(run.last(*column[1]) is not None for run in runs)]
-    evaluated = any(run.evaluations for run in runs)
-    heads = ["Run", "Method", "Steps", *(["Held-out accuracy", "Gain"] if evaluated else []), *(c[0] for c in columns)]
+    splits = list(dict.fromkeys(split for run in runs for split in run.splits))
+    names = [f"Held-out accuracy{f', {split}' if split and split != 'eval' else ''}" for split in splits]
+    heads = ["Run", "Method", "Steps", *(head for name in names for head in (name, "Gain")), *(c[0] for c in columns)]
     rows = []
     for run in runs:
         cells = [escape(run.label), run.method or MISSING, str(run.step)]
-        if evaluated:
-            values = run.evaluation_series("accuracy")[1] if run.evaluations else []
+        for split in splits:
+            values = run.evaluation_series("accuracy", split)[1]
             cells.append(f"{values[0]:.0%} → <b>{values[-1]:.0%}</b>" if values else MISSING)
             cells.append(f"{100 * (values[-1] - values[0]):+.0f} points" if len(values) > 1 else MISSING)
         for _, metric, form in columns:
@@ -143,8 +152,8 @@ def _comparison(runs: list[Run]) -> str:
     head = "".join(f"<th>{name}</th>" for name in heads)
     table = f'<div class="card table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
     lead = (
-        "Columns after the gain are means of the last 10 steps. Runs differ by chance as well: a difference between "
-        "two methods counts only when it holds over several seeds."
+        "Entropy and the columns after it are means of the last 10 steps. Runs differ by chance as well: a difference "
+        "between two methods counts only when it holds over several seeds."
     )
     return section("Results", lead, table)
 
@@ -166,9 +175,9 @@ def _tasks(runs: list[Run]) -> str:
     """Held-out accuracy per kind of question, first evaluation against last."""
     tables = []
     for run in runs:
-        if len(run.evaluations) < 2:
+        split = run.of_split(run.splits[0]) if run.splits else []
+        if len(split) < 2:
             continue
-        split = [line for line in run.evaluations if line.get("split") == run.evaluations[0].get("split")]
         names = [name for name in split[0] if name.startswith("accuracy/") and name in split[-1]]
         rows = []
         for name in names:
@@ -193,17 +202,19 @@ def _tasks(runs: list[Run]) -> str:
 
 
 def _closeup(run: Run, output: Path, several: bool) -> str:
-    """The picture of an inspection that the run folder holds, with a link to its page."""
-    picture = run.folder / "inspection" / "inspection.png"
-    if not picture.is_file():
+    """The picture of the first inspection that the run folder holds, with links to the pages of all."""
+    pictures = sorted(run.folder.glob("inspect*/**/inspection.png"))
+    if not pictures:
         return ""
-    page = os.path.relpath(picture.with_suffix(".html"), output.parent)
+    picture = pictures[0]
+    pages = [os.path.relpath(path.with_suffix(".html"), output.parent) for path in pictures]
+    links = ", ".join(f'<a href="{escape(page)}">clip {number}</a>' for number, page in enumerate(pages, 1))
     image = f'<img class="wide" src="{png_uri(picture)}" alt="Attention of each word to each frame of one clip">'
     lead = (
         "Rows are words, columns are moments of the clip, dark is where the model looked while saying the word. "
         "Orange frames were picked, green bars mark the moments that decide the question, bars on the right are token "
         "weights. "
-        f'<a href="{escape(page)}">Open it to point at words</a>.'
+        f"Open it to point at words: {links}."
     )
     name = f"One clip of {run.label} up close" if several else "One clip up close"
     return section(name, lead, f'<div class="card viewer">{image}</div>')

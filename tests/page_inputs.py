@@ -39,6 +39,7 @@ def write_run(folder: Path, *, method: str = "appo", steps: int = 40, max_steps:
             f"accuracy/{kind}": min(1.0, value + d) for kind, d in (("colour", 0.08), ("order", -0.12), ("count", 0))
         }
         evaluations.append({"step": step, "split": "eval", "accuracy": value, "format": 0.99, "records": 128.0} | kinds)
+        evaluations.append({"step": step, "split": "ood", "accuracy": value - 0.1, "format": 0.97, "records": 64.0})
     _write(folder / "eval.jsonl", evaluations)
     _write(folder / "samples.jsonl", [_sample(step, chance, weighted) for step in (1, *range(10, steps + 1, 10))])
     return folder

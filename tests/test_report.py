@@ -23,9 +23,12 @@ def test_one_run(tmp_path: Path) -> None:
     page = write_report([run], tmp_path / "out" / "report.html")
     text = page.read_text()
     assert page == tmp_path / "out" / "report.html"
-    values = [json.loads(line)["accuracy"] for line in (run / "eval.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    values = [line["accuracy"] for line in lines if line["split"] == "eval"]
     assert f"{values[0]:.0%} →</span> {values[-1]:.0%}" in text
-    assert f"{100 * (values[-1] - values[0]):+.0f} points from step 0 to step 40" in text
+    assert f"{100 * (values[-1] - values[0]):+.0f} points from step 0 (before training) to step 40" in text
+    other = [line["accuracy"] for line in lines if line["split"] == "ood"]
+    assert f'Held-out accuracy, ood</h3><b><span class="from">{other[0]:.0%} →</span> {other[-1]:.0%}' in text
     assert headings(page) == [
         "What happened here",
         "Learning and exploring",
@@ -146,9 +149,12 @@ def test_tokens_are_tinted_by_weight(tmp_path: Path) -> None:
 
 def test_the_inspection_of_a_run_is_shown_with_a_link(tmp_path: Path) -> None:
     run = write_small_run(tmp_path / "runs" / "appo", steps=5)
-    write_inspection(run / "inspection", **inspection())
+    for name in ("b", "a"):
+        write_inspection(run / "inspect" / name, **inspection())
     page = write_report([run], tmp_path / "pages" / "report.html")
-    assert 'href="../runs/appo/inspection/inspection.html"' in page.read_text()
+    links = re.findall(r'href="(\.\./.*?)"', page.read_text())
+    assert links == [f"../runs/appo/inspect/{name}/inspection.html" for name in ("a", "b")]
+    assert page.read_text().count("data:image/png") == 1
     assert "One clip up close" in headings(page)
 
 

@@ -212,7 +212,7 @@ def _series(panel: Panel, runs: list[Run]) -> list[Series]:
     for number, run in enumerate(runs):
         for index, line in enumerate(panel.lines):
             if line.evaluation:
-                steps, values = run.evaluation_series(line.names[0]) if run.evaluations else ([], [])
+                steps, values = run.evaluation_series(line.names[0])
             else:
                 steps, values = run.series(*line.names)
             if steps:

@@ -51,9 +51,17 @@ class Run:
                 return list(steps), list(values)
         return [], []
 
-    def evaluation_series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of an evaluation, over the split that was evaluated first."""
-        lines = [line for line in self.evaluations if line.get("split") == self.evaluations[0].get("split")]
+    @property
+    def splits(self) -> list[str]:
+        """The held-out splits, in the order in which they were first evaluated."""
+        return list(dict.fromkeys(str(line.get("split", "")) for line in self.evaluations))
+
+    def of_split(self, split: str) -> list[dict[str, Any]]:
+        return [line for line in self.evaluations if str(line.get("split", "")) == split]
+
+    def evaluation_series(self, name: str, split: str | None = None) -> tuple[list[int], list[float]]:
+        """Steps and values of an evaluation on ``split``, or else on the split that was evaluated first."""
+        lines = self.of_split(split if split is not None else self.splits[0]) if self.splits else []
         found = [(line["step"], line[name]) for line in lines if _is_number(line.get(name))]
         return [step for step, _ in found], [value for _, value in found]
 

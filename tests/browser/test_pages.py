@@ -72,7 +72,7 @@ AFTER_LOAD = f"addEventListener('load', () => {{ {COUNT_BROKEN} }})"
 def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     runs = [write_run(folder / name, method=name, seed=seed) for seed, name in enumerate(("appo", "grpo", "dapo"))]
-    write_inspection(runs[0] / "inspection", **inspection())
+    write_inspection(runs[0] / "inspect" / "clip", **inspection())
     write_report(runs[:1], folder / "one" / "report.html")
     write_report(runs, folder / "three" / "report.html")
     write_inspection(folder / "inspection", **inspection())
@@ -104,7 +104,7 @@ def test_report_of_one_run(pages: Path, tmp_path: Path) -> None:
     for heading in ("What happened here", "One clip up close", "Learning and exploring", "Where the model looked"):
         assert f"<h2>{heading}</h2>" in dom
     assert dom.count("<figure") >= 15
-    assert "step 0 to step 40" in dom
+    assert "to step 40" in dom
     assert dom.count('class="token"') > 100
 
 
