@@ -251,6 +251,23 @@ def test_after_an_exception_nothing_is_left(case: Case) -> None:
         _ = recorder.mass
 
 
+def test_recomputation_after_a_failed_forward_is_not_taken_for_it(case: Case) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    case.model.train()
+    case.model.gradient_checkpointing_enable({"use_reentrant": False})
+    with record_frame_mass(case.model, case.frames, rows=ROWS) as recorder:
+        loss = case.logits().sum()
+        handle = case.model.get_decoder().layers[1].register_forward_pre_hook(fail)
+        with pytest.raises(OSError, match="disk full"):
+            case.logits()
+        handle.remove()
+        loss.backward()
+        with pytest.raises(RuntimeError, match=r"got none through \[1, 2, 3\]"):
+            _ = recorder.mass
+
+
 class Wrapper(nn.Module):
     """What accelerate and DistributedDataParallel look like from outside."""
 
