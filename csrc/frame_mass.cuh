@@ -15,8 +15,8 @@ namespace appo {
 template <int D>
 struct ReplayShape {
   static constexpr int kKeys = D <= 128 ? 64 : 32;
-  static constexpr int kStages = D <= 128 ? 3 : 2;
-  static constexpr size_t shared_bytes() { return (2 * kRows + kStages * kKeys) * D * 2; }
+  static constexpr int kStages = D <= 64 ? 3 : 2;
+  static constexpr size_t shared_bytes() { return kStages * (kRows + kKeys) * D * 2; }
 };
 
 // Adds the sums of frames to the mass of this lane's two rows.
@@ -42,8 +42,9 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
   constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages;
   constexpr int kTile = kKeys * D;
   APPO_SHARED_MEMORY(memory);
-  T* const query_tiles = reinterpret_cast<T*>(memory);  // (2, kRows, D): of even and odd heads
-  T* const key_tiles = query_tiles + 2 * kRows * D;     // (kStages, kKeys, D)
+  // One query tile per stage too: where a head has a single tile of keys, each stage is of another head.
+  T* const query_tiles = reinterpret_cast<T*>(memory);     // (kStages, kRows, D): head h in h % kStages
+  T* const key_tiles = query_tiles + kStages * kRows * D;  // (kStages, kKeys, D)
 
   const int row_tiles = (p.rows + kRows - 1) / kRows;
   const int first_row = blockIdx.x % row_tiles * kRows, b = blockIdx.z;
@@ -83,7 +84,7 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
       const T* key = static_cast<const T*>(p.key) + b * p.key_stride_b + key_head * p.key_stride_h;
       if (ahead.index == first_wanted) {
         const T* query = static_cast<const T*>(p.query) + b * p.query_stride_b + ahead.head * p.query_stride_h;
-        load_tile<D, kRows>(query_tiles + ahead.head % 2 * kRows * D, query, p.query_stride_r, first_row, p.rows);
+        load_tile<D, kRows>(query_tiles + ahead.head % kStages * kRows * D, query, p.query_stride_r, first_row, p.rows);
       }
       load_tile<D, kKeys>(key_tiles + ahead.number % kStages * kTile, key, p.key_stride_s, list.tile(ahead.index) * kKeys, p.keys);
       advance(ahead);
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
     }
     const int tile = list.tile(at.index);
     float score[kKeys / 8][4] = {};
-    multiply_transposed<D, kKeys>(score, query_tiles + at.head % 2 * kRows * D, warp * kWarpRows,
+    multiply_transposed<D, kKeys>(score, query_tiles + at.head % kStages * kRows * D, warp * kWarpRows,
                                   key_tiles + at.number % kStages * kTile);
     const bool masked = !list.seen_by_all(tile);
     float part[2] = {0.f, 0.f};

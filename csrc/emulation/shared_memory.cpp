@@ -39,17 +39,20 @@ void check_aligned(const void* address, size_t bytes, const char* what) {
 
 // Extra cycles of one phase: the most distinct words that any bank must deliver, less one.
 int phase_conflicts(const void* const* addresses, int lanes, int bytes) {
-  std::vector<uintptr_t> words;
+  std::array<uintptr_t, kBanks> words;  // a phase is 128 bytes
+  size_t count = 0;
+  std::array<int, kBanks> load{};
+  int most = 1;
   for (int lane = 0; lane < lanes; lane++) {
     if (!addresses[lane]) continue;
     const auto first = reinterpret_cast<uintptr_t>(addresses[lane]) / 4;
-    for (int word = 0; word < std::max(bytes / 4, 1); word++) words.push_back(first + word);
+    for (int i = 0; i < std::max(bytes / 4, 1); i++) {
+      const uintptr_t word = first + i;
+      if (std::find(words.begin(), words.begin() + count, word) != words.begin() + count) continue;
+      words[count++] = word;
+      most = std::max(most, ++load[word % kBanks]);
+    }
   }
-  std::sort(words.begin(), words.end());
-  words.erase(std::unique(words.begin(), words.end()), words.end());
-  std::array<int, kBanks> load{};
-  int most = 1;
-  for (uintptr_t word : words) most = std::max(most, ++load[word % kBanks]);
   return most - 1;
 }
 

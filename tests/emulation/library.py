@@ -21,7 +21,7 @@ SOURCES = ROOT / "csrc"
 BUILDS = ROOT / "build" / "emulation"
 # -O1 for the kernels: they are mostly calls of the runtime, and compile in half the time of -O2.
 KERNEL_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", "-x", "c++")
-RUNTIME_FLAGS = ("-std=c++17", "-O2", "-g1", "-fPIC", "-Wall", "-march=native")
+RUNTIME_FLAGS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-Wall", "-march=native")
 
 
 def compiler() -> str | None:
