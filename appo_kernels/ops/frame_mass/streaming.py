@@ -86,9 +86,9 @@ def _add_tile(
     for head in range(heads):
         column = columns[head * len(columns) // heads]
         rows = query[head, here].to(column.dtype)
-        torch.addmm(scores, rows, column, beta=0, alpha=factor, out=scores)
-        # Not as the product's bias: its partial sums would be rounded at the magnitude of the lse.
-        scores += shift[head, here, None]
+        # The factor and the lse stay out of the product, whose partial sums they would round once more.
+        torch.mm(rows, column, out=scores)
+        torch.add(shift[head, here, None], scores, alpha=factor, out=scores)
         if isinstance(hidden, Tensor):
             scores.masked_fill_(hidden, -math.inf)
         scores.exp2_()
