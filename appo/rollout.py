@@ -1,8 +1,8 @@
 """Sampling a group of responses per prompt.
 
-The trainer needs nothing but the ``Rollout`` protocol: an engine of another kind (a server, another library) fits in its place.
-``TransformersRollout`` samples with the model that is being trained: the prompt, its video included, goes through the model
-once, and the cache is repeated for the group.
+The trainer needs nothing but the ``Rollout`` protocol: an engine of another kind (a server, another library)
+fits in its place. ``TransformersRollout`` samples with the model that is being trained: the prompt, its video
+included, goes through the model once, and the cache is repeated for the group.
 """
 
 import inspect
@@ -20,10 +20,11 @@ from transformers import DynamicCache
 class Completions:
     """Responses of P prompts in groups of G: those of prompt p are the rows p * G to p * G + G - 1.
 
-    ids: (P*G, N) int64, padded on the right with the pad id. mask: (P*G, N) bool, True on a response's tokens, its end token
-    included. logprobs: (P*G, N) fp32, natural log, of each token under the full softmax at the sampling temperature, before
-    suppression and top-p, which is what scoring computes (at temperature 1 for greedy decoding); 0 where mask is False.
-    finished: (P*G,) bool, False for a response that was cut off at the length limit.
+    ids: (P*G, N) int64, padded on the right with the pad id. mask: (P*G, N) bool, True on a response's
+    tokens, its end token included. logprobs: (P*G, N) fp32, natural log, of each token under the full softmax
+    at the sampling temperature, before suppression and top-p, which is what scoring computes (at temperature
+    1 for greedy decoding); 0 where mask is False. finished: (P*G,) bool, False for a response that was cut
+    off at the length limit.
     """
 
     ids: Tensor
@@ -36,16 +37,17 @@ class Rollout(Protocol):
     """Something that samples ``group_size`` responses to each prompt."""
 
     def generate(self, inputs: Mapping[str, Tensor], generator: torch.Generator) -> Completions:
-        """inputs: what the processor made of P prompts, padded on the left. The generator alone decides the samples."""
+        """inputs: what the processor made of P prompts, padded on the left. generator: decides the samples."""
         ...
 
 
 class TransformersRollout:
     """Samples with a transformers model (also one wrapped by peft) on its own device.
 
-    max_new_tokens: N at most. temperature: 0 is greedy. top_p: smallest set of tokens with at least this probability.
-    suppress_ids: never sampled; default ``vision_token_ids``, since a sampled video token breaks the forward that scores it.
-    Raises ValueError for sampling settings that make no sense, and for prompts padded on the right.
+    max_new_tokens: N at most. temperature: 0 is greedy. top_p: smallest set of tokens with at least this
+    probability. suppress_ids: never sampled; default ``vision_token_ids``, since a sampled video token breaks
+    the forward that scores it. Raises ValueError for sampling settings that make no sense, and for prompts
+    padded on the right.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class TransformersRollout:
 
     @torch.no_grad()
     def generate(self, inputs: Mapping[str, Tensor], generator: torch.Generator) -> Completions:
-        """See ``Rollout``. The vision tower and the prompt run once per prompt; stops when every response has ended.
+        """See ``Rollout``. Vision tower and prompt run once per prompt; stops when every response has ended.
 
         generator: on the model's device. The model's training mode is set aside while sampling.
         """
@@ -134,7 +136,7 @@ class TransformersRollout:
 
 
 def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """Positions of left-padded prompts: (3, P, L) for a model with multimodal rotary positions, else (P, L). int64."""
+    """int64 positions of left-padded prompts: (3, P, L) with multimodal rotary positions, else (P, L)."""
     base = _unwrapped(model).base_model
     if hasattr(base, "get_rope_index") and "mm_token_type_ids" in inputs:
         accepted = inspect.signature(base.get_rope_index).parameters
@@ -143,7 +145,7 @@ def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 def vision_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that stand for pixels in a prompt (video, image and vision tokens) and must not occur in a response."""
+    """Ids that stand for pixels in a prompt (video, image, vision tokens): none may occur in a response."""
     config = _unwrapped(model).config
     names = [n for n in vars(config) if n.startswith(("image_", "video_", "vision_")) and n.endswith("_token_id")]
     found = {getattr(config, name) for name in names}

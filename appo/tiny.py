@@ -1,7 +1,8 @@
-"""A tiny vision-language model and its processor, built from nothing: the demo trains it, and tests run on it.
+"""A tiny vision-language model and its processor, built from nothing: what the demo trains and tests run on.
 
-Everything is a class of transformers, so that the code that serves Qwen2.5-VL-7B serves this model too; only the sizes and the
-tokenizer, one token per word, are our own. Random weights: ``appo.warmup`` teaches it to answer.
+Everything is a class of transformers, so that the code that serves Qwen2.5-VL-7B serves this model too; only
+the sizes and the tokenizer, one token per word, are our own. Random weights: ``appo.warmup`` teaches it to
+answer.
 """
 
 import string
@@ -37,15 +38,20 @@ SPECIAL = (
     "<|video_pad|>",
 )
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<time>", "</time>")
-WORDS = (
-    "a all and answer are assistant at between blink both bright by change choose clip colour comes count dark data do each "
-    "finally first flash flashes for format four from give has how i in inside is it its jump last letter look many me moment "
-    "more no nothing object objects of on one only option options or order question reason same second seconds see seen shape "
-    "shapes short show shows so step system tags than that the then there these they think this thought time to twice two user "
-    "video was watch way were what when where which while white who why with within you your black grey"
-).split()
+WORDS = [
+    "a", "all", "and", "answer", "are", "assistant", "at", "between", "blink", "both", "bright",
+    "by", "change", "choose", "clip", "colour", "comes", "count", "dark", "data", "do", "each",
+    "finally", "first", "flash", "flashes", "for", "format", "four", "from", "give", "has", "how",
+    "i", "in", "inside", "is", "it", "its", "jump", "last", "letter", "look", "many", "me",
+    "moment", "more", "no", "nothing", "object", "objects", "of", "on", "one", "only", "option",
+    "options", "or", "order", "question", "reason", "same", "second", "seconds", "see", "seen",
+    "shape", "shapes", "short", "show", "shows", "so", "step", "system", "tags", "than", "that",
+    "the", "then", "there", "these", "they", "think", "this", "thought", "time", "to", "twice",
+    "two", "user", "video", "was", "watch", "way", "were", "what", "when", "where", "which",
+    "while", "white", "who", "why", "with", "within", "you", "your", "black", "grey",
+]  # fmt: skip
 
-# One piece per tag, word, digit, line break or punctuation mark. Spaces go; the decoder puts one before each word.
+# A piece is a tag, word, digit, line break or punctuation mark. Spaces go; the decoder puts one before each word.
 PIECES = r"</?[a-z]+>|[A-Za-z]+|\d|\n|[^\sA-Za-z\d]"
 STARTS_WORD = r"^(?=[a-z]|[A-Z][a-z])"
 
@@ -111,13 +117,15 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_tiny(seed: int = 0, *, family: str = "qwen2_5_vl", **text_options: Any) -> tuple[Any, Any]:
-    """(model, processor) with random weights in fp32, from nothing but the seed. The global generator is left as it was.
+    """(model, processor) with random fp32 weights that depend on the seed alone.
 
-    family: "qwen2_5_vl", about 1.1 M parameters, patches of 7 pixels merged 2 x 2, so that a frame of 28 x 28 pixels is 4 tokens
-    and 16 frames are 8 temporal grid steps; or "qwen3_vl", the same sizes with patches of 8 pixels and timestamps in the prompt.
-    text_options: settings of the text model to change, such as ``num_key_value_heads=1``.
+    family: "qwen2_5_vl", about 1.1 M parameters, patches of 7 pixels merged 2 x 2, so that a frame of 28 x 28
+    pixels is 4 tokens and 16 frames are 8 temporal grid steps; or "qwen3_vl", the same sizes with patches of
+    8 pixels and timestamps in the prompt. text_options: settings of the text model to change, such as
+    ``num_key_value_heads=1``.
 
-    Both are saved with ``save_pretrained`` and loaded by AutoModelForImageTextToText and AutoProcessor like any other.
+    Both are saved with ``save_pretrained`` and loaded by AutoModelForImageTextToText and AutoProcessor like
+    any other.
     """
     if family not in FAMILIES:
         _unknown(family)
@@ -134,7 +142,8 @@ def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, text_options: dict[str, Any]
     patch = 7
     config = Qwen2_5_VLConfig(
         text_config=_text(tokenizer, {"rope_type": "default", "mrope_section": [4, 6, 6]}, text_options),
-        # At 2 samples a grid step and 4 a second, 2 tokens a second make neighbouring grid steps neighbouring positions.
+        # At 2 samples a grid step and 4 a second, 2 tokens a second make neighbouring grid steps neighbouring
+        # positions.
         vision_config={
             **VISION,
             **_patches(patch),

@@ -34,8 +34,8 @@ class VideoError(ValueError):
 class Clip:
     """Sampled frames of a video.
 
-    frames: (T, 3, H, W) uint8, RGB; T is even. timestamps: (T,) fp64, seconds from the first frame of the file.
-    source_fps: frames per second in the file. duration: seconds.
+    frames: (T, 3, H, W) uint8, RGB; T is even. timestamps: (T,) fp64, seconds from the first frame of the
+    file. source_fps: frames per second in the file. duration: seconds.
     """
 
     frames: Tensor
@@ -55,14 +55,17 @@ def read_video(
     timeout: float = 30.0,
     decoder: str = "auto",
 ) -> Clip:
-    """Reads an even number of frames spread over the whole file: about ``fps`` a second, between ``min_frames`` and ``max_frames``.
+    """Reads an even number of frames spread over the whole file.
 
-    max_pixels: H * W of a frame is at most this; both sides are multiples of ``factor`` (patch size times spatial merge of the
-        vision tower: 28 for Qwen2.5-VL), and the aspect ratio is kept as well as that allows.
+    fps: frames to take of each second, within ``min_frames`` and ``max_frames`` in all.
+    max_pixels: H * W of a frame is at most this. Both sides are multiples of ``factor`` (patch size times spatial
+        merge of the vision tower: 28 for Qwen2.5-VL), and the aspect ratio is kept as well as that allows.
     timeout: seconds after which decoding is stopped, whatever the decoder is doing.
-    decoder: "auto" takes decord and, where that is missing or fails, PyAV (with a warning); "decord" or "pyav" takes that one.
+    decoder: "auto" takes decord and, where that is missing or fails, PyAV (with a warning); "decord" or "pyav"
+        takes that one.
+
     Raises VideoError (a ValueError) naming the file: it does not exist, is not a video, is broken, has no frames, or
-        decoding it took too long. ValueError for arguments that no video could satisfy.
+    decoding it took too long. ValueError for arguments that no video could satisfy.
     """
     _check_arguments(fps, max_frames, min_frames, max_pixels, factor, timeout, decoder)
     name = os.fspath(path)
@@ -97,7 +100,7 @@ def read_video(
 
 
 def fit_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[int, int]:
-    """The (height, width) to resize to: multiples of ``factor``, at most ``max_pixels`` in all, aspect ratio kept.
+    """(height, width) to resize to: multiples of ``factor``, ``max_pixels`` at most, aspect ratio kept.
 
     A frame that fits already keeps its size, rounded to multiples of ``factor``.
     """
@@ -114,7 +117,7 @@ def fit_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[int
 
 
 def _resize(frames: Tensor, max_pixels: int, factor: int) -> Tensor:
-    """(T, 3, H, W) uint8 at the size of ``fit_size``; bicubic with antialiasing, as the Qwen processors resize."""
+    """(T, 3, H, W) uint8 at the size of ``fit_size``: bicubic, antialiased, as the Qwen processors resize."""
     size = fit_size(frames.shape[-2], frames.shape[-1], max_pixels, factor)
     if size == tuple(frames.shape[-2:]):
         return frames.contiguous()
@@ -169,8 +172,8 @@ class _Worker:
                 pipe.close()
 
 
-# Idle workers, one per thread that decodes at the same time. They belong to the process that started them: after a fork the
-# child starts its own.
+# Idle workers, one per thread that decodes at the same time. They belong to the process that started them:
+# after a fork the child starts its own.
 _idle: list[_Worker] = []
 _owner = os.getpid()
 _lock = threading.Lock()

@@ -1,7 +1,9 @@
-"""The process in which videos are decoded: ``read_video`` starts it, sends requests to stdin and reads results from stdout.
+"""The process in which videos are decoded: ``read_video`` starts it, sends requests to stdin and reads
+results from stdout.
 
-A decoder that hangs or crashes takes this process with it and not the training. It is run as a script, so that it imports
-a decoder and numpy only and starts in a fraction of a second. Requests and results are pickles; every result is one of
+A decoder that hangs or crashes takes this process with it and not the training. It is run as a script, so
+that it imports a decoder and numpy only and starts in a fraction of a second. Requests and results are
+pickles; every result is one of
 
     ("ok", frames (T, H, W, 3) uint8, seconds (T,) float64, source_fps, duration)
     ("missing", "ImportError: ...")       the decoder is not installed
@@ -12,7 +14,8 @@ import os
 import sys
 
 if __name__ == "__main__":
-    # A script's own folder comes first on the path, and modules of this package have names of the standard library.
+    # A script's own folder comes first on the path, and modules of this package have names of the standard
+    # library.
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != os.path.dirname(os.path.abspath(__file__))]
 
 import importlib
@@ -23,10 +26,10 @@ import numpy as np
 
 
 def sample_indices(num_frames: int, duration: float, fps: float, max_frames: int, min_frames: int) -> np.ndarray:
-    """Indices of an even number of frames spread over the whole clip: about ``fps`` a second, at most ``max_frames``.
+    """Indices of an even number of frames spread over the whole clip, about ``fps`` a second.
 
-    Frame i of n stands for the i-th of n equal parts of the clip and is that part's first frame. A clip with fewer than
-    two frames gives its only frame twice, since the models merge frames in pairs.
+    Frame i of n stands for the i-th of n equal parts of the clip and is that part's first frame. A clip with
+    fewer than two frames gives its only frame twice, since the models merge frames in pairs.
     """
     wanted = min(max(round(duration * fps), min_frames), max_frames, num_frames)
     count = max(wanted - wanted % 2, 2)
@@ -73,7 +76,7 @@ def decode_pyav(path: str, fps: float, max_frames: int, min_frames: int) -> tupl
 
 
 def _decode_at(container: Any, stream: Any, wanted: list[int], first: int, keyframes: np.ndarray) -> Any:
-    """Yields (pts, (H, W, 3)) of the wanted presentation times, seeking only where that skips whole groups of pictures."""
+    """Yields (pts, (H, W, 3)) of the wanted times, seeking only where that skips whole groups of pictures."""
     stream.thread_type = "NONE"
     container.seek(int(first), stream=stream)
     position, queue = int(first), list(wanted)

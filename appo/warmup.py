@@ -1,12 +1,15 @@
-"""A supervised warm start: the tiny model learns to see the easy split and to answer in the right format, with labels often wrong.
+"""A supervised warm start: the tiny model learns to see the easy split and to answer in the right format,
+with labels often wrong.
 
-Two things are taught. *Seeing*: what the vision tower says about each temporal grid step, read through the language model's own
-head, is to be the word for what happens in it, or "nothing". That is a dense signal and costs no pass through the text
-model, so it comes first. *Answering*: the response format, with what was seen and when.
+Two things are taught. *Seeing*: what the vision tower says about each temporal grid step, read through the
+language model's own head, is to be the word for what happens in it, or "nothing". That is a dense signal and
+costs no pass through the text model, so it comes first. *Answering*: the response format, with what was seen
+and when.
 
-Answers are wrong on purpose in a share of the examples. A model that was taught right answers only is sure of its answer, right
-or wrong: all responses of a group then get the same reward, and reinforcement learning has nothing to go by. With labels drawn
-at random now and then it keeps trying the other answers too, while its best guess stays as good.
+Answers are wrong on purpose in a share of the examples. A model that was taught right answers only is sure of
+its answer, right or wrong: all responses of a group then get the same reward, and reinforcement learning has
+nothing to go by. With labels drawn at random now and then it keeps trying the other answers too, while its
+best guess stays as good.
 """
 
 import random
@@ -27,7 +30,7 @@ NOTHING = "nothing"
 
 @dataclass(frozen=True)
 class WarmUpStats:
-    """Means over the last tenth of the steps: loss of a response token, share of grid steps with an event named rightly."""
+    """Means over the last tenth: loss of a response token, and share of the grid steps with an event named rightly."""
 
     loss: float
     seen: float
@@ -39,20 +42,21 @@ def warm_up(
     processor: Any,
     prompts: Sequence[Prompt],
     *,
-    looking_steps: int = 80,
-    steps: int = 100,
+    looking_steps: int = 70,
+    steps: int = 110,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
-    label_noise: float = 0.5,
+    label_noise: float = 0.4,
     seed: int = 0,
     progress: Callable[[int, float, float], None] = lambda step, loss, seen: None,
 ) -> WarmUpStats:
-    """Trains ``model`` in place on ``prompts`` (of ``PromptBuilder``), records of ``appo.tasks`` with known moments.
+    """Trains ``model`` in place on ``prompts`` made by ``PromptBuilder`` of records of ``appo.tasks``.
 
-    looking_steps: optimizer steps that train the vision tower alone; ``steps`` that train everything follow. label_noise: share
-    of the examples whose answer is drawn at random, anew each time. progress: called after each step with its number, from 1,
-    the loss of a response token (nan while only looking), and the share of events that were seen.
-    Deterministic by ``seed``; the global generators are not used. Raises ValueError for a record that is not of ``appo.tasks``.
+    looking_steps: optimizer steps that train the vision tower alone; ``steps`` that train everything follow.
+    label_noise: share of the examples whose answer is drawn at random, anew each time. progress: called after
+    each step with its number, from 1, the loss of a response token (nan while only looking), and the share of
+    events that were seen. Deterministic by ``seed``; the global generators are not used. Raises ValueError
+    for a record that is not of ``appo.tasks``.
     """
     rng = random.Random(seed)
     batches = _batches(prompts, batch_size, rng)
@@ -87,7 +91,7 @@ def warm_up(
 
 
 def target(prompt: Prompt, rng: random.Random, label_noise: float) -> str:
-    """The response to learn: what happened and when, or, for a share ``label_noise``, an answer drawn at random."""
+    """The response to learn: what happened and when or, in a share ``label_noise``, an answer drawn at random."""
     record = prompt.record
     steps = [_nearest(prompt, start, end) for start, end in record.time_spans]
     index = _answer(record)
@@ -107,7 +111,8 @@ def words_seen(prompt: Prompt) -> list[str]:
     for number, (start, end) in enumerate(record.time_spans):
         for frame, times in enumerate(prompt.frame_times):
             if any(start <= time < end for time in times):
-                # Counted events are alike, and of two colours in a row only the first is in the record: they are a flash.
+                # Counted events are alike, and of two colours in a row only the first is in the record: they
+                # are a flash.
                 alike = record.meta["task"] == "count" or number > 0
                 words[frame] = "flash" if alike else answer
     return words
@@ -116,7 +121,7 @@ def words_seen(prompt: Prompt) -> list[str]:
 def _looking(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], features: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the word for each grid step, events and quiet steps weighing the same; and the share of events named."""
+    """Cross-entropy of the word for each grid step, events weighing as much as quiet; and the share of events named."""
     words = [word for prompt in prompts for word in words_seen(prompt)]
     labels = torch.tensor(tokenizer.convert_tokens_to_ids(words))
     steps = [part.view(prompt.num_frames, -1, part.shape[-1]) for prompt, part in zip(prompts, features, strict=True)]
@@ -167,6 +172,6 @@ def _answer(record: Record) -> int:
 
 def _not_ours(record: Record) -> NoReturn:
     raise ValueError(
-        f"warm_up: `prompts`: expected records of appo.tasks, with `task`, `options` and `time_spans`, got {record.id!r} "
-        f"without. Only clips whose deciding moments are known can be explained to the model."
+        f"warm_up: `prompts`: expected records of appo.tasks, with `task`, `options` and `time_spans`, got "
+        f"{record.id!r} without. Only clips whose deciding moments are known can be explained to the model."
     )

@@ -121,7 +121,7 @@ def test_suppressed_ids_are_never_sampled(tiny):
 
 
 def test_responses_end_at_their_end_token(tiny):
-    model, processor, inputs = tiny
+    _, processor, inputs = tiny
     rollouts = rollout(tiny, group_size=16, temperature=20.0, max_new_tokens=80)
     done = rollouts.generate(inputs, torch.Generator().manual_seed(2))
     end = processor.tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""The perception task: what is written can be loaded, and the deciding moment, and only that, shows the answer."""
+"""The perception task: it can be loaded, and the deciding moment, and only that, shows the answer."""
 
 import itertools
 import json
@@ -14,7 +14,8 @@ from appo.tasks.questions import DIRECTIONS, NUMBERS
 from appo.tasks.render import COLOURS, NEUTRAL
 from appo.video import read_video
 
-# Every kind four times, on the easiest split and the hardest. Distractors would fool the simple rules used here.
+# Every kind four times, on the easiest split and the hardest. Distractors would fool the simple rules used
+# here.
 SIZES = {"warmup": 4 * len(KINDS), "ood": 4 * len(KINDS)}
 STILL = {"ood": replace(DIFFICULTIES["ood"], distractors=0)}
 
@@ -103,7 +104,7 @@ def test_records_are_loaded_and_spans_are_known(folder):
             moments = {"order": 2, "count": "ABCD".index(record.answer) + 1}.get(record.meta["task"], 1)
             assert len(record.time_spans) == moments
             edges = list(itertools.chain(*record.time_spans))
-            assert 0 <= edges[0] and edges[-1] <= 4.0
+            assert edges[0] >= 0 and edges[-1] <= 4.0
             assert all(b - a >= min(length, 0.5) - 1e-6 for a, b in itertools.pairwise(edges)), "too short or too close"
 
 
@@ -139,7 +140,9 @@ def test_a_larger_split_keeps_the_clips_of_a_smaller(tmp_path):
 
 def test_shuffled_options_keep_their_meaning(tmp_path):
     plain, shuffled = (
-        json.loads(make_task(tmp_path / str(s), sizes={"train": 8}, kinds=["colour"], shuffle_options=s)["train"].read_text())
+        json.loads(
+            make_task(tmp_path / str(s), sizes={"train": 8}, kinds=["colour"], shuffle_options=s)["train"].read_text()
+        )
         for s in (False, True)
     )
     assert len({tuple(r["options"]) for r in plain}) == 1 and len({tuple(r["options"]) for r in shuffled}) > 3

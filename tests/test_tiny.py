@@ -6,7 +6,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+)
 
 from appo.config import APPOConfig
 from appo.data import Record, load_records
@@ -31,7 +36,7 @@ def prompts(tmp_path_factory):
 
 
 def test_sizes(prompts, tmp_path):
-    model, processor = build_tiny()
+    model, _ = build_tiny()
     assert 0.9e6 < sum(p.numel() for p in model.parameters()) < 1.2e6
     model.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 4.8e6
@@ -162,14 +167,14 @@ def test_warm_up_wants_records_with_known_moments(prompts):
     model, processor = build_tiny()
     prompt = prompts[0]
     strange = Record(id="strange", question="?", answer="A", kind="multiple choice", options=("A. a",))
-    with pytest.raises(ValueError, match="warm_up: `prompts`: expected records of appo.tasks.*'strange'"):
+    with pytest.raises(ValueError, match=r"warm_up: `prompts`: expected records of appo\.tasks.*'strange'"):
         warm_up(model, processor, [type(prompt)(strange, prompt.input_ids, prompt.token_types)])
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_warm_start_leaves_something_to_learn(tmp_path):
-    """What the demo builds on: the format is there, the best guess on the hard split is far from perfect, groups disagree."""
+    """What the demo builds on: good format, a best guess far from perfect on the hard split, groups that disagree."""
     paths = make_task(tmp_path, sizes={"warmup": 512, "validation": 96})
     model, processor = build_tiny()
     build = PromptBuilder(processor, model.config, CONFIG)
@@ -181,7 +186,9 @@ def test_warm_start_leaves_something_to_learn(tmp_path):
     def answers(size, temperature):
         sampler = TransformersRollout(model, processor, group_size=size, max_new_tokens=32, temperature=temperature)
         done = sampler.generate(inputs, torch.Generator().manual_seed(0))
-        texts = [processor.tokenizer.decode(i[m], skip_special_tokens=True) for i, m in zip(done.ids, done.mask, strict=True)]
+        texts = [
+            processor.tokenizer.decode(i[m], skip_special_tokens=True) for i, m in zip(done.ids, done.mask, strict=True)
+        ]
         records = [prompt.record for prompt in held_out for _ in range(size)]
         scores = combine({"accuracy": 1.0, "format": 1.0}, texts, records).by_name
         return scores["accuracy"].view(-1, size), scores["format"]

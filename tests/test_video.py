@@ -38,14 +38,16 @@ def clip_path(tmp_path_factory):
     return write(tmp_path_factory.mktemp("video") / "clip.mp4", 30)
 
 
-# One group of pictures, or a keyframe every five frames (seeking); with and without frames stored out of order.
+# One group of pictures, or a keyframe every five frames (seeking); with and without frames stored out of
+# order.
 @pytest.mark.parametrize("options", [{}, {"g": "5"}, {"g": "5", "bf": "0"}])
 # Every frame, every second, a few out of all (long gaps, so that whole groups are skipped).
 @pytest.mark.parametrize(("fps", "max_frames"), [(8.0, 64), (4.0, 64), (8.0, 4)])
 def test_both_decoders_take_the_same_frames(tmp_path, options, fps, max_frames):
     path = write(tmp_path / "clip.mp4", 30, **options)
     first, second = (
-        read_video(path, **{**READ, "fps": fps, "max_frames": max_frames}, decoder=decoder) for decoder in video.DECODERS
+        read_video(path, **{**READ, "fps": fps, "max_frames": max_frames}, decoder=decoder)
+        for decoder in video.DECODERS
     )
     count = min(round(30 / FPS * fps) // 2 * 2, max_frames)
     expected = [i * 30 // count for i in range(count)]
@@ -75,7 +77,8 @@ def test_a_single_frame_is_given_twice(tmp_path):
     assert numbers(clip) == [0, 0]
 
 
-# Square, wide, tall, already small, larger than the limit by little, extreme; with the factors of both models.
+# Square, wide, tall, already small, larger than the limit by little, extreme; with the factors of both
+# models.
 @pytest.mark.parametrize("size", [(224, 224), (360, 640), (1920, 1080), (20, 30), (57, 57), (40, 2000)])
 @pytest.mark.parametrize(("max_pixels", "factor"), [(64 * 28 * 28, 28), (28 * 28, 14), (28 * 28, 28)])
 def test_sizes_fit(size, max_pixels, factor):
@@ -84,7 +87,11 @@ def test_sizes_fit(size, max_pixels, factor):
     # Within half a unit of the aspect ratio, unless a side is down to one unit or the limit took one more.
     ideal = size[0] / size[1]
     if min(height, width) > factor:
-        assert (height - 1.5 * factor) / (width + 1.5 * factor) <= ideal <= (height + 1.5 * factor) / (width - 1.5 * factor)
+        assert (
+            (height - 1.5 * factor) / (width + 1.5 * factor)
+            <= ideal
+            <= (height + 1.5 * factor) / (width - 1.5 * factor)
+        )
 
 
 def test_frames_keep_their_picture_when_resized(tmp_path):

@@ -1,4 +1,4 @@
-"""Writing a perception task to disk: mp4 clips and records in the Video-R1 format, with the deciding moments known."""
+"""Writing a perception task to disk: mp4 clips, and records in the Video-R1 format with the deciding moments."""
 
 import json
 import os
@@ -16,15 +16,15 @@ from appo.tasks.render import draw, encode
 LETTERS = "ABCDEFGH"
 SOURCE = "appo-tasks"
 
-# The warm start sees the easy split only. Training and validation share a harder distribution; the last split is harder
-# still, on a light background that no other split has.
+# The warm start sees the easy split only. Training and validation share a harder distribution; the last split
+# is harder still, on a light background that no other split has.
 DIFFICULTIES: dict[str, Difficulty] = {
     "warmup": Difficulty(),
     "train": Difficulty(noise=14.0, size=(0.13, 0.18), contrast=0.6, distractors=1),
     "validation": Difficulty(noise=14.0, size=(0.13, 0.18), contrast=0.6, distractors=1),
     "ood": Difficulty(noise=16.0, size=(0.12, 0.16), contrast=0.6, length=0.375, distractors=2, background=85.0),
 }
-SIZES = {"warmup": 768, "train": 512, "validation": 128, "ood": 128}
+SIZES = {"warmup": 512, "train": 512, "validation": 128, "ood": 128}
 
 
 def make_task(
@@ -32,7 +32,7 @@ def make_task(
     *,
     seed: int = 0,
     sizes: Mapping[str, int] | None = None,
-    kinds: Sequence[str] = tuple(KINDS),
+    kinds: Sequence[str] = ("colour", "direction", "blink"),
     difficulties: Mapping[str, Difficulty] | None = None,
     side: int = 56,
     fps: int = 8,
@@ -42,15 +42,18 @@ def make_task(
 ) -> dict[str, Path]:
     """Renders the clips of every split and writes ``DIR/<split>.json`` and ``DIR/videos/*.mp4``.
 
-    sizes: clips of each split (default ``SIZES``). kinds: question kinds, taken in turn. difficulties: of each split, those
-    left out as in ``DIFFICULTIES``. side: pixels, even. duration: seconds. shuffle_options: draw the order of the options of each
-    question instead of a fixed one.
+    sizes: clips of each split (default ``SIZES``). kinds: question kinds, taken in turn; those of the default
+    can be told from one frame, "order" and "count" need several. difficulties: of each split, those left out
+    as in ``DIFFICULTIES``. side: pixels, even. duration: seconds. shuffle_options: draw the order of the
+    options of each question instead of a fixed one.
 
-    Records are in the Video-R1 format (SPEC section 8), with ``path`` relative to DIR, and have besides: ``time_spans``
-    [[start, end]] in seconds, the moments that decide the question; ``duration`` in seconds; ``task``, the question kind. Returns the path of each split's records.
+    Records are in the Video-R1 format (SPEC section 8), with ``path`` relative to DIR, and have besides:
+    ``time_spans`` [[start, end]] in seconds, the moments that decide the question; ``duration`` in seconds;
+    ``task``, the question kind. Returns the path of each split's records.
 
-    A clip depends on the seed, its split and its number only: the same arguments give the same bytes, and a larger size keeps
-    the smaller one's clips. Raises ValueError for an unknown kind or split, or sizes that cannot be drawn.
+    A clip depends on the seed, its split and its number only: the same arguments give the same bytes, and a
+    larger size keeps the smaller one's clips. Raises ValueError for an unknown kind or split, or sizes that
+    cannot be drawn.
     """
     root, sizes = Path(directory), dict(SIZES if sizes is None else sizes)
     levels = {**DIFFICULTIES, **(difficulties or {})}

@@ -12,9 +12,9 @@ from appo.tasks.render import COLOURS, SHAPES, WHITE, Moment, Scene, Shape
 class Difficulty:
     """How hard it is to see the moment.
 
-    noise: standard deviation of the noise in grey levels. size: smallest and largest radius of the shape that matters, in
-    sides. contrast: 0 (nothing shows) to 1 (full colour, full jump). length: seconds the moment lasts. distractors: shapes that
-    drift about and do not matter. background: grey level.
+    noise: standard deviation of the noise in grey levels. size: smallest and largest radius of the shape that
+    matters, in sides. contrast: 0 (nothing shows) to 1 (full colour, full jump). length: seconds the moment
+    lasts. distractors: shapes that drift about and do not matter. background: grey level.
     """
 
     noise: float = 8.0
@@ -29,7 +29,8 @@ class Difficulty:
 class Question:
     """A scene and what is asked about it.
 
-    answer: index into ``options``. spans: (start, end) in seconds of each moment that decides it, in the order of time.
+    answer: index into ``options``. spans: (start, end) in seconds of each moment that decides it, in the
+    order of time.
     """
 
     kind: str
@@ -145,8 +146,8 @@ def _spans(
     slack = total - frames * (2 * number - 1)
     if slack < 0:
         raise ValueError(
-            f"make_task: `length`: expected at most {duration / (2 * number - 1):.3g} s, so that {number} moments fit into a "
-            f"clip of {duration:g} s, got {length:g} s. Shorten the moments or lengthen the clips."
+            f"make_task: `length`: expected at most {duration / (2 * number - 1):.3g} s, so that {number} moments fit "
+            f"into a clip of {duration:g} s, got {length:g} s. Shorten the moments or lengthen the clips."
         )
     starts = np.sort(rng.integers(0, slack + 1, number)) + 2 * frames * np.arange(number)
     return tuple((int(start) / fps, int(start + frames) / fps) for start in starts)

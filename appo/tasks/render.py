@@ -1,4 +1,4 @@
-"""Drawing short clips and encoding them as mp4: a few shapes on a noisy background, one of which changes for a moment."""
+"""Drawing clips and encoding them as mp4: shapes on a noisy background, one of which changes for a moment."""
 
 import os
 from dataclasses import dataclass, field
@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import av
 import numpy as np
 
-# Coloured flashes keep about the brightness of the neutral shape, so that the hue has to be seen, not a jump in brightness.
+# Coloured flashes keep about the brightness of the neutral shape, so that the hue has to be seen, not a jump
+# in brightness.
 COLOURS = {"red": (225, 60, 60), "green": (50, 185, 80), "blue": (70, 100, 235), "yellow": (215, 195, 50)}
 NEUTRAL = (150, 150, 150)
 WHITE = (255, 255, 255)
@@ -15,7 +16,7 @@ SHAPES = ("circle", "square", "diamond")
 
 @dataclass(frozen=True)
 class Moment:
-    """What happens to a shape between ``start`` and ``end`` (seconds): a colour, an offset (y, x, in sides), or it is gone."""
+    """What happens to a shape from ``start`` to ``end`` (seconds): a colour, an offset (y, x; in sides), or it is gone."""
 
     start: float
     end: float
@@ -27,7 +28,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Shape:
-    """A shape of radius ``radius`` around ``centre`` (y, x), drifting by ``drift`` a second; all in units of the clip's side."""
+    """A shape around ``centre`` (y, x) that drifts by ``drift`` a second; lengths in units of the clip's side."""
 
     kind: str
     centre: tuple[float, float]
@@ -38,7 +39,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """Shapes are drawn in order, later ones on top. background: grey level; noise: standard deviation in grey levels."""
+    """Shapes, later ones on top. background, and standard deviation of the noise, in grey levels."""
 
     shapes: tuple[Shape, ...]
     background: float = 45.0
@@ -55,40 +56,44 @@ def draw(scene: Scene, *, side: int, fps: float, duration: float, rng: np.random
     noise = rng.normal(0.0, scene.noise, (count, cells, cells, 3)).astype(np.float32)
     noise = noise.repeat(scene.grain, 1).repeat(scene.grain, 2)[:, :side, :side]
     frames = np.full((count, side, side, 3), scene.background, np.float32)
-    pixels = (np.arange(side, dtype=np.float32) + 0.5) / side
-    for index in range(count):
-        # The middle of the frame's time on screen decides whether a moment shows in it.
-        now = (index + 0.5) / fps
-        for shape in scene.shapes:
-            _paint(frames[index], shape, now, pixels, side)
+    # The middle of a frame's time on screen decides whether a moment shows in it.
+    times = (np.arange(count, dtype=np.float32) + 0.5) / fps
+    for shape in scene.shapes:
+        _paint(frames, shape, times)
     return np.clip(frames + noise, 0, 255).round().astype(np.uint8)
 
 
-def _paint(frame: np.ndarray, shape: Shape, now: float, pixels: np.ndarray, side: int) -> None:
-    colour = np.array(NEUTRAL, np.float32)
-    centre = np.array(shape.centre) + now * np.array(shape.drift)
+def _paint(frames: np.ndarray, shape: Shape, times: np.ndarray) -> None:
+    """Draws a shape over all frames, (T, side, side, 3), shown at ``times`` (T,) seconds."""
+    side = frames.shape[1]
+    centre = np.array(shape.centre, np.float32) + times[:, None] * np.array(shape.drift, np.float32)  # (T, 2)
+    colour = np.tile(np.array(NEUTRAL, np.float32), (len(times), 1))  # (T, 3)
+    visible = np.ones(len(times), bool)
     for moment in shape.moments:
-        if moment.start <= now < moment.end:
-            if not moment.visible:
-                return
-            centre = centre + moment.offset
-            if moment.colour is not None:
-                colour = colour + moment.strength * (np.array(moment.colour, np.float32) - colour)
-    down, across = np.abs(pixels - centre[0])[:, None], np.abs(pixels - centre[1])[None, :]
+        now = (moment.start <= times) & (times < moment.end)
+        visible[now] &= moment.visible
+        centre[now] += np.array(moment.offset, np.float32)
+        if moment.colour is not None:
+            colour[now] += moment.strength * (np.array(moment.colour, np.float32) - colour[now])
+    pixels = (np.arange(side, dtype=np.float32) + 0.5) / side
+    down, across = (np.abs(pixels - centre[:, axis, None]) for axis in (0, 1))  # (T, side) each
+    down, across = down[:, :, None], across[:, None, :]
     if shape.kind == "circle":
         distance = np.sqrt(down**2 + across**2)
     elif shape.kind == "square":
-        distance = np.maximum(down, across) / 0.9
+        distance = np.maximum(down, across) / np.float32(0.9)
     else:
-        distance = (down + across) / 1.25
-    coverage = np.clip((shape.radius - distance) * side + 0.5, 0.0, 1.0)[..., None]
-    frame += coverage * (colour - frame)
+        distance = (down + across) / np.float32(1.25)
+    coverage = np.clip((np.float32(shape.radius) - distance) * side + np.float32(0.5), 0.0, 1.0)  # (T, side, side)
+    coverage *= visible[:, None, None]
+    frames += coverage[..., None] * (colour[:, None, None, :] - frames)
 
 
 def encode(frames: np.ndarray, path: str | os.PathLike[str], *, fps: int, crf: int = 14) -> None:
-    """Writes (T, H, W, 3) uint8 RGB frames with even sides as H.264 mp4. One thread: the same frames give the same bytes.
+    """Writes (T, H, W, 3) uint8 RGB frames with even sides as H.264 mp4; the same frames give the same bytes.
 
-    crf: x264's quality, lower is better; up to about 20 a flash of half a second at 56 x 56 pixels stays what it was.
+    crf: x264's quality, lower is better; up to about 20 a flash of half a second at 56 x 56 pixels stays what
+    it was.
     """
     with av.open(os.fspath(path), "w") as container:
         stream = container.add_stream("libx264", rate=fps)
