@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Triton: gradients of attention and of the frame mass, from the lse. No atomics: dq by rows, dk and dv by keys.
 
     dP = dO V^T + g,  dS = P (dP - delta),  dq = scale dS K,  dk = scale dS^T Q,  dv = P^T dO

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Triton: online softmax over the tiles of a key plan, with the mass of each frame as a by-product.
 
 The row sum of a tile that holds keys of one frame only *is* that frame's contribution, relative to the running maximum

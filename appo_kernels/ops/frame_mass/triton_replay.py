@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """Triton: the mass of frames from a known lse, and what rows and tiles look like to all attention kernels.
 
 A tile of ``BM`` rows packs (row, query head) pairs that share a key/value head, so that a tile of keys is loaded once

@@ -1,0 +1,56 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton: the terms of all slots on one tile of logits, each logit read once per slot that it is in."""
+
+import triton
+import triton.language as tl
+
+from appo_kernels.triton_rows import scaled
+
+
+@triton.jit
+def exp_minus_line(d):
+    """exp(d) - d - 1, by its series near 0, where the difference would cancel."""
+    series = 1.0 / 24 + d * (1.0 / 120 + d * (1.0 / 720 + d * (1.0 / 5040 + d * (1.0 / 40320))))
+    series = d * d * (0.5 + d * (1.0 / 6 + d * series))
+    return tl.where(tl.abs(d) < 0.5, series, tl.exp(d) - d - 1.0)
+
+
+@triton.jit(do_not_specialize=["S", "v", "T"])
+def slots_kernel(
+    p_logits, p_bias, p_lse, p_members, p_total, stride_b, stride_t, T, missing, S, G, v, cap, temperature, log_uniform,
+    KL: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """total[slot] += sum over the tile's columns of mean_i p_i (log p_i - log pbar), or of mean_i (exp d_i - d_i - 1).
+
+    One program per slot. p_members (S, G): where row b T + t of the (B, T, v) logits is a member, ``missing`` where
+    there is none; p_lse: of these rows. GP: G padded to a power of two.
+    """
+    slot = tl.program_id(0)
+    g = tl.arange(0, GP)
+    member = tl.load(p_members + slot.to(tl.int64) * G + g, mask=g < G, other=missing).to(tl.int64)
+    present = member < missing
+    row = p_logits + tl.where(present, member // T * stride_b + member % T * stride_t, 0)
+    lse = tl.load(p_lse + member, mask=present, other=0.0)
+    count = tl.sum(present.to(tl.float32), 0)
+    total = 0.0
+    for start in range(0, v, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < v
+        x = tl.load(row[:, None] + column[None, :], mask=present[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        if BIAS:
+            x += tl.load(p_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+        # A word that cannot be said has log p = -1e4: exp of it is exactly 0, and equal values have an exact mean.
+        log_p = tl.maximum(scaled(x, cap, temperature, CAP) - lse[:, None], -1e4)
+        if KL:
+            p = tl.where(present[:, None] & inside[None, :], tl.exp(log_p), 0.0)
+            mixture = tl.maximum(tl.sum(p, 0) / count, 1.1754943508222875e-38)
+            terms = p * (log_p - tl.log(mixture)[None, :])
+        else:
+            log_p = tl.where(present[:, None], log_p, log_uniform)
+            log_p = tl.where((g < G)[:, None], log_p, 0.0)
+            d = tl.sum(log_p, 0)[None, :] / G - log_p
+            d = tl.minimum(tl.maximum(d, -11.0), 11.0)
+            terms = tl.where((g < G)[:, None] & inside[None, :], exp_minus_line(d), 0.0)
+        total += tl.sum(tl.sum(terms, 0), 0)
+    total = total / (tl.maximum(count, 1.0) if KL else G)
+    tl.store(p_total + slot, tl.load(p_total + slot) + total)

@@ -1,0 +1,200 @@
+# mypy: disable-error-code="no-untyped-def"
+"""Triton: what the operators on logits do with each row between the vendor's matrix products.
+
+Bias, soft cap and temperature are applied on the way, so a tile of logits is written by its matrix product and read
+once by ``fold`` (log-sum-exp, entropy, logit of the target) and once by ``gradient``, which writes d loss / d logits:
+
+    gradient_v = p_v (constant - slope log p_v), ``at_target`` where v is the target; then through cap and temperature
+
+Shapes: m rows of a tile, v columns of V. A row may lie anywhere: row r of the kernels is row ``rows[r]`` of a (B, T, v)
+tensor of any strides with a unit last one.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+FOLD_COLUMNS, GRADIENT_COLUMNS = 4096, 2048
+# Rows of the state that ``fold`` keeps: largest logit, sum of e = exp(z - peak), sum of (z - peak) e, target's logit.
+PEAK, TOTAL, MOMENT, PICKED = range(4)
+
+
+@triton.jit
+def tanh(x):
+    """In fp32; a series near 0, where 1 - 2 / (exp(2 x) + 1) would cancel."""
+    square = x * x
+    series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
+    return tl.where(tl.abs(x) < 0.3, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def scaled(x, cap, temperature, CAP: tl.constexpr):
+    """softcap(x) / temperature of raw logits with their bias, fp32."""
+    if CAP:
+        x = cap * tanh(x / cap)
+    return x / temperature
+
+
+@triton.jit
+def load_logits(p_row, p_bias, column, inside, BIAS: tl.constexpr):
+    """Raw logits plus bias in fp32; 0 outside."""
+    x = tl.load(p_row + column, mask=inside, other=0.0).to(tl.float32)
+    if BIAS:
+        x += tl.load(p_bias + column, mask=inside, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def row_offset(p_rows, r, T, stride_b, stride_t, LISTED: tl.constexpr):
+    """Where row r starts; int64: 4,096 x 152,064 elements do not fit 31 bits."""
+    row = r.to(tl.int64)
+    if LISTED:
+        row = tl.load(p_rows + r).to(tl.int64)
+    return row // T * stride_b + row % T * stride_t
+
+
+@triton.jit(do_not_specialize=["first_column", "v", "T"])
+def fold_kernel(
+    p_logits, p_rows, p_bias, p_targets, p_state, stride_b, stride_t, stride_state, T, first_column, v,
+    cap, temperature, CAP: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Takes the columns of one row into its state. One program per row."""
+    r = tl.program_id(0)
+    p_logits += row_offset(p_rows, r, T, stride_b, stride_t, LISTED)
+    peak = tl.load(p_state + r)
+    total = tl.load(p_state + stride_state + r)
+    moment = tl.load(p_state + 2 * stride_state + r)
+    for start in range(0, v, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < v
+        z = scaled(load_logits(p_logits, p_bias, column, inside, BIAS), cap, temperature, CAP)
+        z = tl.where(inside, z, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(z, 0))
+        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        e = tl.exp(z - base)
+        step = tl.where(peak == float("-inf"), 0.0, peak - base)  # what was summed moves to the new peak
+        decay = tl.where(peak == float("-inf"), 0.0, tl.exp(step))
+        moment = (moment + step * total) * decay + tl.sum(tl.where(z == float("-inf"), 0.0, (z - base) * e), 0)
+        total = total * decay + tl.sum(e, 0)
+        peak = new_peak
+    tl.store(p_state + r, peak)
+    tl.store(p_state + stride_state + r, total)
+    tl.store(p_state + 2 * stride_state + r, moment)
+    target = tl.load(p_targets + r) - first_column
+    if (target >= 0) & (target < v):
+        x = tl.load(p_logits + target).to(tl.float32)
+        if BIAS:
+            x += tl.load(p_bias + target).to(tl.float32)
+        tl.store(p_state + 3 * stride_state + r, scaled(x, cap, temperature, CAP))
+
+
+@triton.jit(do_not_specialize=["first_column", "v", "T"])
+def gradient_kernel(
+    p_logits, p_out, p_rows, p_bias, p_targets, p_lse, p_constant, p_slope, p_at_target,
+    stride_b, stride_t, stride_ob, stride_ot, T, first_column, v, cap, temperature,
+    CAP: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Writes the gradient of a block of columns of one row to the same row of p_out, or with PACKED to its row r.
+
+    p_out may be p_logits unless PACKED.
+    """
+    r = tl.program_id(0)
+    offset = row_offset(p_rows, r, T, stride_b, stride_t, LISTED)
+    out = r.to(tl.int64) * stride_ot if PACKED else row_offset(p_rows, r, T, stride_ob, stride_ot, LISTED)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < v
+    x = load_logits(p_logits + offset, p_bias, column, inside, BIAS)
+    slope_of_cap = 1.0
+    if CAP:
+        t = tanh(x / cap)
+        slope_of_cap = 1.0 - t * t
+        x = cap * t
+    log_p = x / temperature - tl.load(p_lse + r)
+    p = tl.exp(log_p)
+    gradient = tl.where(p == 0.0, 0.0, p * (tl.load(p_constant + r) - tl.load(p_slope + r) * log_p))
+    gradient = tl.where(column == tl.load(p_targets + r) - first_column, tl.load(p_at_target + r), gradient)
+    gradient = gradient * slope_of_cap / temperature
+    tl.store(p_out + out + column, gradient.to(p_out.dtype.element_ty), mask=inside)
+
+
+def new_state(rows: int, like: Tensor) -> Tensor:
+    """(4, rows) fp32: the state of rows of which nothing has been seen."""
+    state = torch.zeros(4, rows, dtype=torch.float32, device=like.device)
+    state[PEAK] = float("-inf")
+    return state
+
+
+def fold(
+    logits: Tensor,
+    targets: Tensor,
+    state: Tensor,
+    *,
+    first_column: int = 0,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Takes columns ``first_column``.. of some rows into ``state`` (4, m), unit last stride.
+
+    logits: (m, v), or (B, T, v) with ``rows`` (m,) flat indices b T + t; raw, any float dtype, read once. bias (v,):
+    the part that belongs to these columns. targets (m,): token ids, counted from the first column of the vocabulary.
+    """
+    stride_b, stride_t, T, v = _layout(logits)
+    if not targets.shape[0] * v:
+        return
+    fold_kernel[(targets.shape[0],)](
+        logits, targets if rows is None else rows, targets if bias is None else bias, targets, state,
+        stride_b, stride_t, state.stride(0), T, first_column, v, softcap or 1.0, temperature,
+        CAP=softcap is not None, BIAS=bias is not None, LISTED=rows is not None,
+        BLOCK=min(FOLD_COLUMNS, triton.next_power_of_2(v)), num_warps=8,
+    )  # fmt: skip
+
+
+def results(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probability of the target, entropy and lse, each (m,), of rows whose whole vocabulary is in ``state``."""
+    peak, total, moment, picked = state
+    log_total = total.log()
+    return picked - peak - log_total, log_total - moment / total, peak + log_total
+
+
+def gradient(
+    logits: Tensor,
+    targets: Tensor,
+    lse: Tensor,
+    constant: Tensor,
+    slope: Tensor,
+    at_target: Tensor,
+    out: Tensor,
+    *,
+    first_column: int = 0,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> None:
+    """Writes the gradient of the raw logits of some rows; other arguments as of ``fold``, vectors (m,) fp32.
+
+    out: like ``logits``, or ``logits`` itself: each row in its place; or, for listed rows of (m, v) logits, another
+    (k, v) tensor: one row after the other.
+    """
+    stride_b, stride_t, T, v = _layout(logits)
+    stride_ob, stride_ot, _, _ = _layout(out)
+    m = targets.shape[0]
+    if not m * v:
+        return
+    block = min(GRADIENT_COLUMNS, triton.next_power_of_2(v))
+    gradient_kernel[(m, triton.cdiv(v, block))](
+        logits, out, targets if rows is None else rows, targets if bias is None else bias, targets, lse, constant,
+        slope, at_target, stride_b, stride_t, stride_ob, stride_ot, T, first_column, v, softcap or 1.0, temperature,
+        CAP=softcap is not None, BIAS=bias is not None, LISTED=rows is not None,
+        PACKED=rows is not None and out.shape != logits.shape, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def _layout(tensor: Tensor) -> tuple[int, int, int, int]:
+    """Strides of B and T, T, and v of a (B, T, v) or (m, v) tensor."""
+    if tensor.dim() == 2:
+        return 0, tensor.stride(0), max(1, tensor.shape[0]), tensor.shape[1]
+    return tensor.stride(0), tensor.stride(1), max(1, tensor.shape[1]), tensor.shape[2]
