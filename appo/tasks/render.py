@@ -16,7 +16,7 @@ SHAPES = ("circle", "square", "diamond")
 
 @dataclass(frozen=True)
 class Moment:
-    """What happens to a shape from ``start`` to ``end`` (seconds): a colour, an offset (y, x; in sides), or it is gone."""
+    """From ``start`` to ``end`` (seconds) a shape has a colour or an offset (y, x; in sides), or it is gone."""
 
     start: float
     end: float
