@@ -26,7 +26,7 @@ class Inspection:
     question: str
     options: tuple[str, ...]
     answer: str
-    thumbnails: list[np.ndarray]  # F of (H, W, 3) uint8
+    thumbnails: list[np.ndarray]  # F of (H, W, 3) uint8; several sampled frames of one frame stand above each other
     times: list[tuple[float, float]]  # F of (first, last) seconds
     selected: list[int]  # the target frames
     crucial: list[int]  # the frames that decide the question, where known
@@ -61,7 +61,7 @@ def write_inspection(
 
     Args:
         frames: (T, 3, H, W) uint8, what the model saw. T is F, or the sampled frames that were merged into F frames;
-            each frame then shows the first of its own.
+            those of a frame are then shown above each other.
         times: F pairs (first, last), the seconds that each frame covers.
         tokens: the tokens of each response as text; response i has n_i <= N of them.
         mass: (G, N, F) frame mass, from ``record_frame_mass``; rows past n_i are ignored.
@@ -102,7 +102,9 @@ def write_inspection(
 
     mass_GNF = mass.detach().float().cpu().numpy()
     weights_GN = np.ones((G, N), np.float32) if weights is None else weights.detach().float().cpu().numpy()
-    pictures = frames[::merged].permute(0, 2, 3, 1).cpu().numpy()
+    # Sampled frames that the model sees as one stand above each other; the last one may have to be repeated.
+    filled = torch.cat([frames, frames[-1:].expand(F * merged - T, -1, -1, -1)]).cpu()
+    pictures = filled.unflatten(0, (F, merged)).permute(0, 1, 3, 4, 2).flatten(1, 2).numpy()
     found = Inspection(
         question=question,
         options=tuple(options),
@@ -157,6 +159,7 @@ def _body(found: Inspection) -> str:
 <div class="bartop">{weight_scale(found.top_weight)}
 <div class="switch"><span>Blue cells compare</span><button data-scale="answer">all words</button>
 <button data-scale="word">frames within each word</button></div></div>
+<p class="range" id="range"></p>
 <div class="map"><div class="strip" id="strip"></div><div id="rows"></div></div>
 </div>
 <p class="legend" style="margin-top:14px">
@@ -165,7 +168,9 @@ def _body(found: Inspection) -> str:
 <span><i style="background:#f5a623"></i>how much more than once the word counts in training</span></p></section>
 <section><h2>How to read this</h2><p class="lead">Each row is a word of the answer, each column a moment of the clip.
 A cell is dark where the model looked at that moment while saying the word: the attention of its last layers, averaged
-over heads. Point at a word to see the moments light up under the thumbnails. The bars on the right are what training
+over heads. The colours run from the lowest value to the highest, so read the two numbers above them: where they are
+close, the model looked everywhere alike.
+Point at a word to see the moments light up under the thumbnails. The bars on the right are what training
 makes of it: words that look at picked moments, and on which the answers disagree, count more than once.</p></section>
 </main>
 <script type="application/json" id="data">{_data(found)}</script>"""
@@ -190,7 +195,7 @@ def _data(found: Inspection) -> str:
     """What the page's script draws from; "<" is escaped so that no token can end the element."""
     frames = [
         {
-            "image": jpeg_uri(picture),
+            "image": jpeg_uri(picture, side=max(160, 160 * picture.shape[0] // picture.shape[1])),
             "time": _clock(*found.times[index]),
             "picked": index in found.selected,
             "crucial": index in found.crucial,

@@ -84,6 +84,9 @@ def _tiles(run: Run) -> str:
     for name, metric, form, note in TILES:
         number = run.last(*metric)
         if number is not None:
+            memory = run.last("memory/peak_gib", window=1)
+            if metric == ("time/step",) and memory is not None:
+                note = f"Peak memory so far: {memory:.2f} GiB."
             tiles.append(tile(name, form.format(number), note))
     note = '<p class="frames">Shares and times are means of the last 10 steps.</p>'
     return f'<div class="tiles">{"".join(tiles)}</div>{note}' if tiles else ""
@@ -116,8 +119,7 @@ TILES = (
     ),
     ("Weighted words", ("weight/share",), "{:.0%}", "Tokens that count more than once."),
     ("Questions without signal", ("groups/no_signal",), "{:.0%}", "All their answers were equally good."),
-    ("Time per step", ("time/step",), "{:.2f} s", "Rollout, scoring and update."),
-    ("Peak memory", ("memory/peak_gib/max", "memory/peak_gib"), "{:.2f} GiB", "Largest so far."),
+    ("Time per step", ("time/step",), "{:.2f} s", "Rollout, scoring, update."),
 )
 
 

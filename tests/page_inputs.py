@@ -75,7 +75,7 @@ def _metrics(step: int, chance: random.Random, weighted: bool) -> dict[str, Any]
         "time/score": near(0.22, 0.02),
         "time/update": near(0.42, 0.02),
         "time/step": near(0.95, 0.03),
-        "memory/peak_gib/max": 1.1 + 0.2 * rise,
+        "memory/peak_gib": 1.1 + 0.2 * rise,
         "lr": 5e-4,
     }
     if weighted:
@@ -89,7 +89,7 @@ def _metrics(step: int, chance: random.Random, weighted: bool) -> dict[str, Any]
             "frames/empty": min(1.0, near(0.35, 0.05)),
             "frames/precision": min(1.0, near(0.3 + 0.3 * rise, 0.05)),
             "frames/recall": min(1.0, near(0.35 + 0.35 * rise, 0.05)),
-            "mass/per_key": near(0.05, 0.003),
+            "mass/frames": near(0.45, 0.02),
         }
     return metrics
 

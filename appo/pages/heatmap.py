@@ -18,7 +18,7 @@ PICK, TRUTH, WEIGHT = "#d9730d", "#1a8a6a", "#f5a623"
 BLUES = LinearSegmentedColormap.from_list("attention", ["#f6f7f9", "#b9cdf5", "#2f62d8", "#16306e"])
 GAMMA = 0.7  # below 1, so that weak attention is seen beside strong
 MAX_TOKENS = 80  # of a response; more cannot be read on a picture
-ROW, THUMBNAIL = 0.17, 0.62  # inches
+ROW, THUMBNAIL, LABELS = 0.17, 0.62, 0.44  # inches
 
 
 def save_heatmap(found: "Inspection", path: Path) -> Path:
@@ -30,16 +30,18 @@ def save_heatmap(found: "Inspection", path: Path) -> Path:
     columns = len(found.times)
     width, thumbnail = max(4.6, 1.9 + THUMBNAIL * columns), min(THUMBNAIL, 12 / columns)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        size = (width * len(chosen), 1.3 + thumbnail + ROW * count)
+        rows, pixels = found.thumbnails[0].shape[:2]
+        strip_height = thumbnail * min(2.5, rows / pixels)
+        size = (width * len(chosen), 1.5 + strip_height + ROW * count)
         layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
         figure = Figure(figsize=size, layout=layout)
         parts = figure.subfigures(1, len(chosen), squeeze=False)[0]
         for part, index in zip(parts, chosen, strict=True):
             grid = part.add_gridspec(
-                2, 2, height_ratios=[thumbnail * 1.5, ROW * count], width_ratios=[columns * thumbnail, 0.9]
+                2, 2, height_ratios=[strip_height + LABELS, ROW * count], width_ratios=[columns * thumbnail, 0.9]
             )
             strip, cells = part.add_subplot(grid[0, 0]), part.add_subplot(grid[1, 0])
-            _thumbnails(strip, found)
+            _thumbnails(strip, found, strip_height)
             _cells(cells, found, index)
             _weights(part.add_subplot(grid[1, 1], sharey=cells), found, index)
             length = len(found.tokens[index])
@@ -54,18 +56,29 @@ def save_heatmap(found: "Inspection", path: Path) -> Path:
     return path
 
 
-def _thumbnails(axes: Any, found: "Inspection") -> None:
+def _thumbnails(axes: Any, found: "Inspection", height: float) -> None:
     """The clip along the columns; picked frames in orange, those that decide the question over a green bar."""
     for index, picture in enumerate(found.thumbnails):
         axes.imshow(picture, extent=(index - 0.46, index + 0.46, 0.0, 1.0), aspect="auto", interpolation="nearest")
         if index in found.selected:
             frame = Rectangle((index - 0.46, 0), 0.92, 1, fill=False, edgecolor=PICK, linewidth=2.2, zorder=3)
             axes.add_patch(frame)
-            axes.text(index, 1.06, "picked", ha="center", va="bottom", fontsize=6.5, color=PICK, fontweight="bold")
+            axes.text(
+                index,
+                1 + 0.03 / height,
+                "picked",
+                ha="center",
+                va="bottom",
+                fontsize=6.5,
+                color=PICK,
+                fontweight="bold",
+            )
         if index in found.crucial:
-            axes.add_patch(Rectangle((index - 0.46, -0.14), 0.92, 0.09, color=TRUTH, linewidth=0))
-        axes.text(index, -0.2, f"{found.times[index][0]:.1f} s", ha="center", va="top", fontsize=6.5, color=MUTED)
-    axes.set(xlim=(-0.5, len(found.times) - 0.5), ylim=(-0.5, 1.3))
+            axes.add_patch(Rectangle((index - 0.46, -0.08 / height), 0.92, 0.05 / height, color=TRUTH, linewidth=0))
+        axes.text(
+            index, -0.11 / height, f"{found.times[index][0]:.1f} s", ha="center", va="top", fontsize=6.5, color=MUTED
+        )
+    axes.set(xlim=(-0.5, len(found.times) - 0.5), ylim=(-0.26 / height, 1 + 0.18 / height))
     axes.axis("off")
 
 
@@ -75,8 +88,9 @@ def _cells(axes: Any, found: "Inspection", index: int) -> None:
     if not tokens:  # an empty answer keeps its place
         axes.axis("off")
         return
-    highest = float(mass.max()) if mass.size else 0.0
-    axes.imshow((mass / highest) ** GAMMA if highest > 0 else mass, aspect="auto", cmap=BLUES, vmin=0, vmax=1)
+    low, high = float(mass.min()), float(mass.max())
+    axes.imshow(((mass - low) / max(high - low, 1e-12)) ** GAMMA, aspect="auto", cmap=BLUES, vmin=0, vmax=1)
+    axes.set_xlabel(f"attention mass: lightest {low:.3g}, darkest {high:.3g}", fontsize=7, color=MUTED, loc="left")
     for frame in found.selected:
         axes.add_patch(Rectangle((frame - 0.5, -0.5), 1, len(tokens), fill=False, edgecolor=PICK, linewidth=1.2))
     axes.set_yticks(range(len(tokens)), [token[:18].replace("$", r"\$") for token in tokens], fontsize=7, color=INK)

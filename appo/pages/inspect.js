@@ -14,6 +14,8 @@ function element(tag, className, text) {
 
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 const share = (row) => { const total = sum(row); return row.map((value) => (total > 0 ? value / total : 0)); };
+const range = (values) => values.reduce(
+  ([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 const percent = (value) => `${Math.round(100 * value)}%`;
 const tint = (weight) => `rgba(245,158,11,${data.top > 1 ? (0.85 * (weight - 1)) / (data.top - 1) : 0})`;
 
@@ -46,7 +48,7 @@ function drawResponse() {
   const { tokens, weights, mass } = data.responses[state.response];
   const speech = find("speech"), rows = find("rows");
   const joined = tokens.some((token) => /^\s/.test(token));
-  const highest = Math.max(...mass.flat(), 0);
+  const all = mass.flat();
   speech.replaceChildren();
   rows.replaceChildren();
   rows.style.setProperty("--frames", F);
@@ -62,10 +64,11 @@ function drawResponse() {
     const label = element("div", "word", token);
     label.style.background = tint(weights[t]);
     row.append(label);
-    const most = state.scale === "word" ? Math.max(...mass[t]) : highest;
+    const [low, high] = range(state.scale === "word" ? mass[t] : all);
     mass[t].forEach((value) => {
       const cell = element("div", "cell");
-      cell.style.background = most > 0 ? blue(value / most) : "";
+      cell.style.background = high > low ? blue((value - low) / (high - low)) : "";
+      cell.title = value;
       row.append(cell);
     });
     const weight = element("div", "weight", weights[t].toFixed(2));
@@ -75,6 +78,10 @@ function drawResponse() {
     row.append(weight);
     rows.append(row);
   });
+  const [low, high] = range(all);
+  find("range").textContent = state.scale === "word"
+    ? "each word from its own lightest to its own darkest frame"
+    : all.length ? `lightest ${low}, darkest ${high} of attention mass` : "";
   document.querySelectorAll(".tabs button").forEach((button) => {
     button.setAttribute("aria-selected", Number(button.dataset.response) === state.response);
   });

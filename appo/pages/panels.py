@@ -44,7 +44,7 @@ ENTROPY = _panel(
     "Entropy", "How open each next token is, in nats. Near 0 the model has stopped exploring.", {"": "entropy"}
 )
 GRADIENT = _panel("Gradient norm", "How strongly the answers pull at the model.", {"": "grad_norm"}, floor=0.0)
-PHASES = ("rollout", "score", "weights", "update")
+PHASES = ("rollout", "score", "update")
 
 GROUPS = (
     PanelGroup(
@@ -101,8 +101,9 @@ GROUPS = (
             ),
             Panel(
                 "Attention on the video",
-                "Mass per key on frames, summed over frames: how much tokens look at the video at all.",
-                (Line("", ("mass/frames", "mass/per_key")),),
+                "Share of a token's attention that goes to the video, not to text.",
+                (Line("", ("mass/frames",)),),
+                percent=True,
                 floor=0.0,
             ),
         ),
@@ -155,7 +156,7 @@ GROUPS = (
             Panel(
                 "Peak memory",
                 "GiB, largest so far.",
-                (Line("", ("memory/peak_gib/max", "memory/peak_gib")),),
+                (Line("", ("memory/peak_gib",)),),
                 floor=0.0,
             ),
         ),
