@@ -41,13 +41,17 @@ class Prompt:
         return self.input_ids.numel()
 
     def crucial_frames(self) -> list[int]:
-        """Frames in which a sampled moment lies in one of the record's time spans; empty where none are known.
+        """Frames that were sampled within one of the record's time spans [start, end); empty where none are known.
 
         A span that falls between two samples counts for the frame nearest to its middle.
         """
         found = set()
         for start, end in self.record.time_spans:
-            inside = [f for f, (first, last) in enumerate(self.frame_times) if first <= end and last >= start]
+            inside = [
+                f
+                for f, (first, last) in enumerate(self.frame_times)
+                if last >= start and (first < end or first == start)
+            ]
             middle = (start + end) / 2
             nearest = min(
                 range(self.num_frames), key=lambda f: abs(sum(self.frame_times[f]) / 2 - middle), default=None
