@@ -1,0 +1,132 @@
+"""The shipped attention kernels, compiled for sm_80 and executed, against the fp64 reference on hostile layouts."""
+
+import attention_layouts as layouts
+import pytest
+import torch
+
+from appo_kernels import testing
+from appo_kernels.ops.frame_mass import reference as mass_reference
+from appo_kernels.ops.frame_mass import streaming, triton_replay
+from appo_kernels.ops.frame_mass import triton as frame_mass
+from ptxsim import triton_device
+
+SCALE = 0.21
+
+
+def check(layout, query_heads, key_heads, head_dim, dtype, *, seed, scale=SCALE, weights=None):
+    """Runs forward and backward under one warp schedule and compares; returns the results."""
+    inputs = layouts.tensors(layout, query_heads, key_heads, head_dim, dtype)
+    grads = layouts.upstream(layout, inputs)
+    expected = layouts.expected_attention(layout, inputs, scale=scale, grads=grads, weights=weights)
+    framework = layouts.attention(layout, inputs, "torch", scale=scale, grads=grads, weights=weights)
+    with triton_device.simulated(seed=seed) as device:
+        got = layouts.attention(layout, inputs, "triton", scale=scale, grads=grads, weights=weights)
+    assert {"online_kernel", "finish_kernel", "delta_kernel", "query_kernel", "key_kernel"} <= {
+        launch.name for launch in device.launches
+    }
+    layouts.compare(got, expected, framework)
+    return got
+
+
+def test_attention_bf16():
+    """7 query heads to a key/value head, two of these; two schedules give the same bits."""
+    first = check(layouts.hostile(), 14, 2, 64, torch.bfloat16, seed=0)
+    inputs = layouts.tensors(layouts.hostile(), 14, 2, 64, torch.bfloat16)
+    with triton_device.simulated(seed=1):
+        second = layouts.attention(layouts.hostile(), inputs, "triton", scale=SCALE)
+    for a, b in zip(first, second, strict=False):
+        assert torch.equal(a, b)
+
+
+def mass_arguments(head_dim=64, dtype=torch.bfloat16):
+    layout = layouts.hostile()
+    query, key, _ = layouts.tensors(layout, 14, 2, head_dim, dtype)
+    bounds = dict(zip(("first_key", "last_key", "prefix_keys"), layout.bounds, strict=True))
+    options = {"num_frames": layout.num_frames, "scale": SCALE, **bounds}
+    expected = mass_reference.frame_mass(query.double(), key.double(), layout.frame_ids, per_head=True, **options)
+    lse = layouts.expected_attention(
+        layout, (query, key, key), scale=SCALE, grads=layouts.upstream(layout, (query, key, key))
+    )[1].detach()  # fmt: skip
+    return layout, query, key, expected.detach(), lse.float()
+
+
+def run_mass(module, layout, query, key, lse, *, per_head=False, weights=None):
+    """Mass on top of ones, into a buffer with frames first in memory; and the lse when none is given."""
+    B, Hq, R, _ = query.shape
+    shape = (layout.num_frames, B, Hq, R) if per_head else (layout.num_frames, B, R)
+    mass = torch.ones(shape).movedim(0, -1)
+    new_lse = torch.full((B, Hq, R), float("nan")) if lse is None else None
+    module.forward(query, key, layout.frame_ids, lse, *layout.bounds, weights, SCALE, per_head, mass, new_lse)
+    return mass - 1, new_lse
+
+
+def test_replay_bf16(monkeypatch):
+    """From a given lse, where empty rows are marked by +inf as by -inf; heads in one program or split over programs."""
+    layout, query, key, expected, lse = mass_arguments()
+    lse[0, :7] = torch.where(lse[0, :7] == float("-inf"), float("inf"), lse[0, :7])
+    framework, _ = run_mass(streaming, layout, query, key, lse)
+    results = []
+    for programs_wanted in (0, 1 << 20):
+        monkeypatch.setattr(triton_replay, "multiprocessors", lambda device, n=programs_wanted: n)
+        with triton_device.simulated(seed=2) as device:
+            results.append(run_mass(frame_mass, layout, query, key, lse)[0])
+        assert len(device.launches) == (2 if programs_wanted else 1)
+    assert torch.equal(*results)
+    testing.assert_as_good_as(results[0], expected.mean(1), framework, atol=3e-6, name="mass")
+
+
+@pytest.mark.slow
+def test_mass_per_head_and_weighted_bf16():
+    layout, query, key, expected, lse = mass_arguments()
+    weights = torch.rand(2, layout.num_frames)
+    for given in (lse, None):
+        with triton_device.simulated(seed=3):
+            got, new_lse = run_mass(frame_mass, layout, query, key, given, per_head=True, weights=weights)
+        want = expected * weights[:, None, None].double()
+        assert (got.double() - want).abs().max() < 3e-6
+        if new_lse is not None:
+            assert torch.equal(new_lse.isfinite(), lse.isfinite())
+            assert (new_lse - lse).nan_to_num(0, 0, 0).abs().max() < 1e-5
+
+
+# Head sizes that are padded (80, 96), the smallest, the common and the largest; fp16 and true fp32 products.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "query_heads", "key_heads"),
+    [
+        (torch.bfloat16, 128, 7, 1),
+        (torch.bfloat16, 80, 3, 1),
+        (torch.bfloat16, 256, 2, 2),
+        (torch.float16, 96, 4, 2),
+        (torch.float32, 32, 7, 1),
+        (torch.float32, 128, 2, 1),
+    ],
+)
+def test_attention_types_and_head_sizes(dtype, head_dim, query_heads, key_heads):
+    check(layouts.hostile(), query_heads, key_heads, head_dim, dtype, seed=head_dim)
+
+
+@pytest.mark.slow
+def test_attention_without_bounds_and_with_weights():
+    weights = torch.rand(1, 2)
+    check(layouts.everything_visible(), 5, 1, 64, torch.bfloat16, seed=4, weights=weights, scale=-SCALE)
+
+
+@pytest.mark.slow
+def test_equal_alone_and_left_padded():
+    """The bits of a sequence do not depend on the padding before it or on who else is in the batch."""
+    layout = layouts.hostile()
+    inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
+    with triton_device.simulated():
+        together = layouts.attention(layout, inputs, "triton", scale=SCALE)
+    pad, rows = 9, slice(2, 40)  # the first sequence sees nothing before key 9
+    alone = layouts.Layout(
+        layout.frame_ids[:1, pad:], 6, layout.first_key[:1, rows] - pad, layout.last_key[:1, rows] - pad, None, 38
+    )
+    query, key, value = inputs
+    cut = query[:1, :, rows], key[:1, :, pad:], value[:1, :, pad:]
+    with triton_device.simulated():
+        result = layouts.attention(alone, cut, "triton", scale=SCALE)
+    for name, a, b in zip(layouts.NAMES, result, together, strict=False):
+        b = b[:1, rows] if name == "mass" else b[:1, :, rows]
+        assert torch.equal(a, b), name
