@@ -170,16 +170,18 @@ class Machine:
         return ready & (self.pc == self.pc[ready].min())
 
     def _draw_priorities(self) -> None:
-        """One warp of each block ahead of the others, or behind them, or all in a random order."""
+        """One warp ahead of the others of its block, or behind them, or all in a random order.
+
+        The same in all blocks, which know nothing of each other: those in the same place then go on together.
+        """
         assert self.random is not None
         warps = self.priority.size // self.blocks
+        order = np.zeros(warps, np.int64)
         if (style := self.random.integers(3)) == 2:
-            order = self.random.permuted(np.tile(np.arange(warps), (self.blocks, 1)), axis=1)
-            self.priority = order.reshape(-1)
+            order = self.random.permutation(warps)
         else:
-            chosen = self.random.integers(warps, size=self.blocks) + warps * np.arange(self.blocks)
-            self.priority = np.zeros_like(self.priority)
-            self.priority[chosen] = 1 if style == 0 else -1
+            order[self.random.integers(warps)] = 1 if style == 0 else -1
+        self.priority = np.tile(order, self.blocks)
 
     def _run_block(self, active: Array) -> None:
         """Run straight-line code from the present pc of ``active`` until it ends for them."""
@@ -198,7 +200,10 @@ class Machine:
                 return
             if instruction.opcode in ("ret", "exit"):
                 self.state[mask] = EXITED
+                self._release(set(self.barrier[self.state == BARRIER, 0].tolist()))
                 active = active & ~mask
+                if not active.any():
+                    return
             elif instruction.opcode in ("bar", "barrier") and not instruction.has("warp"):
                 self.pc[active] = pc + 1
                 self._arrive(instruction, mask)
@@ -209,11 +214,11 @@ class Machine:
                     self.pc[active & ~here] = pc
                     self.state[active & ~here] = CONVERGING
                     active, mask = active & here, mask & here
-                if mask.any():
+                    if not active.any():
+                        return
+                if mask is active or mask.any():
                     self._execute(instruction, mask)
             pc += 1
-            if not active.any():
-                return
             if pc in self.leaders and not alone:
                 self.pc[active] = pc
                 return
@@ -245,7 +250,7 @@ class Machine:
         self.state[together[self.warp] & (self.state == CONVERGING)] = RUNNING
 
     def _arrive(self, instruction: Instruction, mask: Array) -> None:
-        """bar.sync id{, threads}: release a block's barrier when all that it waits for are there."""
+        """bar.sync id{, threads}."""
         if not instruction.has("sync"):
             raise NotImplementedError(f"PTX instruction {instruction.text!r}")
         for column, operand in enumerate(instruction.operands):
@@ -253,13 +258,16 @@ class Machine:
         if len(instruction.operands) < 2:
             self.barrier[mask, 1] = 0
         self.state[mask] = BARRIER
-        for block in np.unique(self.block[self.state == BARRIER]):
-            inside = self.block == block
-            waiting = inside & (self.state == BARRIER)
-            for name, count in np.unique(self.barrier[waiting], axis=0):
-                here = waiting & (self.barrier == (name, count)).all(1)
-                if here.sum() == (count or (inside & (self.state != EXITED)).sum()):
-                    self.state[here] = RUNNING
+        self._release(set(self.barrier[mask, 0].tolist()))
+
+    def _release(self, names: set[int]) -> None:
+        """Let the blocks go on in which all that a barrier waits for have arrived or exited."""
+        alive = (self.state != EXITED).reshape(self.blocks, -1).sum(1)
+        for name in names:
+            here = ((self.state == BARRIER) & (self.barrier[:, 0] == name)).reshape(self.blocks, -1)
+            wanted = np.where(here, self.barrier[:, 1].reshape(self.blocks, -1), 0).max(1)
+            complete = here.sum(1) == np.where(wanted, wanted, alive)
+            self.state.reshape(self.blocks, -1)[here & complete[:, None]] = RUNNING
 
     def _where(self) -> str:
         names = ["running", "waiting for their warp", "at a barrier"]

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from ptxsim.values import width
 
@@ -63,8 +64,13 @@ class Instruction:
     def type(self) -> str:
         return self.modifiers[-1]
 
+    @cached_property
+    def _modifier_set(self) -> frozenset[str]:
+        return frozenset(self.modifiers)
+
     def has(self, *names: str) -> bool:
-        return any(name in self.modifiers for name in names)
+        """Whether any of ``names`` is among the modifiers."""
+        return not self._modifier_set.isdisjoint(names)
 
 
 @dataclass
@@ -127,11 +133,12 @@ def _parameter(text: str) -> tuple[str, int]:
 
 
 def _body(source: str, start: int) -> str:
-    depth, end = 1, start
-    while depth:
-        depth += {"{": 1, "}": -1}.get(source[end], 0)
-        end += 1
-    return source[start : end - 1]
+    depth = 1
+    for brace in re.compile(r"[{}]").finditer(source, start):
+        depth += 1 if brace[0] == "{" else -1
+        if not depth:
+            return source[start : brace.start()]
+    raise ValueError("a kernel without a closing brace")
 
 
 def _declare_shared(program: Program, text: str) -> None:

@@ -40,7 +40,8 @@ def dtype(type: str) -> Any:
         return np.float32
     if type == "f16x2":
         return np.float16
-    return {"b": UNSIGNED, "u": UNSIGNED, "s": SIGNED, "f": FLOAT}[type[0]][width(type)]
+    by_width: dict[int, Any] = {"b": UNSIGNED, "u": UNSIGNED, "s": SIGNED, "f": FLOAT}[type[0]]  # type: ignore[assignment]
+    return by_width[width(type)]
 
 
 def is_float(type: str) -> bool:

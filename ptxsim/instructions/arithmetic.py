@@ -6,6 +6,7 @@ move a result by its last bit in rare ties; the approximate functions are those 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -126,7 +127,7 @@ def extremum(machine: Machine, ins: Instruction, active: Array) -> None:
         raise NotImplementedError("min/max with xorsign.abs")
     values = sources(machine, ins, len(ins.operands) - 1)
     if ins.opcode == "min":
-        function = np.minimum if ins.has("NaN") else np.fmin
+        function: np.ufunc = np.minimum if ins.has("NaN") else np.fmin
     else:
         function = np.maximum if ins.has("NaN") else np.fmax
     result = values[0]
@@ -147,7 +148,7 @@ def copysign(machine: Machine, ins: Instruction, active: Array) -> None:
     machine.write(ins.operands[0], np.copysign(b, a), ins.type, active)
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[[Array], Array]] = {
     "ex2": np.exp2,
     "lg2": np.log2,
     "sin": np.sin,

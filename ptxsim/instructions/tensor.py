@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +14,6 @@ from ptxsim.values import Array, decode
 
 if TYPE_CHECKING:
     from ptxsim.machine import Machine
-
-LANE = np.arange(32)
-GROUP, MEMBER = LANE // 4, LANE % 4
 
 
 def items(operand: Operand) -> tuple[Operand, ...]:
@@ -62,18 +60,29 @@ def _spread(machine: Machine, values: Array, active: Array) -> Array:
     return result
 
 
-def _fragment(k: int, packed: bool, index: int, half: int) -> tuple[Array, Array]:
-    """(group, inner) coordinates of one value of register ``index`` of an A or B fragment with inner length ``k``.
-
-    The group is the row of A (add 8 for every other register) or the column of B. 16-bit types hold two neighbours
-    along the inner dimension in a register (``half``), tf32 one.
-    """
-    if packed:
-        return GROUP, MEMBER * 2 + half + 8 * index
-    return GROUP, MEMBER + 4 * index
-
-
 SHAPES = {"m16n8k16": 16, "m16n8k8": 8, "m16n8k4": 4}
+
+
+@functools.cache
+def _places(matrix: str, k: int, packed: bool) -> Array:
+    """Where each value of a fragment stands in its matrix: flat indices in the order (register, lane, half).
+
+    A is 16 x k, B k x 8, C and D 16 x 8. Every other register of A is 8 rows lower. 16-bit types (``packed``) hold two
+    neighbours along the inner dimension in a register, tf32 one.
+    """
+    registers = {"a": (2 * k // 8 if packed else k // 2), "b": (k // 8 if packed else k // 4), "c": 4}[matrix]
+    places = []
+    for register in range(registers):
+        for lane in range(32):
+            group, member = divmod(lane, 4)
+            for half in range(2 if packed and matrix != "c" else 1):
+                if matrix == "c":
+                    places.append((group + 8 * (register // 2)) * 8 + 2 * member + register % 2)
+                    continue
+                index = register // 2 if matrix == "a" else register
+                inner = 2 * member + half + 8 * index if packed else member + 4 * index
+                places.append((group + 8 * (register % 2)) * k + inner if matrix == "a" else inner * 8 + group)
+    return np.array(places)
 
 
 @opcode("mma", "sync aligned row col f32 f16 bf16 tf32", frozenset(SHAPES))
@@ -83,31 +92,25 @@ def mma(machine: Machine, ins: Instruction, active: Array) -> None:
     result_type, a_type, b_type, c_type = ins.modifiers[-4:]
     if a_type != b_type or (result_type, c_type) != ("f32", "f32"):
         raise NotImplementedError(f"mma of {a_type} and {b_type} into {result_type}")
-    warps: Array = active.reshape(-1, 32).any(1)
-    a, b, c = (
-        np.zeros(shape, np.float32) for shape in ((warps.sum(), 16, k), (warps.sum(), k, 8), (warps.sum(), 16, 8))
-    )
+    warps = np.asarray(active.reshape(-1, 32).any(1))
     packed = a_type != "tf32"
-    for index, operand in enumerate(items(ins.operands[1])):
-        for half, values in enumerate(_halves(machine, operand, a_type, warps)):
-            row, inner = _fragment(k, packed, index // 2, half)
-            a[:, row + 8 * (index % 2), inner] = values
-    for index, operand in enumerate(items(ins.operands[2])):
-        for half, values in enumerate(_halves(machine, operand, b_type, warps)):
-            column, inner = _fragment(k, packed, index, half)
-            b[:, inner, column] = values
-    for index, operand in enumerate(items(ins.operands[3])):
-        c[:, GROUP + 8 * (index // 2), MEMBER * 2 + index % 2] = machine.read(operand, "f32").reshape(-1, 32)[warps]
-    d = c + a @ b
+    a = _matrix(machine, ins.operands[1], a_type, warps, _places("a", k, packed)).reshape(-1, 16, k)
+    b = _matrix(machine, ins.operands[2], a_type, warps, _places("b", k, packed)).reshape(-1, k, 8)
+    places = _places("c", k, packed)
+    c = _matrix(machine, ins.operands[3], "f32", warps, places).reshape(-1, 16, 8)
+    d = (c + a @ b).reshape(-1, 128)[:, places].reshape(-1, 4, 32)
     for index, operand in enumerate(items(ins.operands[0])):
-        values = d[:, GROUP + 8 * (index // 2), MEMBER * 2 + index % 2]
-        machine.write(operand, _spread(machine, values, active), "f32", active)
+        machine.write(operand, _spread(machine, d[:, index], active), "f32", active)
 
 
-def _halves(machine: Machine, operand: Operand, type: str, warps: Array) -> list[Array]:
-    """The values in one register of a fragment, each (active warps, 32)."""
-    bits = machine.read(operand, "b32").reshape(-1, 32)[warps]
-    if type == "tf32":  # the tensor core ignores the low 13 bits
-        return [(bits & np.uint32(0xFFFFE000)).view(np.float32)]
-    both = decode(bits, type + "x2").astype(np.float32)
-    return [both[..., 0], both[..., 1]]
+def _matrix(machine: Machine, operand: Operand, type: str, warps: Array, places: Array) -> Array:
+    """(active warps, elements) float32: the matrix whose fragment the registers of ``operand`` hold."""
+    registers = [machine.read(register, "b32").reshape(-1, 32)[warps] for register in items(operand)]
+    bits = np.stack(registers, axis=1)  # (warps, registers, 32)
+    if type in ("tf32", "f32"):  # the tensor core ignores the low 13 bits of tf32
+        values = (bits & np.uint32(0xFFFFE000) if type == "tf32" else bits).view(np.float32)
+    else:
+        values = decode(bits, type + "x2").astype(np.float32, copy=False)
+    matrix = np.empty((bits.shape[0], places.size), np.float32)
+    matrix[:, places] = values.reshape(bits.shape[0], -1)
+    return matrix
