@@ -20,7 +20,7 @@ CHOICES = {
 }
 
 AT_LEAST = {
-    0: ("overlong_buffer", "lora_rank", "eval_every", "save_every", "sample_every", "warmup_steps"),
+    0: ("overlong_buffer", "eval_samples", "lora_rank", "eval_every", "save_every", "sample_every", "warmup_steps"),
     1: ("prompts_per_step", "max_new_tokens", "max_pixels", "layers", "top_tokens", "top_frames", "slot_tokens")
     + (
         "max_steps",
@@ -117,6 +117,7 @@ class APPOConfig:
     # Keeping track.
     eval_every: int = 0  # steps; 0: only at the end
     eval_batch: int = 32
+    eval_samples: int = 0  # 0: one greedy answer; k: the mean of k answers sampled as in training
     save_every: int = 50  # steps; 0: only at the end
     keep_checkpoints: int = 3
     sample_every: int = 10  # steps between rollouts written to samples.jsonl

@@ -43,6 +43,7 @@ SETTINGS: dict[str, Any] = {
     "freeze_vision": False,
     "eval_every": 20,
     "eval_batch": 64,
+    "eval_samples": 4,
     "save_every": 20,
     "sample_every": 10,
 }

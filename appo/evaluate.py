@@ -1,4 +1,4 @@
-"""Greedy answers to records, and how good they are: accuracy, format, temporal IoU, length, accuracy per task."""
+"""Answers to held-out records, and how good they are: accuracy, format, temporal IoU, length, accuracy per task."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,28 +25,29 @@ def evaluate(
     show: Callable[[int], None] = lambda done: None,
     keep: list[dict[str, Any]] | None = None,
 ) -> dict[str, float]:
-    """Answer every record once, greedily, ``config.eval_batch`` at a time.
+    """Answer every record, ``config.eval_batch`` at a time: greedily, or ``config.eval_samples`` times as in training.
 
     builder: keeps decoded prompts from one evaluation to the next. show: called with the number of records done.
     keep: a list that receives each answer. Returns the means by name: ``accuracy``, ``accuracy/<task>`` where records
     name one, ``format``, ``temporal_iou`` where records ask for times, ``length``, and ``records``, their number.
     """
     model.eval()
+    samples = max(1, config.eval_samples)
     device = next(model.parameters()).device
     builder = builder or PromptBuilder(processor, model.config, config)
     engine = TransformersRollout(
         model,
         processor,
-        group_size=1,
+        group_size=samples,
         max_new_tokens=config.max_new_tokens,
-        temperature=0.0,
+        temperature=config.temperature if config.eval_samples else 0.0,
+        top_p=config.top_p,
     )
-    meter, generator = Meter(), torch.Generator(device)
+    meter, generator = Meter(), torch.Generator(device).manual_seed(config.seed)
     for start in range(0, len(records), config.eval_batch):
-        part = list(records[start : start + config.eval_batch])
-        answers = engine.generate(
-            collate([builder(record) for record in part], processor.tokenizer.pad_token_id, device).inputs, generator
-        )
+        prompts = [builder(record) for record in records[start : start + config.eval_batch]]
+        answers = engine.generate(collate(prompts, processor.tokenizer.pad_token_id, device).inputs, generator)
+        part = [prompt.record for prompt in prompts for _ in range(samples)]
         texts = [
             processor.tokenizer.decode(ids[mask], skip_special_tokens=True)
             for ids, mask in zip(answers.ids, answers.mask, strict=True)
@@ -64,5 +65,5 @@ def evaluate(
                 meter.add(f"accuracy/{record.meta['task']}", found["accuracy"])
             if keep is not None:
                 keep.append({"id": record.id, "answer": record.answer, "text": text} | found)
-        show(start + len(part))
+        show(start + len(prompts))
     return meter.means() | {"records": float(len(records))}
