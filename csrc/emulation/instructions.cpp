@@ -152,6 +152,7 @@ void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transpose
   if (current->lane < 8 * matrices) {
     check_aligned(row, 16, "ldmatrix");
     declare_read(row, 16);
+    const Unobserved scope;
     std::memcpy(slot.values, row, 16);
   }
   warp_collective("ldmatrix", 0xffffffffu, &slot, complete_ldmatrix);
@@ -166,10 +167,11 @@ void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Format format)
 void copy_async(void* destination, const void* source, int source_bytes) {
   check_aligned(destination, 16, "cp.async (shared)");
   check_aligned(source, 16, "cp.async (global)");
-  counters.async_copies++;
-  count_shared_access(destination, 16);
   if (source_bytes) declare_read(source, source_bytes);
   declare_write(destination, 16);  // it may be written from now on
+  const Unobserved scope;
+  counters.async_copies++;
+  count_shared_access(destination, 16);
   Copy copy{static_cast<unsigned char*>(destination), static_cast<const unsigned char*>(source), source_bytes};
   // Until it is waited for, the copy may have landed or not. NaN stands for "not": a reader that is too early is caught.
   if (random_schedule() && random_number() % 2) {
@@ -181,6 +183,7 @@ void copy_async(void* destination, const void* source, int source_bytes) {
 }
 
 void commit_copies() {
+  const Unobserved scope;
   auto& mine = copies[current->index];
   mine.groups.push_back(std::move(mine.open));
   mine.open.clear();
@@ -189,15 +192,15 @@ void commit_copies() {
 void wait_for_copies(int groups_left) {
   auto& groups = copies[current->index].groups;
   while (static_cast<int>(groups.size()) > groups_left) {
-    for (const Copy& copy : groups.front()) {
-      if (__tsan_write_range) __tsan_write_range(copy.destination, 16);
-      land(copy);
-    }
+    for (const Copy& copy : groups.front()) declare_write(copy.destination, 16);
+    const Unobserved scope;
+    for (const Copy& copy : groups.front()) land(copy);
     groups.erase(groups.begin());
   }
 }
 
 size_t copies_in_flight() {
+  const Unobserved scope;
   size_t count = copies[current->index].open.size();
   for (const auto& group : copies[current->index].groups) count += group.size();
   return count;

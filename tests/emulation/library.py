@@ -36,25 +36,35 @@ def build(sources: Path = SOURCES, *, flags: Sequence[str] = (), kernels: Sequen
     cxx = compiler()
     assert cxx is not None, "the emulation needs a C++ compiler: install g++ or set CXX"
     files = [sources / k for k in kernels] if kernels else sorted(sources.glob("*.cu"))
-    digest = hashlib.sha256(repr((cxx, tuple(flags), KERNEL_FLAGS, RUNTIME_FLAGS, [f.name for f in files])).encode())
-    headers = {f: f.read_bytes() for f in sorted(sources.rglob("*")) if f.suffix in (".h", ".cuh", ".cpp")}
-    for content in [*headers.values(), *(f.read_bytes() for f in files)]:
-        digest.update(content)
-    folder = BUILDS / digest.hexdigest()[:16]
-    library = folder / "libappo_emulation.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # test processes side by side: one builds, the others wait
-        if not library.exists():
-            runtime = sorted((sources / "emulation").glob("*.cpp"))
-            jobs = [(f, folder / f"{f.name}.o", (*KERNEL_FLAGS, *flags)) for f in files]
-            jobs += [(f, folder / f"{f.name}.o", RUNTIME_FLAGS) for f in runtime]
-            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(lambda job: _run(cxx, *job[2], "-c", str(job[0]), "-o", str(job[1])), jobs))
-            unfinished = folder / "unfinished.so"
-            _run(cxx, "-shared", *flags, "-o", str(unfinished), *(str(job[1]) for job in jobs))
-            unfinished.rename(library)
+    runtime = sorted((sources / "emulation").glob("*.cpp"))
+    commands = [(cxx, *KERNEL_FLAGS, *flags, "-c", str(f)) for f in files]
+    commands += [(cxx, *RUNTIME_FLAGS, "-c", str(f)) for f in runtime]
+    headers = {
+        folder: b"".join(h.read_bytes() for h in sorted(folder.iterdir()) if h.suffix in (".h", ".cuh"))
+        for folder in (sources, sources / "emulation")
+    }
+    objects = []
+    for file, command in zip(files + runtime, commands, strict=True):
+        included = headers[sources / "emulation"] + (headers[sources] if file in files else b"")
+        key = repr((command[:-1], file.name)).encode() + included + file.read_bytes()
+        objects.append(BUILDS / "objects" / f"{file.name}.{hashlib.sha256(key).hexdigest()[:16]}.o")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(_make, objects, commands))
+    name = hashlib.sha256(repr((cxx, flags, objects)).encode()).hexdigest()[:16]
+    library = BUILDS / name / "libappo_emulation.so"
+    _make(library, (cxx, "-shared", *flags, *map(str, objects)))
     return library
+
+
+def _make(target: Path, command: Sequence[str]) -> None:
+    """Run ``command`` with ``-o target`` unless the target is there; of processes side by side, one does it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{target}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            unfinished = f"{target}.unfinished"
+            _run(*command, "-o", unfinished)
+            os.rename(unfinished, target)
 
 
 def _run(*command: str) -> None:

@@ -115,7 +115,7 @@ class Operands(NamedTuple):
             "query": query,
             "key": key,
             "visibility": Visibility(*(cuda_library.pointer(b) for b in self.bounds)),
-            "frames": FrameIds(self.ids.data_ptr(), self.range.data_ptr()),
+            "frames": FrameIds(cuda_library.pointer(self.ids), cuda_library.pointer(self.range)),
             **stride_fields("query", "bhr", query),
             **stride_fields("key", "bhs", key),
             "batch": query.shape[0],
