@@ -1,71 +1,79 @@
-"""frame_attention beside torch's attention under the same mask, and beside eager attention with the mass of its matrix.
+"""frame_attention, one pass for out, lse and mass, beside flash attention alone and eager attention with its matrix."""
 
-    python benchmarks/bench_frame_attention.py [--threads N] [--repeats N]
-
-Checks the values against the definition in fp64 first, then times forward, and forward with backward, in one run.
-"""
-
-import argparse
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import torch
-from bench_frame_mass import FRAMES, KEYS, ROWS, best, problem
 from torch import Tensor
 
-from appo_kernels import frame_attention
-from appo_kernels.ops.frame_attention.reference import frame_attention as definition
-from appo_kernels.testing import peak_extra_bytes
+from appo_kernels import frame_attention, frame_mass
+from appo_kernels.ops.frame_attention import reference
+from appo_kernels.testing import assert_as_good_as
+from benchmarks import attention_work as peers
+from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, attention_shapes
+
+OP = "frame_attention"
+SHAPES, DEFAULT = attention_shapes, DEFAULT_ATTENTION
 
 
-def report(dtype: torch.dtype, repeats: int) -> None:
-    query, key, value, frame_ids, last_key = problem(dtype)
-    query = query[:, :, -ROWS:].contiguous()  # the response rows of a packed group attend to prompt and video
-    mask = torch.arange(KEYS) <= last_key[..., None]  # (B, R, S)
+def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case | None:
+    """None where attention over all rows takes minutes."""
+    work = peers.attention_inputs(shape, dtype, device)
+    if not work.whole:
+        return None
+    every_key = torch.arange(shape.keys, dtype=torch.int32, device=device).expand(shape.batch, -1)
+    backends = own_backends(OP, device, dtype, shape.head_dim)
+    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
 
-    def ours(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        output = frame_attention(*inputs, frame_ids, num_frames=FRAMES, last_key=last_key)
-        return output.out, output.mass
+    def ours(backend: str) -> tuple[Tensor, Tensor]:
+        result = frame_attention(
+            work.query, work.key, work.value, work.frame_ids, num_frames=shape.frames, last_key=every_key,
+            backend=backend,
+        )  # fmt: skip
+        return result.out, result.mass[:, -shape.rows :]
 
-    def dense(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        output = definition(*inputs, frame_ids, num_frames=FRAMES, last_key=last_key)
-        return output.out, output.mass
+    def flash_and_replay() -> tuple[Tensor, Tensor]:
+        """What recording does where attention returns its lse: attention as it is, and the rows that matter again."""
+        out, lse = peers.flash(work)
+        mass = frame_mass(
+            work.rows, work.key, work.frame_ids, num_frames=shape.frames, lse=lse[:, :, -shape.rows :],
+            last_key=work.last_key,
+        )  # fmt: skip
+        return out, mass
 
-    def peer(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor]:
-        attention = torch.nn.functional.scaled_dot_product_attention
-        return (attention(query, key, value, attn_mask=mask[:, None], enable_gqa=True),)
-
-    exact = dense(query.double(), key.double(), value.double())
-    errors = [float((got - want).abs().max()) for got, want in zip(ours(query, key, value), exact, strict=True)]
-    allowed = 1e-5 if dtype == torch.float32 else 2e-2
-    if errors[0] > allowed or errors[1] > 1e-6:
-        raise SystemExit(f"{dtype}: errors {errors} against the definition; nothing is timed")
-    extra = peak_extra_bytes(lambda: ours(query, key, value)) >> 20
-    print(f"{dtype}, {torch.get_num_threads()} threads: errors {errors}, extra memory {extra} MiB")
-    names = ("torch, attention alone", "frame_attention", "dense, mass of its matrix")
-    for name, function in zip(names, (peer, ours, dense), strict=True):
-        forward = best(lambda f=function: f(query, key, value), repeats)  # type: ignore[misc]
-        both = best(with_backward(function, query, key, value), repeats)
-        print(f"  {name:28s} forward {forward * 1e3:9.1f} ms   with backward {both * 1e3:9.1f} ms")
-
-
-def with_backward(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor) -> Callable[[], object]:
-    leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-
-    def run() -> object:
-        return torch.autograd.grad(sum(result.sum() for result in function(*leaves)), leaves)
-
-    return run
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=3)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    for dtype in (torch.float32, torch.bfloat16):
-        report(dtype, arguments.repeats)
+    runs = {f"ours, {name}, fused": partial(ours, name) for name, reason in backends.items() if not reason}
+    runs["ours, flash and frame_mass"] = flash_and_replay
+    contestants = [Contestant(name, "ours", run) for name, run in runs.items()]
+    contestants.append(Contestant("limit: flash attention", "limit", partial(peers.flash, work)))
+    if work.matrix:
+        runs["eager attention and its matrix"] = partial(peers.eager, work)
+        contestants.append(Contestant("eager attention and its matrix", "peer", partial(peers.eager, work)))
+    else:
+        skipped["eager attention and its matrix"] = "its matrix does not fit"
+    verify = partial(check, work, runs)
+    return Case(
+        OP, shape.name, str(dtype).removeprefix("torch."), shape.describe(), device, verify, contestants, skipped
+    )
 
 
-if __name__ == "__main__":
-    main()
+def check(work: peers.Attention, runs: dict, rows: int = 48) -> None:
+    """Output and mass of the last rows of the first sequence, against the definition in fp64."""
+    part, shape = slice(-rows, None), work.shape
+    operands = work.query[:1, :, part], work.key[:1], work.value[:1]
+    arguments = {"num_frames": shape.frames, "last_key": work.last_key[:1, part]}
+    exact = reference.frame_attention(*(t.double() for t in operands), work.frame_ids[:1], **arguments)
+    plain = reference.frame_attention(*operands, work.frame_ids[:1], **arguments)
+    for name, run in runs.items():
+        out, mass = run()
+        slack = 1e-6 if name.startswith("ours") else 1e-2
+        assert_as_good_as(mass[:1, part], exact.mass, plain.mass, atol=slack, name=f"{OP}, mass, {name}")
+        assert_as_good_as(out[:1, :, part], exact.out, plain.out, atol=1e-2, name=f"{OP}, out, {name}")
+
+
+def cases(shapes: list[AttentionShape], device: str) -> Iterator[Case]:
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            found = case(shape, dtype, device)
+            if found is not None:
+                yield found

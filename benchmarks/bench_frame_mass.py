@@ -1,110 +1,99 @@
-"""frame_mass from a given lse, beside the flash attention that gives it, its matrix product alone, and eager attention.
+"""frame_mass, beside its matrix product alone, the attention it rides on, and four other ways to the same numbers."""
 
-    python benchmarks/bench_frame_mass.py [--threads N] [--repeats N]
-
-Checks the values against the definition in fp64 first, then times everything in one run, and prints ratios.
-"""
-
-import argparse
-import functools
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from appo_kernels import frame_mass
-from appo_kernels.ops.frame_mass.reference import frame_mass as definition
-from appo_kernels.testing import peak_extra_bytes
+from appo_kernels.ops.frame_mass import reference
+from appo_kernels.testing import assert_as_good_as
+from benchmarks import attention_work as peers
+from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, attention_shapes
 
-# Qwen2.5-VL-7B with 16 frames at 224 x 224: 1,560 keys of which the last 384 are the response.
-BATCH, HEADS, KEY_HEADS, KEYS, ROWS, HEAD_DIM = 2, 28, 4, 1560, 384, 128
-TEXT, FRAMES, FRAME_KEYS = 20, 16, 64
-
-
-def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """query (B, Hq, S, d), key and value (B, Hkv, S, d), frame ids (B, S) and last_key (B, R) of the response rows."""
-    torch.manual_seed(0)
-    query = torch.randn(BATCH, HEADS, KEYS, HEAD_DIM).to(dtype)
-    key, value = (torch.randn(BATCH, KEY_HEADS, KEYS, HEAD_DIM).to(dtype) for _ in range(2))
-    frame_ids = torch.full((BATCH, KEYS), -1, dtype=torch.int32)
-    frame_ids[:, TEXT : TEXT + FRAMES * FRAME_KEYS] = torch.arange(FRAMES).repeat_interleave(FRAME_KEYS)
-    last_key = torch.arange(KEYS - ROWS, KEYS, dtype=torch.int32).expand(BATCH, -1)
-    return query, key, value, frame_ids, last_key
+OP = "frame_mass"
+SHAPES, DEFAULT = attention_shapes, DEFAULT_ATTENTION
+TOO_LARGE = "attention over all rows takes minutes, or its matrix does not fit"
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    group = HEADS // KEY_HEADS
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, is_causal=True)
+def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
+    work = peers.attention_inputs(shape, dtype, device)
+    lse = peers.flash(work)[1][:, :, -shape.rows :] if work.whole else exact_lse(work)
+    backends = own_backends(OP, device, dtype, shape.head_dim)
+    contestants, skipped = [], {f"ours, {name}": reason for name, reason in backends.items() if reason}
+
+    def ours(backend: str, given: Tensor | None) -> Tensor:
+        return frame_mass(
+            work.rows, work.key, work.frame_ids, num_frames=shape.frames, lse=given, last_key=work.last_key,
+            backend=backend,
+        )  # fmt: skip
+
+    usable = [name for name, reason in backends.items() if not reason]
+    for backend in usable:
+        contestants.append(Contestant(f"ours, {backend}, lse given", "ours", partial(ours, backend, lse)))
+    for backend in usable:
+        contestants.append(Contestant(f"ours, {backend}, lse computed", "ours", partial(ours, backend, None)))
+    contestants.append(Contestant("limit: matrix product", "limit", peers.matrix_product(work)))
+    masses = {c.name: c.run for c in contestants if c.role == "ours"}
+
+    def add(name: str, run, *, possible: bool, mass=None) -> None:
+        if possible:
+            contestants.append(Contestant(name, "peer", run))
+            if mass is not None:
+                masses[name] = mass
+        else:
+            skipped[name] = TOO_LARGE
+
+    add("flash attention alone, all rows", partial(peers.flash, work), possible=work.whole)
+    replay = partial(peers.naive_replay, work, lse)
+    add("plain torch from the lse", replay, possible=work.row_matrix, mass=replay)
+    one_hot = partial(peers.one_hot_values, work)
+    add("sdpa with one-hot values", one_hot, possible=work.row_matrix, mass=one_hot)
+    eager = partial(peers.eager, work)
+    add("eager attention and its matrix", eager, possible=work.matrix, mass=lambda: eager()[1])
+    flex, reason = peers.flex(work) if work.row_matrix else (None, TOO_LARGE)
+    if flex:
+        add("FlexAttention, one-hot values", flex, possible=True, mass=flex)
+    else:
+        skipped["FlexAttention, one-hot values"] = reason
+    verify = partial(check, work, masses)
+    return Case(
+        OP, shape.name, str(dtype).removeprefix("torch."), shape.describe(), device, verify, contestants, skipped
+    )
 
 
-def eager(query: Tensor, key: Tensor, value: Tensor, in_frame: Tensor) -> tuple[Tensor, Tensor]:
-    """What transformers' eager attention computes, with the mass of the last rows from its matrix."""
-    group = HEADS // KEY_HEADS
-    key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-    scores = query @ key.transpose(-1, -2) * HEAD_DIM**-0.5
-    scores = scores + torch.full((KEYS, KEYS), -torch.inf, dtype=query.dtype).triu(1)
-    weights = scores.float().softmax(-1).to(query.dtype)
-    return weights @ value, (weights[:, :, -ROWS:].float() @ in_frame[:, None]).mean(1)
+def exact_lse(work: peers.Attention) -> Tensor:
+    """Of the response rows, in blocks of keys, where attention over all rows is out of reach."""
+    parts = []
+    rows, scale = work.rows.float(), work.shape.head_dim**-0.5
+    group = work.shape.heads // work.shape.key_heads
+    for start in range(0, work.shape.keys, 4096):
+        keys = work.key[:, :, start : start + 4096].float().repeat_interleave(group, 1)
+        scores = rows @ keys.transpose(-1, -2) * scale
+        positions = torch.arange(start, start + keys.shape[2], device=scores.device)
+        parts.append(scores.masked_fill_(positions > work.last_key[:, None, :, None], -torch.inf).logsumexp(-1))
+    return torch.stack(parts).logsumexp(0)
 
 
-def best(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of ``repeats`` runs after one to warm up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def check(work: peers.Attention, masses: dict) -> None:
+    """Everybody's mass on the last rows of the first sequence, against the definition in fp64."""
+    shape = work.shape
+    rows = max(8, min(48, 75_000_000 // (shape.heads * shape.keys)))  # their fp64 matrix takes 0.6 GB
+    part = slice(-min(rows, shape.rows), None)
+    query, key = work.rows[:1, :, part], work.key[:1]
+    arguments = {"num_frames": shape.frames, "last_key": work.last_key[:1, part]}
+    exact = reference.frame_mass(query.double(), key.double(), work.frame_ids[:1], **arguments)
+    plain = reference.frame_mass(query, key, work.frame_ids[:1], **arguments)
+    for name, mass in masses.items():
+        got = mass()[:1, part]
+        # The peers compute in the model's dtype, or sum in other orders: what they lose is theirs to lose.
+        slack = 1e-6 if name.startswith("ours") else 1e-2
+        assert_as_good_as(got, exact, plain, atol=slack, name=f"{OP}, {name}")
 
 
-def report(dtype: torch.dtype, repeats: int) -> None:
-    query, key, value, frame_ids, last_key = problem(dtype)
-    rows = query[:, :, -ROWS:]
-    lse = flash(query, key, value)[1].reshape(BATCH, HEADS, KEYS)[:, :, -ROWS:].float()
-    replay = functools.partial(frame_mass, rows, key, frame_ids, num_frames=FRAMES, lse=lse, last_key=last_key)
-    expected = definition(rows.double(), key.double(), frame_ids, num_frames=FRAMES, last_key=last_key)
-    error = float((replay() - expected).abs().max())
-    if error > 1e-6:
-        raise SystemExit(f"{dtype}: error {error:.2e} against the definition; nothing is timed")
-
-    one, keys = rows[0, 0].float().contiguous(), key[0, 0, : FRAMES * FRAME_KEYS].float().t()
-    buffer = torch.empty(ROWS, FRAMES * FRAME_KEYS)
-    in_frame = (frame_ids[..., None] == torch.arange(FRAMES)).float()
-
-    def products() -> None:
-        for _ in range(BATCH * HEADS):
-            torch.mm(one, keys, out=buffer)
-
-    first = best(lambda: flash(query, key, value), repeats)
-    ours = best(replay, repeats)
-    whole = best(lambda: eager(query, key, value, in_frame), max(1, repeats // 2))
-    seconds = {
-        "flash attention, causal, all rows": first,
-        "limit: the matrix product in fp32": best(products, repeats),
-        "frame_mass, lse given": ours,
-        "frame_mass, lse computed": best(functools.partial(replay, lse=None), repeats),
-        "eager attention, mass of its matrix": whole,
-    }
-    threads, extra = torch.get_num_threads(), peak_extra_bytes(replay) >> 20
-    print(f"{dtype}, {threads} threads: error {error:.1e}, extra memory {extra} MiB")
-    for name, taken in seconds.items():
-        print(f"  {name:38s} {taken * 1e3:9.1f} ms  {taken / first:6.3f} of flash")
-    print(f"  eager / (flash + frame_mass): {whole / (first + ours):.1f}")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.set_grad_enabled(False)
-    for dtype in (torch.float32, torch.bfloat16):
-        report(dtype, arguments.repeats)
-
-
-if __name__ == "__main__":
-    main()
+def cases(shapes: list[AttentionShape], device: str) -> Iterator[Case]:
+    for shape in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield case(shape, dtype, device)

@@ -1,163 +1,99 @@
-"""linear_weighted_surrogate, forward and backward, against its three matrix products, plain torch and liger-kernel.
+"""linear_weighted_surrogate, forward and backward, beside its three products, plain torch, liger-kernel and TRL."""
 
-    python benchmarks/bench_weighted_surrogate.py [--tokens 512 --hidden 512 --vocabulary 152064 --dtype float32 ...]
-
-Every result is compared with plain torch first; times are the best of several rounds in which all take turns. Processor
-time is printed too: with one thread its ratios hold on a machine that is busy with other things. liger-kernel's chunked
-GRPO loss takes part where it is installed.
-"""
-
-import argparse
-import importlib.util
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from appo_kernels import linear_weighted_surrogate
-from appo_kernels.testing import peak_extra_bytes
+from appo_kernels import linear_weighted_surrogate, token_logprobs
+from benchmarks import vocabulary_work as peers
+from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 
-EPS_LOW, EPS_HIGH = 0.2, 0.28
-
-
-class Case:
-    """B responses of T tokens, a random head (V, D), and ratios near one as after a few updates."""
-
-    def __init__(self, options: argparse.Namespace, tokens: int) -> None:
-        generator = torch.Generator().manual_seed(0)
-        dtype = getattr(torch, options.dtype)
-        B, T, D, V = options.responses, tokens // options.responses, options.hidden, options.vocabulary
-        self.hidden = torch.randn(B, T, D, generator=generator).to(dtype)
-        self.weight = torch.randn(V, D, generator=generator).mul_(D**-0.5).to(dtype)
-        self.targets = torch.randint(0, V, (B, T), generator=generator)
-        self.advantages = torch.randn(B, generator=generator)
-        self.mask = torch.ones(B, T)
-        logprobs = torch.empty(B, T)
-        with torch.no_grad():  # one response at a time: this is not what is measured
-            for b in range(B):
-                logits = (self.hidden[b] @ self.weight.t()).float()
-                logprobs[b] = logits.log_softmax(-1).gather(-1, self.targets[b, :, None])[:, 0]
-        self.old_logprobs = logprobs + 0.1 * torch.randn(B, T, generator=generator)
-        self.hidden.requires_grad_()
-        self.weight.requires_grad_()
-
-    def ours(self) -> Tensor:
-        loss = linear_weighted_surrogate(
-            self.hidden, self.weight, self.targets, self.old_logprobs, self.advantages, self.mask
-        ).loss
-        loss.backward()
-        return loss.detach()
-
-    def torch_loss(self) -> Tensor:
-        """What a training script does: all logits, log_softmax in fp32, autograd."""
-        logp = (self.hidden @ self.weight.t()).float().log_softmax(-1)
-        ratio = (logp.gather(-1, self.targets[..., None])[..., 0] - self.old_logprobs).exp()
-        clipped = ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH)
-        A = self.advantages[:, None]
-        loss = (-torch.min(ratio * A, clipped * A) * self.mask).sum() / self.mask.sum()
-        loss.backward()
-        return loss.detach()
-
-    def liger(self) -> Callable[[], Tensor]:
-        from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-
-        module = LigerFusedLinearGRPOLoss(beta=0.0, epsilon_low=EPS_LOW, epsilon_high=EPS_HIGH, use_ref_model=False)
-
-        def run() -> Tensor:
-            loss = module(
-                self.hidden,
-                self.weight,
-                self.targets,
-                self.mask,
-                self.advantages,
-                old_per_token_logps=self.old_logprobs,
-            )[0]
-            loss.backward()
-            return loss.detach()
-
-        return run
-
-    def products(self) -> Callable[[], None]:
-        """The three matrix products alone, each over all tokens at once, into buffers that are there already."""
-        x, weight = self.hidden.detach().flatten(0, 1), self.weight.detach()
-        logits = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype)
-        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-
-        def run() -> None:
-            torch.mm(x, weight.t(), out=logits)
-            torch.mm(logits, weight, out=grad_x)
-            torch.mm(logits.t(), x, out=grad_weight)
-
-        return run
-
-    def clear(self) -> None:
-        self.hidden.grad = self.weight.grad = None
+OP = "linear_weighted_surrogate"
+SHAPES, DEFAULT = vocabulary_shapes, DEFAULT_VOCABULARY
+# Of loss and gradients, to the largest entry. liger-kernel and TRL multiply in the dtype of their inputs as well.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 
 
-def verify(case: Case, runs: dict[str, Callable[[], Tensor]], tolerance: float) -> None:
+def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
+    head = peers.head_inputs(shape, dtype, device, gradients=True)
+    generator = torch.Generator().manual_seed(2)
+    advantages = torch.randn(shape.responses, generator=generator).to(device)
+    mask = torch.ones(head.targets.shape, device=device)
+    with torch.no_grad():  # ratios near one, as after a few updates
+        logprobs = token_logprobs(head.hidden.flatten(0, 1), head.weight, head.targets.flatten()).logprobs
+    old = logprobs.view(mask.shape) + 0.1 * torch.randn(mask.shape, generator=generator).to(device)
+    backends = own_backends("weighted_surrogate", device, dtype, needs_grad=True)
+    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
+
+    def ours(backend: str) -> Tensor:
+        arguments = head.hidden, head.weight, head.targets, old, advantages, mask
+        return linear_weighted_surrogate(*arguments, backend=backend).loss
+
+    losses: dict[str, Callable[[], Tensor]] = {
+        f"ours, {name}": partial(ours, name) for name, reason in backends.items() if not reason
+    }
+    losses["plain torch, all logits"] = partial(peers.dense_surrogate, head, old, advantages, mask)
+    if reason := peers.installed("liger_kernel"):
+        skipped["liger-kernel, chunked"] = reason
+    else:
+        losses["liger-kernel, chunked"] = liger(head, old, advantages, mask)
+    if reason := peers.installed("trl"):
+        skipped["TRL, chunked"] = reason
+    else:
+        losses["TRL, chunked"] = partial(trl, head, old, advantages, mask)
+
+    def run(loss: Callable[[], Tensor]) -> Tensor:
+        value = loss()
+        value.backward()
+        return value.detach()
+
+    runs = {name: partial(run, loss) for name, loss in losses.items()}
+    contestants = [
+        Contestant(name, "ours" if name.startswith("ours") else "peer", one, head.clear) for name, one in runs.items()
+    ]
+    contestants.append(Contestant("limit: 3 products", "limit", peers.products(head, 3)))
+    verify = partial(check, head, runs)
+    work = shape.describe() + ", forward and backward"
+    return Case(OP, shape.name, str(dtype).removeprefix("torch."), work, device, verify, contestants, skipped)
+
+
+def liger(head: peers.Head, old: Tensor, advantages: Tensor, mask: Tensor) -> Callable[[], Tensor]:
+    """liger-kernel's chunked GRPO loss in its default settings, DAPO aggregation."""
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    eps = {"epsilon_low": peers.EPS_LOW, "epsilon_high": peers.EPS_HIGH}
+    module = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, **eps)
+    return lambda: module(head.hidden, head.weight, head.targets, mask, advantages, old_per_token_logps=old)[0]
+
+
+def trl(head: peers.Head, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+    """TRL's chunked log-probabilities, then the loss in plain torch, as its GRPO trainer does."""
+    logp = peers.trl_logprobs(head.hidden.flatten(0, 1), head.weight, head.targets.flatten())[0].view(old.shape)
+    ratio, A = (logp - old).exp(), advantages[:, None]
+    per_token = -torch.min(ratio * A, ratio.clamp(1 - peers.EPS_LOW, 1 + peers.EPS_HIGH) * A)
+    return (per_token * mask).sum() / mask.sum()
+
+
+def check(head: peers.Head, runs: dict[str, Callable[[], Tensor]]) -> None:
     """Loss and gradients of every contestant against plain torch, relative to the largest entry."""
     results = {}
     for name, run in runs.items():
-        case.clear()
+        head.clear()
         loss = run()
-        results[name] = (loss.double(), case.hidden.grad, case.weight.grad)
+        results[name] = (loss.double(), head.hidden.grad, head.weight.grad)
+    tolerance = TOLERANCE[head.hidden.dtype]
     for name, result in results.items():
-        for what, got, expected in zip(("loss", "grad hidden", "grad weight"), result, results["torch"], strict=True):
-            error = float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+        expected_all = results["plain torch, all logits"]
+        for what, got, expected in zip(("loss", "grad hidden", "grad weight"), result, expected_all, strict=True):
+            error = float((got - expected).abs().max() / expected.abs().max())
             if not error <= tolerance:
-                raise AssertionError(f"{name}: {what} differs from plain torch by {error:.2e}, allowed {tolerance:.0e}")
-    case.clear()
+                raise AssertionError(f"{OP}, {name}: {what} is off by {error:.2e}, allowed {tolerance:.0e}")
+    head.clear()
 
 
-def extra_bytes(case: Case) -> int:
-    """Peak of ours beside its arguments and the gradients it returns."""
-    case.clear()
-    peak = peak_extra_bytes(case.ours)
-    assert case.hidden.grad is not None and case.weight.grad is not None
-    return peak - case.hidden.grad.nbytes - case.weight.grad.nbytes
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--responses", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=512, help="in all responses together")
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--vocabulary", type=int, default=152_064)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--skip-torch", action="store_true", help="verify against plain torch, but do not time it")
-    parser.add_argument("--memory-tokens", type=int, nargs="*", default=[], help="also measure peak memory at these")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-
-    case = Case(options, options.tokens)
-    runs: dict[str, Callable[[], Tensor]] = {"ours": case.ours, "torch": case.torch_loss}
-    if importlib.util.find_spec("liger_kernel"):
-        runs["liger"] = case.liger()
-    verify(case, runs, 1e-3 if options.dtype == "float32" else 3e-2)
-    if options.skip_torch:
-        del runs["torch"]
-    timed: dict[str, Callable[[], object]] = {"products": case.products(), **runs}
-    best = dict.fromkeys(timed, float("inf"))
-    processor = dict(best)
-    for _ in range(options.rounds):
-        for name, run in timed.items():
-            case.clear()
-            start, start_processor = time.perf_counter(), time.process_time()
-            run()
-            best[name] = min(best[name], time.perf_counter() - start)
-            processor[name] = min(processor[name], time.process_time() - start_processor)
-    shape = f"{options.tokens} tokens, D={options.hidden}, V={options.vocabulary}, {options.dtype}"
-    print(f"linear_weighted_surrogate forward+backward, {shape}, {options.threads} threads, best of {options.rounds}")
-    for clock, times in (("elapsed", best), ("processor", processor)):
-        for name, seconds in times.items():
-            of_products, of_ours = seconds / times["products"], seconds / times["ours"]
-            print(f"  {clock:10}{name:10}{seconds:8.3f} s   {of_products:5.2f} x the products   {of_ours:5.2f} x ours")
-    for tokens in options.memory_tokens:
-        print(f"  peak memory at {tokens} tokens: {extra_bytes(Case(options, tokens)) / 2**20:.1f} MiB")
-
-
-if __name__ == "__main__":
-    main()
+def cases(shapes: list[VocabularyShape], device: str) -> Iterator[Case]:
+    for shape in shapes:
+        yield case(shape, torch.bfloat16 if device == "cuda" else torch.float32, device)

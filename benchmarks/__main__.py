@@ -1,0 +1,73 @@
+"""python -m benchmarks [OPERATOR ...]: verify, time, measure memory, print one table, write results/operators.*
+
+Every operator, shape and backend that can run here, beside its limit and its peers. `--list` shows the shapes.
+"""
+
+import argparse
+import gc
+import importlib
+
+import torch
+
+from benchmarks import harness
+
+OPERATORS = {
+    "frame_mass": "bench_frame_mass",
+    "frame_attention": "bench_frame_attention",
+    "token_logprobs": "bench_token_logprobs",
+    "group_divergence": "bench_group_divergence",
+    "weighted_surrogate": "bench_weighted_surrogate",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("operators", nargs="*", help=f"of {', '.join(OPERATORS)}; default: all")
+    parser.add_argument("--shapes", nargs="*", help="names of shapes; default: the ones chosen in shapes.py")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only this one")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each case, verification aside")
+    parser.add_argument("--name", default=None, help="of the result files; default: operators-<device>; '-': none")
+    parser.add_argument("--append", action="store_true", help="replace only the cases that run now in the result files")
+    parser.add_argument("--list", action="store_true", help="print the shapes and stop")
+    options = parser.parse_args()
+    if unknown := set(options.operators) - set(OPERATORS):
+        parser.error(f"no benchmark of {', '.join(sorted(unknown))}; there are {', '.join(OPERATORS)}")
+    torch.set_num_threads(options.threads)
+    rows, skipped = [], {}
+    for operator in options.operators or OPERATORS:
+        module = importlib.import_module(f"benchmarks.{OPERATORS[operator]}")
+        known = module.SHAPES()
+        names = [name for name in options.shapes or module.DEFAULT if name in known]
+        shapes = [known[name] if options.device == "cuda" else known[name].on_cpu() for name in names]
+        if options.list:
+            print(operator, *(f"  {shape.name:22s} {shape.describe()}" for shape in shapes), sep="\n")
+            continue
+        for case in module.cases(shapes, options.device):
+            if options.dtype in (None, case.dtype):
+                found = harness.measure(case, seconds=options.seconds)
+                rows += found
+                print(f"\n{case.title}: {case.work}\n{harness.table(found)}", flush=True)
+                for name, reason in case.skipped.items():
+                    print(f"  {name:34s} not run: {reason}")
+                skipped[case.title] = case.skipped
+            del case
+            gc.collect()
+    name = options.name or f"operators-{options.device}"
+    if rows and name != "-":
+        print(f"\nwritten: {write(name, rows, skipped, options)}")
+
+
+def write(name: str, rows: list, skipped: dict, options: argparse.Namespace) -> object:
+    plain = [vars(row) for row in rows]
+    old = harness.load(name) if options.append else None
+    if old:
+        done = {(row["op"], row["shape"], row["dtype"]) for row in plain}
+        plain = [row for row in old["rows"] if (row["op"], row["shape"], row["dtype"]) not in done] + plain
+        skipped = old["skipped"] | skipped
+    return harness.save(name, plain, device=options.device, skipped=skipped)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""One way to measure: check first, then time everybody in turns in one run, then measure memory.
+
+A `Case` is one piece of work (operator, shape, dtype) and its contestants: ours by backend, peers, and the limit that
+no implementation can beat (a matrix product alone, say). Contestants take turns, so that a machine that slows down
+slows all of them; a ratio is the median over rounds of the ratio within a round.
+"""
+
+import csv
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appo_kernels.testing import peak_extra_bytes
+
+RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "flash-attn", "cut-cross-entropy", "numpy")
+
+
+@dataclass
+class Contestant:
+    """name: as in the table. role: "ours", "peer" or "limit". run: the work; its result is returned, so
+    that memory counts it. before: called untimed before each run."""
+
+    name: str
+    role: str
+    run: Callable[[], object]
+    before: Callable[[], object] = lambda: None
+
+
+@dataclass
+class Case:
+    """verify: raises when a contestant is wrong. skipped: name -> why it does not take part."""
+
+    op: str
+    shape: str
+    dtype: str
+    work: str
+    device: str
+    verify: Callable[[], object]
+    contestants: list[Contestant]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        return f"{self.op}, {self.shape}, {self.dtype}"
+
+
+@dataclass
+class Row:
+    """Times in seconds: median and quartiles over rounds. ratio: to the limit; to_ours: to our own time."""
+
+    op: str
+    shape: str
+    dtype: str
+    work: str
+    name: str
+    role: str
+    median: float
+    low: float
+    high: float
+    rounds: int
+    ratio: float | None
+    to_ours: float | None
+    extra_bytes: int
+
+
+def measure(case: Case, *, seconds: float = 20.0, least: int = 3, most: int = 25) -> list[Row]:
+    """Verify, then rounds until ``seconds`` are over (at least ``least``, at most ``most``), then memory."""
+    case.verify()
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in case.contestants}
+    for contestant in case.contestants:  # compilation, first touch of memory
+        timed(contestant, case.device)
+    start = time.perf_counter()
+    while len(times[case.contestants[0].name]) < most:
+        if len(times[case.contestants[0].name]) >= least and time.perf_counter() - start > seconds:
+            break
+        for contestant in case.contestants:
+            times[contestant.name].append(timed(contestant, case.device))
+    limit = next((c.name for c in case.contestants if c.role == "limit"), None)
+    ours = next((c.name for c in case.contestants if c.role == "ours"), None)
+    return [
+        Row(
+            case.op, case.shape, case.dtype, case.work, contestant.name, contestant.role,
+            *spread(times[contestant.name]),
+            rounds=len(times[contestant.name]),
+            ratio=paired_ratio(times, contestant.name, limit),
+            to_ours=paired_ratio(times, contestant.name, ours),
+            extra_bytes=memory(contestant, case.device),
+        )
+        for contestant in case.contestants
+    ]  # fmt: skip
+
+
+def timed(contestant: Contestant, device: str) -> float:
+    contestant.before()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    result = contestant.run()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    taken = time.perf_counter() - start
+    del result
+    return taken
+
+
+def memory(contestant: Contestant, device: str) -> int:
+    """Peak beyond what was there, the result included. Memory freed before goes back to the system first: pages that
+    the allocator keeps would be used again unseen."""
+    contestant.before()
+    gc.collect()
+    if device == "cpu":
+        ctypes.CDLL(None).malloc_trim(0)
+    return peak_extra_bytes(contestant.run, device)
+
+
+def spread(times: Sequence[float]) -> tuple[float, float, float]:
+    """Median, lower and upper quartile."""
+    if len(times) < 2:
+        return times[0], times[0], times[0]
+    low, _, high = statistics.quantiles(times, n=4, method="inclusive")
+    return statistics.median(times), low, high
+
+
+def paired_ratio(times: dict[str, list[float]], name: str, base: str | None) -> float | None:
+    if base is None:
+        return None
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+    """Hardware, versions and commit, without which a time means nothing."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    gpu = {}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        gpu = {"gpu": properties.name, "gpu_memory_gib": round(properties.total_memory / 2**30, 1)}
+    return {
+        "device": device,
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        **gpu,
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "load_average": [round(load, 1) for load in os.getloadavg()],
+    }
+
+
+def cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or "unknown"
+
+
+def commit() -> str:
+    """The commit, with "+" when the package or the benchmarks have changes that are not in it."""
+    root = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    changed = git(
+        "status", "--porcelain", "--untracked-files=no", "--", "appo", "appo_kernels", "csrc", "benchmarks/*.py"
+    )
+    return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+
+
+def save(name: str, rows: Sequence[Any], *, device: str, **more: Any) -> Path:
+    """results/<name>.json with the environment, and results/<name>.csv; rows are dataclasses or dictionaries."""
+    RESULTS.mkdir(exist_ok=True)
+    plain = [row if isinstance(row, dict) else asdict(row) for row in rows]
+    content = {"environment": environment(device, torch.get_num_threads()), **more, "rows": plain}
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    columns = list(dict.fromkeys(key for row in plain for key in row))
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(plain)
+    return path
+
+
+def load(name: str) -> dict[str, Any] | None:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [
+        f"{'':36s} {'median':>10s} {'quartiles':>19s} {'x limit':>8s} {'x ours':>7s} {'extra memory':>13s}",
+    ]
+    for row in rows:
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+        to_ours = "" if row.to_ours is None else f"{row.to_ours:.2f}"
+        quartiles = f"{1e3 * row.low:.1f} - {1e3 * row.high:.1f}"
+        lines.append(
+            f"  {row.name:34s} {1e3 * row.median:7.1f} ms {quartiles:>19s} {ratio:>8s} {to_ours:>7s} "
+            f"{row.extra_bytes / 2**20:9.0f} MiB"
+        )
+    return "\n".join(lines)
+
+
+def own_backends(
+    op: str, device: str, dtype: torch.dtype, head_dim: int = 0, needs_grad: bool = False
+) -> dict[str, str]:
+    """Backend -> "" when it can be timed here, else why not. On a CPU the kernels are only emulated, for tests."""
+    from appo_kernels import dispatch
+
+    problem = dispatch.Problem(op, torch.device(device), dtype, head_dim, needs_grad)
+    found = {}
+    for backend in dispatch.MODULES:
+        reason = dispatch.why_not(problem, backend)
+        if reason is None and backend != "torch" and device == "cpu":
+            reason = "only emulated on a CPU"
+        found[backend] = reason or ""
+    return found
