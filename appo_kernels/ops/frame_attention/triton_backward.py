@@ -24,7 +24,7 @@ from appo_kernels.ops.frame_mass.triton_replay import (
 @triton.jit
 def frame_gradient(p_grad, p_weights, row_offset, frame, valid, F, stride_f, factor, WEIGHTED: tl.constexpr):
     """g of rows at ``row_offset`` on ``frame``, (BM,); 0 for frame F, the keys of no frame."""
-    g = tl.load(p_grad + row_offset + frame.to(tl.int64) * stride_f, mask=valid & (frame < F), other=0.0) * factor
+    g = tl.load(p_grad + row_offset + tl.cast(frame, tl.int64) * stride_f, mask=valid & (frame < F), other=0.0) * factor
     if WEIGHTED:
         g *= tl.load(p_weights + frame, mask=frame < F, other=0.0)
     return g
@@ -67,7 +67,7 @@ def delta_kernel(
     flat = (b64 * HKV * G + head) * R + row
     delta = tl.zeros([BM], tl.float32)
     if OUT:
-        b_out = load_rows(p_out + b64 * HKV * G * R * D, R.to(tl.int64) * D, D, row, head, valid, D, DP)
+        b_out = load_rows(p_out + b64 * HKV * G * R * D, tl.cast(R, tl.int64) * D, D, row, head, valid, D, DP)
         b_grad = load_rows(p_grad_out + b64 * stride_gb, stride_gh, stride_gr, row, head, valid, D, DP)
         delta += tl.sum(b_out.to(tl.float32) * b_grad.to(tl.float32), 1)
     if LSE:
@@ -84,7 +84,7 @@ def delta_kernel(
         p_weights += b64 * F
         b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)
         lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)
-        p_key += b64 * stride_kb + kv_head.to(tl.int64) * stride_kh
+        p_key += b64 * stride_kb + tl.cast(kv_head, tl.int64) * stride_kh
         row_offset = head.to(tl.int64) * stride_mh + row.to(tl.int64) * stride_mr
         for tile in range(tl.load(p_frame_tiles + b64 * (F + 2) + F)):
             start = tl.load(p_tiles + tile * 4)
@@ -182,7 +182,7 @@ def query_kernel(
     """dq / scale of one row tile and key/value head; dq is contiguous. scale includes log2(e)."""
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
-    b64, h64 = sequence.to(tl.int64), kv_head.to(tl.int64)
+    b64, h64 = sequence.to(tl.int64), tl.cast(kv_head, tl.int64)
     row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
     head = kv_head * G + head_in_group
     flat = (b64 * HKV * G + head) * R + row
@@ -291,7 +291,7 @@ def key_kernel(
     """
     tile = tl.program_id(0)
     sequence, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
-    b64, h64 = sequence.to(tl.int64), kv_head.to(tl.int64)
+    b64, h64 = sequence.to(tl.int64), tl.cast(kv_head, tl.int64)
     p_tiles += (b64 * T + tile) * 4
     start = tl.load(p_tiles)
     length = tl.load(p_tiles + 1)

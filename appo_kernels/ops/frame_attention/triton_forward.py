@@ -68,7 +68,7 @@ def online_kernel(
     local_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     row_tile = first_row_tile + local_tile
     sequence, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
-    b64, h64 = sequence.to(tl.int64), kv_head.to(tl.int64)
+    b64, h64 = sequence.to(tl.int64), tl.cast(kv_head, tl.int64)
     row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
     head = kv_head * G + head_in_group
     b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)
@@ -134,7 +134,7 @@ def finish_kernel(
     row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
     lane = tl.arange(0, BM)
     p_kinds += (b64 * N + row_tile) * T
-    p_out += b64 * stride_ob + frame.to(tl.int64) * stride_of
+    p_out += b64 * stride_ob + tl.cast(frame, tl.int64) * stride_of
     total = tl.zeros([BM], tl.float32)
     for kv_head in range(HKV):
         head = kv_head * G + head_in_group

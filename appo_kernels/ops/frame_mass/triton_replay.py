@@ -158,7 +158,7 @@ def replay_kernel(
         head = kv_head * G + head_in_group
         b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)
         lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)
-        p_head_key = p_key + b64 * stride_kb + kv_head.to(tl.int64) * stride_kh
+        p_head_key = p_key + b64 * stride_kb + tl.cast(kv_head, tl.int64) * stride_kh
         sums = tl.zeros([BM, FG], tl.float32)
         for tile in range(tile_start, tile_stop):
             start = tl.load(p_tiles + tile * 4)
