@@ -19,12 +19,13 @@ namespace appo {
 
 template <int D>
 struct BackwardShape {
-  static constexpr int kKeys = 64;                    // of a tile, in both passes
-  static constexpr int kStepRows = D <= 64 ? 64 : 32;  // rows of a stage of the pass over keys: registers for two results
+  static constexpr int kKeys = 64;                     // of a block of the pass over keys
+  static constexpr int kStepRows = D <= 64 ? 64 : 32;  // of a stage of that pass; for D = 128, registers allow no more
+  static constexpr int kStepKeys = D <= 64 ? 64 : 32;  // of a stage of the pass over rows; likewise
   static constexpr int kStages = 2;
   template <bool kWithValue>
   static constexpr size_t rows_shared_bytes() {
-    return (kRows + kStages * kKeys) * D * 2 * (kWithValue ? 2 : 1) + kRows * sizeof(float);
+    return (kRows + kStages * kStepKeys) * D * 2 * (kWithValue ? 2 : 1) + kRows * sizeof(float);
   }
   template <bool kWithValue>
   static constexpr size_t keys_shared_bytes() {
@@ -57,7 +58,7 @@ __device__ __forceinline__ void row_dots(const T* grad_out, int64_t grad_stride,
 template <class T, int D, bool kWithValue>
 __global__ void __launch_bounds__(kThreads) attention_backward_rows(const __grid_constant__ AttentionBackwardParams p) {
   using Shape = BackwardShape<D>;
-  constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages, kTile = kKeys * D;
+  constexpr int kKeys = Shape::kStepKeys, kStages = Shape::kStages, kTile = kKeys * D;
   APPO_SHARED_MEMORY(memory);
   T* const query_tile = reinterpret_cast<T*>(memory);                           // (kRows, D)
   T* const key_tiles = query_tile + kRows * D;                                  // (kStages, kKeys, D)
@@ -100,107 +101,98 @@ __global__ void __launch_bounds__(kThreads) attention_backward_rows(const __grid
     lse_log2[half] = lse == -INFINITY ? INFINITY : lse * kLog2E;
   }
 
-  float score[kKeys / 8][4];
-  // Probabilities of one tile, in `score`.
-  auto probabilities = [&](int tile, const T* key_tile) {
+  // To be called once, when this lane's part of the sum over keys of frames is complete.
+  auto finish_delta = [&] {
+    if constexpr (kWithValue) __syncthreads();  // `dots` are written
 #pragma unroll
-    for (int i = 0; i < kKeys / 8; i++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) score[i][e] = 0.f;
-    }
-    multiply_transposed<D, kKeys>(score, query_tile, warp * kWarpRows, key_tile);
-    const bool masked = !list.seen_by_all(tile);
-#pragma unroll
-    for (int i = 0; i < kKeys / 8; i++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const bool hidden = masked && !view[e / 2].sees(tile * kKeys + i * 8 + 2 * (lane % 4) + e % 2);
-        score[i][e] = hidden ? 0.f : platform::exp2(fmaf(score[i][e], p.scale_log2, -lse_log2[e / 2]));
-      }
+    for (int half = 0; half < 2; half++) {
+      delta[half] = quad_sum(delta[half]);
+      if constexpr (kWithValue) delta[half] += dots[row[half] - first_row];
+      if (p.grad_lse && row[half] < p.rows) delta[half] -= p.grad_lse[head_index * p.rows + row[half]];
+      if (lane % 4 != 0) continue;
+      float* stats = p.row_stats + (head_index * padded_rows + row[half]) * 2;
+      stats[0] = lse_log2[half], stats[1] = delta[half];
+      if (h != 0) continue;
+      int* view_row = p.row_views + (b * padded_rows + row[half]) * 4;
+      view_row[0] = view[half].first, view_row[1] = view[half].last, view_row[2] = view[half].prefix, view_row[3] = 0;
     }
   };
-  // visit(i, e, gradient of the mass on the key of element e of column block i), for the keys of frames in a tile.
-  auto for_each_mass_gradient = [&](int tile, auto visit) {
-    const int2 range = frame_range<kKeys>(p.frames, b, p.tiles, tile);
-    if (range.y < 0) return;
-    TileFrames<kKeys> frames;
-    frames.load(frame_ids + tile * kKeys);
-#pragma unroll
-    for (int i = 0; i < kKeys / 8; i++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const int f = frames.id[i][e % 2];
-        if (f >= 0) visit(i, e, grad_mass[f * padded_rows + row[e / 2]]);
-      }
-    }
-  };
-  // compute(tile, stage) for all tiles that wanted(tile) lets through, with their keys, and values, in shared memory.
-  auto for_each_tile = [&](bool with_value, auto wanted, auto compute) {
-    auto next = [&](int index) {
-      while (index < tile_count && !wanted(list.tile(index))) index++;
+  // Two rounds through the same code: the first, over the keys of frames, for their part of delta; the second, over all
+  // visible keys, for the gradient. Each has its own sequence of stages.
+  const float unit = score_unit(p);
+  float result[D / 8][4] = {};
+#pragma unroll 1
+  for (int round = grad_mass ? 0 : 1; round < (p.grad_query ? 2 : 1); round++) {
+    auto next_wanted = [&](int index) {
+      while (round == 0 && index < tile_count && frame_range<kKeys>(p.frames, b, p.tiles, list.tile(index)).y < 0) index++;
       return index;
     };
-    int ahead = next(0), number_ahead = 0;
+    int ahead = next_wanted(0), number_ahead = 0;
     auto start_stage = [&] {
       if (ahead < tile_count) {
         const int at = list.tile(ahead) * kKeys, stage = number_ahead++ % kStages;
         load_tile<D, kKeys>(key_tiles + stage * kTile, key, p.key_stride_s, at, p.keys);
-        if (kWithValue && with_value) load_tile<D, kKeys>(value_tiles + stage * kTile, value, p.value_stride_s, at, p.keys);
-        ahead = next(ahead + 1);
+        if (kWithValue && round == 1) load_tile<D, kKeys>(value_tiles + stage * kTile, value, p.value_stride_s, at, p.keys);
+        ahead = next_wanted(ahead + 1);
       }
       platform::commit_copies();
     };
 #pragma unroll
     for (int i = 0; i < kStages - 1; i++) start_stage();
+    if (round == 1) finish_delta();
     int number = 0;
-    for (int index = next(0); index < tile_count; index = next(index + 1)) {
+    for (int index = next_wanted(0); index < tile_count; index = next_wanted(index + 1)) {
       platform::wait_for_copies<kStages - 2>();
       __syncthreads();
       start_stage();
-      compute(list.tile(index), number++ % kStages);
+      const int tile = list.tile(index), stage = number++ % kStages;
+      float score[kKeys / 8][4] = {}, gradient[kKeys / 8][4] = {};
+      multiply_transposed<D, kKeys>(score, query_tile, warp * kWarpRows, key_tiles + stage * kTile);
+      const bool masked = !list.seen_by_all(tile);
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const bool hidden = masked && !view[e / 2].sees(tile * kKeys + i * 8 + 2 * (lane % 4) + e % 2);
+          score[i][e] = hidden ? 0.f : platform::exp2(fmaf(score[i][e], p.scale_log2, -lse_log2[e / 2]));
+        }
+      }
+      if constexpr (kWithValue) {
+        if (round == 1) multiply_transposed<D, kKeys>(gradient, grad_out_tile, warp * kWarpRows, value_tiles + stage * kTile);
+      }
+      if (grad_mass && frame_range<kKeys>(p.frames, b, p.tiles, tile).y >= 0) {
+        TileFrames<kKeys> frames;
+        frames.load(frame_ids + tile * kKeys);
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+          for (int e = 0; e < 4; e++) {
+            const int f = frames.id[i][e % 2];
+            if (f >= 0) gradient[i][e] += grad_mass[f * padded_rows + row[e / 2]];
+          }
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          if (round == 0) {
+            delta[e / 2] += score[i][e] * gradient[i][e];
+          } else {
+            gradient[i][e] = score[i][e] * (gradient[i][e] - delta[e / 2]) * unit;
+          }
+        }
+      }
+      if (round == 1) multiply<D, kKeys>(result, gradient, key_tiles + stage * kTile);
     }
     platform::wait_for_copies<0>();
-    __syncthreads();  // all stages are free again, and `dots` written
-  };
-
-  if (grad_mass) {
-    auto has_frames = [&](int tile) { return frame_range<kKeys>(p.frames, b, p.tiles, tile).y >= 0; };
-    for_each_tile(false, has_frames, [&](int tile, int stage) {
-      probabilities(tile, key_tiles + stage * kTile);
-      for_each_mass_gradient(tile, [&](int i, int e, float g) { delta[e / 2] += score[i][e] * g; });
-    });
-  } else {
+    __syncthreads();  // all stages are free again
+  }
+  if (!p.grad_query) {
+    finish_delta();
     platform::wait_for_copies<0>();
-    __syncthreads();
+    return;
   }
-#pragma unroll
-  for (int half = 0; half < 2; half++) {
-    delta[half] = quad_sum(delta[half]);
-    if constexpr (kWithValue) delta[half] += dots[row[half] - first_row];
-    if (p.grad_lse && row[half] < p.rows) delta[half] -= p.grad_lse[head_index * p.rows + row[half]];
-    if (lane % 4 != 0) continue;
-    float* stats = p.row_stats + (head_index * padded_rows + row[half]) * 2;
-    stats[0] = lse_log2[half], stats[1] = delta[half];
-    if (h != 0) continue;
-    int* view_row = p.row_views + (b * padded_rows + row[half]) * 4;
-    view_row[0] = view[half].first, view_row[1] = view[half].last, view_row[2] = view[half].prefix, view_row[3] = 0;
-  }
-  if (!p.grad_query) return;
-
-  const float unit = score_unit(p);
-  float result[D / 8][4] = {};
-  for_each_tile(true, [](int) { return true; }, [&](int tile, int stage) {
-    probabilities(tile, key_tiles + stage * kTile);
-    float gradient[kKeys / 8][4] = {};
-    if constexpr (kWithValue) multiply_transposed<D, kKeys>(gradient, grad_out_tile, warp * kWarpRows, value_tiles + stage * kTile);
-    if (grad_mass) for_each_mass_gradient(tile, [&](int i, int e, float g) { gradient[i][e] += g; });
-#pragma unroll
-    for (int i = 0; i < kKeys / 8; i++) {
-#pragma unroll
-      for (int e = 0; e < 4; e++) gradient[i][e] = score[i][e] * (gradient[i][e] - delta[e / 2]) * unit;
-    }
-    multiply<D, kKeys>(result, gradient, key_tiles + stage * kTile);
-  });
   const float factor[2] = {p.scale / unit, p.scale / unit};
   T* grad_query = static_cast<T*>(p.grad_query) + head_index * p.rows * D;
   store_rows<D>(grad_query, D, first_row + warp * kWarpRows, p.rows, result, factor, query_tile + warp * kWarpRows * D);
