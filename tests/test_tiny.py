@@ -195,6 +195,6 @@ def test_warm_start_leaves_something_to_learn(tmp_path):
 
     best, _ = answers(1, 0.0)
     sampled, well_formed = answers(8, 1.0)
-    assert 0.3 < best.mean() < 0.75
-    assert well_formed.mean() > 0.9
-    assert (sampled.amax(1) > sampled.amin(1)).float().mean() > 0.7
+    assert 0.3 < best.mean() < 0.7
+    assert well_formed.mean() > 0.7
+    assert (sampled.amax(1) > sampled.amin(1)).float().mean() > 0.6
