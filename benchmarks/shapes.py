@@ -9,15 +9,15 @@ keys of a frame:
 
 On a GPU the shapes are taken as they are. On a CPU, which has a thousandth of the rate, `on_cpu` cuts what only repeats
 work and keeps what decides how an operator behaves: head size, group of query heads per key head, frames, keys and
-vocabulary stay; sequences, heads, rows, tokens and the hidden size are halved until one matrix product over the shape
-takes at most `CPU_FLOP`.
+vocabulary stay; sequences, heads, rows and the hidden size (to 512) are halved, and tokens and slots cut, until one
+matrix product over the shape takes at most `CPU_FLOP`.
 """
 
 from dataclasses import dataclass, replace
 
 from appo.architectures import ARCHITECTURES
 
-CPU_FLOP = 100e9  # one to two seconds on two cores
+CPU_FLOP = 80e9  # one to two seconds on two cores
 
 
 @dataclass(frozen=True)
@@ -91,8 +91,9 @@ class VocabularyShape:
         shape = self
         while shape.hidden > 512 and shape.flop > CPU_FLOP:
             shape = replace(shape, hidden=max(512, shape.hidden // 2))
-        while shape.flop > CPU_FLOP:
-            shape = replace(shape, tokens=shape.tokens // 2, slots=max(16, shape.slots // 2))
+        if shape.flop > CPU_FLOP:
+            tokens = int(shape.tokens * CPU_FLOP / shape.flop) // 16 * 16
+            shape = replace(shape, tokens=tokens, slots=min(shape.slots, tokens // 4))
         return shape
 
     def describe(self) -> str:
