@@ -60,7 +60,7 @@ class Tiling:
 # benchmarks.static` prints what the choices cost.
 FORWARD = {
     (80, 2, 64): Tiling(128, 64, 4, 3),
-    (80, 2, 128): Tiling(64, 64, 4, 2),
+    (80, 2, 128): Tiling(128, 32, 8, 2),
     (80, 2, 256): Tiling(64, 32, 8, 2),
     (80, 4, 64): Tiling(64, 32, 8, 2),
     (80, 4, 128): Tiling(32, 32, 8, 2),

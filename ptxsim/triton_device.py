@@ -63,8 +63,7 @@ class SimulatedDevice(DriverBase):
         self.launcher_cls: Callable[..., Any] = _Launcher
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": 1 << 30, "multiprocessor_count": 108},
-            load_binary=lambda name, binary, shared, device: (name, name, 0, 0, 1024),
-            unload_module=lambda module: None,
+            load_binary=lambda name, binary, shared, device: (None, name, 0, 0, 1024),  # no module: nothing to unload
         )
 
     @classmethod

@@ -83,14 +83,15 @@ def attention(layout: Layout, inputs, backend: str, *, scale: float, grads=None,
     query = inputs[0]
     module = dispatch.implementation("frame_attention", backend)
     compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    out = torch.full(query.shape, math.nan, dtype=query.dtype)
-    lse = torch.full(query.shape[:3], math.nan, dtype=compute)
-    mass = torch.zeros(query.shape[0], query.shape[2], layout.num_frames, dtype=compute)
+    device = query.device
+    out = torch.full(query.shape, math.nan, dtype=query.dtype, device=device)
+    lse = torch.full(query.shape[:3], math.nan, dtype=compute, device=device)
+    mass = torch.zeros(query.shape[0], query.shape[2], layout.num_frames, dtype=compute, device=device)
     common = (*inputs, layout.frame_ids, *layout.bounds, weights, scale)
     module.forward(*common, out, lse, mass)
     if grads is None:
         return out, lse, mass
-    gradients = [torch.full(t.shape, math.nan, dtype=t.dtype) for t in inputs]
+    gradients = [torch.full(t.shape, math.nan, dtype=t.dtype, device=device) for t in inputs]
     grad_out, grad_lse, grad_mass = grads
     module.backward(
         *common, out, lse, grad_out.to(query.dtype), grad_lse.to(compute), grad_mass.to(compute), *gradients

@@ -1,0 +1,100 @@
+"""Faults put into the shipped kernels on purpose: the harness must see each of them."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import attention_layouts as layouts
+import pytest
+import torch
+
+import ptxsim
+from appo_kernels.ops.frame_attention import triton as frame_attention
+from appo_kernels.ops.frame_attention import triton_forward
+from ptxsim import triton_device
+
+# What is wrong: (text of the kernel, what replaces it).
+FAULTS = {
+    "a missing mask": ("b_score = tl.where(seen, b_score, ", "b_score = tl.where(inside[None, :], b_score, "),
+    "a wrong stride": ("load_keys(p_value, stride_vs,", "load_keys(p_value, stride_ks + 1,"),
+    "a stale accumulator": ("total = total * decay + tile_sum", "total = total + tile_sum"),
+    "a frame boundary forgotten": ("mass += tl.where(known,", "mass = tl.where(known,"),
+    "a tile that was skipped is read": ("(tl.load(p_kinds + tile) > 0)", "(tl.load(p_kinds + tile) >= 0)"),
+}
+
+
+def small_layout() -> layouts.Layout:
+    """Enough for every fault: bounds, a frame of several tiles, a frame that some rows do not see."""
+    S, R = 230, 20
+    ids = layouts.runs(S, (0, 3, 130), (1, 150, 64))[None]
+    rows = torch.arange(R)
+    return layouts.Layout(ids, 2, None, layouts.ints(rows * 7 + 20), None, R)
+
+
+def compare_forward() -> None:
+    layout = small_layout()
+    inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
+    expected = layouts.expected_attention(layout, inputs, scale=0.3, grads=layouts.upstream(layout, inputs))
+    framework = layouts.attention(layout, inputs, "torch", scale=0.3)
+    with triton_device.simulated(seed=0):
+        got = layouts.attention(layout, inputs, "triton", scale=0.3)
+    layouts.compare(got, expected, framework)
+
+
+def mutated(tmp_path: Path, text: str, replacement: str):
+    """The module of the forward kernels with one change."""
+    source = Path(triton_forward.__file__).read_text()
+    assert source.count(text) == 1, f"{text!r} is not in the kernel: the fault must follow the code"
+    path = tmp_path / "mutated_forward.py"
+    path.write_text(source.replace(text, replacement))
+    spec = importlib.util.spec_from_file_location("mutated_forward", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fault_is_seen(fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(frame_attention, "forward_kernels", mutated(tmp_path, *FAULTS[fault]))
+    with pytest.raises((AssertionError, IndexError), match=r"error .* against fp64|out of bounds|misaligned"):
+        compare_forward()
+
+
+@pytest.mark.slow
+def test_without_a_fault():
+    compare_forward()
+
+
+@pytest.mark.slow
+def test_a_barrier_taken_out_of_a_shipped_kernel_is_seen(monkeypatch):
+    """Each barrier of the compiled attention kernel in turn, under a few schedules: what it guards must go wrong."""
+    programs = {}
+
+    def without(path: Path, number: int) -> ptxsim.Program:
+        text = path.read_text()
+        if "online_kernel" not in path.name:
+            return ptxsim.parse(text)
+        place = list(re.finditer(r"bar\.sync\s+0;", text))
+        programs["barriers"] = len(place)
+        return ptxsim.parse(text[: place[number].start()] + text[place[number].end() :])
+
+    def caught(number: int) -> bool:
+        for seed in range(3):
+            monkeypatch.setattr(triton_device, "_program", lambda path: without(path, number))
+            layout = small_layout()
+            inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
+            with triton_device.simulated(seed=seed):
+                got = layouts.attention(layout, inputs, "triton", scale=0.3)
+            if any(not torch.equal(a, b) for a, b in zip(got, right, strict=True)):
+                return True
+        return False
+
+    layout = small_layout()
+    inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
+    with triton_device.simulated(seed=0):
+        right = layouts.attention(layout, inputs, "triton", scale=0.3)
+    first = caught(0)
+    results = [first, *(caught(number) for number in range(1, programs["barriers"]))]
+    # A barrier that orders a write after reads long past, or that another follows at once, is not always needed.
+    assert sum(results) >= len(results) / 2, results
