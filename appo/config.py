@@ -16,6 +16,7 @@ CHOICES = {
     "aggregation": ("dapo", "grpo", "bnpo", "dr_grpo"),
     "advantage_scale": ("group", "none"),
     "dtype": ("float32", "bfloat16", "float16"),
+    "share_prompt": ("auto", "on", "off"),
     "lr_schedule": ("constant", "cosine", "linear"),
 }
 
@@ -108,6 +109,7 @@ class APPOConfig:
     max_grad_norm: float = 1.0
     dtype: str = "bfloat16"
     attn_implementation: str = "sdpa"
+    share_prompt: str = "auto"  # compute a group's prompt once: needs sdpa or eager attention
     gradient_checkpointing: bool = False
     freeze_vision: bool = True
     lora_rank: int = 0  # 0: full fine-tuning

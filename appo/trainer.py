@@ -71,7 +71,7 @@ class Trainer:
         self.eval_splits = {name: records for name, records in self.eval_splits.items() if records}
         self.pad_id = processor.tokenizer.pad_token_id
         self.meter = Meter()
-        policy = Policy(prepare_model(model, config))
+        self.unwrapped = policy = Policy(prepare_model(model, config), config.share_prompt)
         self.reference = reference_policy(policy, config, self.accelerator.device)
         self.model: Any = policy.model
         self.policy, self.optimizer = self.accelerator.prepare(policy, build_optimizer(policy, config))
@@ -206,10 +206,15 @@ class Trainer:
         """Log-probabilities, entropy and frame mass in one forward; from these the weight of every token."""
         config = self.config
         batch = batch_groups(groups, self.pad_id, self.accelerator.device)
+        sequences = self.unwrapped.sequences(batch)
         recorder = None
         if config.method == "appo" and batch.prompts.num_frames > 0:
             recorder = record_frame_mass(
-                self.model, batch.frame_ids, rows=batch.rows, layers=config.layers, reduction=config.mass_reduction
+                self.model,
+                sequences.frame_ids,
+                rows=sequences.rows,
+                layers=config.layers,
+                reduction=config.mass_reduction,
             )
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -218,12 +223,12 @@ class Trainer:
                 own = slice(index * config.group_size, (index + 1) * config.group_size), slice(group.mask.shape[1])
                 group.old_logprobs, group.entropy = logprobs[own].cpu(), entropy[own].cpu()
                 if recorder is not None:
-                    mass = recorder.mass[own][..., : group.prompt.num_frames]
+                    mass = sequences.per_response(recorder.mass)[own][..., : group.prompt.num_frames]
                     with self.timed("weights"):
                         self.weigh(group, mass, hidden[own], weight, bias, lse[own])
 
         with self.accelerator.autocast(), recorder or nullcontext():
-            self.policy(batch, head)
+            self.policy(batch, head, sequences)
         if self.reference is not None:
             self.score_reference(groups, batch)
 

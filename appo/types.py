@@ -53,21 +53,6 @@ class ResponseBatch:
     completion_ids: Tensor  # (B, N) int64
     mask: Tensor  # (B, N) bool
 
-    @property
-    def prompt_length(self) -> int:
-        return self.prompts.inputs["input_ids"].shape[1]
-
-    @property
-    def rows(self) -> slice:
-        """The positions whose logits predict the response: token t comes from position P - 1 + t (SPEC section 2)."""
-        return slice(self.prompt_length - 1, self.prompt_length - 1 + self.mask.shape[1])
-
-    @property
-    def frame_ids(self) -> Tensor:
-        """(B, P + N) int32: the frame of every token, -1 for text."""
-        ids = self.prompts.frame_ids.repeat_interleave(self.group_size, 0)
-        return torch.nn.functional.pad(ids, (0, self.mask.shape[1]), value=-1)
-
 
 def batch_groups(groups: Sequence[Group], pad_id: int, device: torch.device | str) -> ResponseBatch:
     """Pad prompts on the left and responses on the right."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 import training
 
+from appo.attention import record_frame_mass
 from appo.policy import Policy
 from appo.prompts import PromptBuilder, collate
 from appo.types import Group, batch_groups
@@ -22,8 +23,9 @@ def make_groups(builder, count, size, lengths, vocab):
 
 
 # Both families: Qwen2.5-VL has one run of tokens per video, Qwen3-VL timestamps between frames and deepstack features.
+@pytest.mark.parametrize("share_prompt", ["on", "off"])
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_hidden_states_give_the_logits_of_each_response_alone(family, tmp_path):
+def test_hidden_states_give_the_logits_of_each_response_alone(family, share_prompt, tmp_path):
     model, processor = training.tiny(family=family)
     settings = training.config(tmp_path, max_pixels=32 * 32 if family == "qwen3_vl" else 28 * 28)
     builder = PromptBuilder(processor, model.config, settings)
@@ -33,7 +35,7 @@ def test_hidden_states_give_the_logits_of_each_response_alone(family, tmp_path):
     model.base_model.visual.register_forward_hook(lambda module, args, output: calls.append(1))
     batch = batch_groups(groups, processor.tokenizer.pad_token_id, "cpu")
     with torch.no_grad():
-        logits = Policy(model.eval())(batch, lambda hidden, weight, bias: hidden @ weight.T)
+        logits = Policy(model.eval(), share_prompt)(batch, lambda hidden, weight, bias: hidden @ weight.T)
         assert len(calls) == 1, "the vision tower runs once for all prompts and responses"
         for index, group in enumerate(groups):
             prompt = collate([group.prompt], 0)
@@ -51,16 +53,45 @@ def test_hidden_states_give_the_logits_of_each_response_alone(family, tmp_path):
                 torch.testing.assert_close(logits[index * 2 + row, :count], alone, rtol=1e-4, atol=1e-4)
 
 
-def test_frames_of_a_batch_stand_where_the_video_tokens_are(tmp_path):
+@pytest.mark.parametrize("share_prompt", ["on", "off"])
+def test_frames_stand_where_the_video_tokens_are(share_prompt, tmp_path):
     model, processor = training.tiny()
     builder = PromptBuilder(processor, model.config, training.config(tmp_path))
     groups = make_groups(builder, 2, 2, [3, 4], 50)
     batch = batch_groups(groups, processor.tokenizer.pad_token_id, "cpu")
-    ids = torch.cat([batch.prompts.inputs["input_ids"].repeat_interleave(2, 0), batch.completion_ids], 1)
-    prompt = torch.arange(ids.shape[1]) < batch.prompt_length
-    torch.testing.assert_close(batch.frame_ids >= 0, (ids == model.config.video_token_id) & prompt)
-    assert batch.prompts.num_frames == 8 and int(batch.frame_ids.max()) == 7
-    assert batch.rows == slice(batch.prompt_length - 1, batch.prompt_length + 3)
+    sequences = Policy(model, share_prompt).sequences(batch)
+    torch.testing.assert_close(sequences.frame_ids >= 0, sequences.token_types == 2)
+    assert batch.prompts.num_frames == 8 and int(sequences.frame_ids.max()) == 7
+
+
+def test_recorded_mass_and_gradients_do_not_depend_on_the_layout(tmp_path):
+    """A group behind one prompt and each response behind its own: the same mass, the same gradient of a loss."""
+    model, processor = training.tiny()
+    builder = PromptBuilder(processor, model.config, training.config(tmp_path))
+    batch = batch_groups(make_groups(builder, 3, 3, [4, 6, 5], 50), processor.tokenizer.pad_token_id, "cpu")
+    found = []
+    for share_prompt in ("on", "off"):
+        policy = Policy(model, share_prompt)
+        sequences = policy.sequences(batch)
+        model.zero_grad()
+        with record_frame_mass(model, sequences.frame_ids, rows=sequences.rows, reduction="sum") as recorder:
+            loss = policy(
+                batch, lambda hidden, weight, bias: (hidden @ weight.T)[batch.mask].square().mean(), sequences
+            )
+        loss.backward()
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((sequences.per_response(recorder.mass)[batch.mask], loss.detach(), gradient))
+    for shared, separate in zip(*found, strict=True):
+        torch.testing.assert_close(shared, separate, rtol=1e-4, atol=1e-6)
+    assert found[0][0].sum(-1).max() > 0.1
+
+
+def test_sharing_a_prompt_is_refused_where_attention_takes_no_mask(tmp_path):
+    model, _ = training.tiny()
+    model.config.get_text_config()._attn_implementation = "flash_attention_2"
+    assert not Policy(model).share_prompt
+    with pytest.raises(ValueError, match="share_prompt"):
+        Policy(model, "on")
 
 
 def test_crucial_frames_hold_the_deciding_moment(tmp_path):
