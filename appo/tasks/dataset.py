@@ -20,8 +20,8 @@ SOURCE = "appo-tasks"
 # is harder still, on a light background that no other split has.
 DIFFICULTIES: dict[str, Difficulty] = {
     "warmup": Difficulty(),
-    "train": Difficulty(noise=14.0, size=(0.11, 0.16), contrast=0.5, distractors=1),
-    "validation": Difficulty(noise=14.0, size=(0.11, 0.16), contrast=0.5, distractors=1),
+    "train": Difficulty(noise=14.0, size=(0.12, 0.17), contrast=0.5, distractors=1),
+    "validation": Difficulty(noise=14.0, size=(0.12, 0.17), contrast=0.5, distractors=1),
     "ood": Difficulty(noise=16.0, size=(0.11, 0.16), contrast=0.5, length=0.375, distractors=2, background=85.0),
 }
 SIZES = {"warmup": 512, "train": 512, "validation": 128, "ood": 128}
