@@ -1,10 +1,11 @@
-"""``python -m appo_kernels.doctor``: what is installed and built, and which backend serves which operator on this machine.
+"""``python -m appo_kernels.doctor``: what is built, and which backend serves which operator on this machine.
 
-For every operator each backend is asked, through the same ``unsupported`` that dispatch asks, about the dtypes and head sizes
-that models use; a refusal is printed in the backend's own words.
+For every operator each backend is asked, through the same ``unsupported`` that dispatch asks, about the dtypes and
+head sizes that models use; a refusal is printed in the backend's own words.
 """
 
 import itertools
+import os
 import pkgutil
 import platform
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ def describe(problem: dispatch.Problem) -> str:
 
 
 def backend_lines(op: str, backend: str, device: torch.device) -> list[str]:
-    """What one backend says of all problems of an operator: served, and each reason for a refusal with how many it concerns."""
+    """What one backend says of all problems of an operator, and of how many it says it."""
     reasons: dict[str, list[dispatch.Problem]] = {}
     served = 0
     asked = list(problems(op, device))
@@ -61,6 +62,9 @@ def backend_lines(op: str, backend: str, device: torch.device) -> list[str]:
 
 def automatic_line(op: str, device: torch.device) -> str:
     """What "auto" takes: one backend for all, or which for what."""
+    named = os.environ.get("APPO_BACKEND", "auto")
+    if named != "auto":
+        return f"    auto    is {named}: APPO_BACKEND is set"
     chosen: dict[str, list[str]] = {}
     for problem in problems(op, device):
         backend = dispatch.resolve(op, "auto", device, problem.dtype, problem.head_dim, problem.needs_grad)
@@ -75,8 +79,8 @@ def library_lines() -> list[str]:
     built_for = cuda_library.built_for()
     if built_for is None:
         lines.append(
-            "CUDA kernels: not built. Install again where nvcc is on PATH; APPO_CUDA=ON makes it an error if they cannot be "
-            "built. Triton needs no build."
+            "CUDA kernels: not built. Install again where nvcc is on PATH; with APPO_CUDA=ON the install fails and says "
+            "why if they cannot be built. Triton needs no build."
         )
     else:
         lines.append(f"CUDA kernels: {cuda_library.path()}")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "kernels"))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent / "kernels"), str(HERE.parents[1])]
 
-import library
+import library  # noqa: E402
 
 if library.compiler() is not None:
     os.environ["APPO_EMULATION_LIBRARY"] = str(library.build())
@@ -23,5 +23,5 @@ def emulator() -> library.Emulator:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if library.compiler() is None:
         for item in items:
-            if Path(__file__).parent in item.path.parents:
+            if HERE in item.path.parents:
                 item.add_marker(pytest.mark.skip("the emulation needs a C++ compiler: install g++ or set CXX"))

@@ -1,7 +1,7 @@
 """Faults planted in a copy of csrc/: what is changed, and by what it must be caught.
 
-Each is a mistake that one makes when writing such a kernel. The text to be replaced must occur exactly once in its file, so
-a fault that no longer applies fails its test.
+Each is a mistake that one makes when writing such a kernel. The text to be replaced must occur exactly once in its
+file, so a fault that no longer applies fails its test.
 """
 
 import shutil
@@ -20,7 +20,7 @@ class Fault:
     file: str
     old: str
     new: str
-    caught_by: str  # "result" | "schedule" | "message" | "counters" | "address" | "race"
+    caught_by: str  # "result" | "schedule" | "message" | "counters" | "address" | "race" | "ptx"
     message: str = ""  # what the emulated GPU says, for "message"
 
     @property
@@ -121,6 +121,34 @@ FAULTS = [
         "race",
     ),
 ]  # fmt: skip
+# Faults of the inline assembly, which the emulation never runs: only executing the PTX can catch them.
+PTX_FAULTS = [
+    Fault(
+        "operands of mma in the wrong order",
+        "frame_attention",
+        "platform.h",
+        """f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}""",
+        """f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}""",
+        "ptx",
+    ),
+    Fault(
+        "halves of a packed pair exchanged",
+        "frame_attention",
+        "platform.h",
+        'asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(high), "f"(low));',
+        'asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(low), "f"(high));',
+        "ptx",
+    ),
+    Fault(
+        "wait for one group of copies too few",
+        "frame_attention",
+        "platform.h",
+        '"n"(kGroupsLeft)',
+        '"n"(kGroupsLeft + 1)',
+        "ptx",
+    ),
+]
+
 
 def planted(fault: Fault | None, folder: Path) -> Path:
     """A copy of csrc/ in ``folder``, with the fault.
@@ -141,12 +169,15 @@ def planted(fault: Fault | None, folder: Path) -> Path:
     if fault is not None:
         file = sources / fault.file
         text = file.read_text()
-        assert text.count(fault.old) == 1, f"{fault.name}: its text occurs {text.count(fault.old)} times in {fault.file}"
+        assert text.count(fault.old) == 1, (
+            f"{fault.name}: its text occurs {text.count(fault.old)} times in {fault.file}"
+        )
         file.write_text(text.replace(fault.old, fault.new))
     return sources
 
 
 LATER = (
+    "tiles without permuted chunks",
     "stage overwritten while it is read",
     "missing __syncwarp between the writes and reads of a staging area",
     "every lane of a quad writes the frame sum",

@@ -1,8 +1,8 @@
 """Calls of launchers, recorded from an operator and played back against another build of the kernels.
 
 Played back in a process of its own that knows neither torch nor numpy, so that a build under ThreadSanitizer or
-AddressSanitizer, or one with a planted fault that crashes, can be run: ``python replay.py LIBRARY CALLS SEED...``. Every
-buffer is an allocation of its exact size, whose ends AddressSanitizer guards.
+AddressSanitizer, or one with a planted fault that crashes, can be run: ``python replay.py LIBRARY CALLS SEED...``.
+Every buffer is an allocation of its exact size, whose ends AddressSanitizer guards.
 """
 
 import ctypes
@@ -102,7 +102,17 @@ def play(
     return Outcome(result.returncode, failures, told["counters"], result.stdout + result.stderr)
 
 
-COUNTERS = ("launches", "blocks", "barriers", "shuffles", "ldmatrix", "mma", "async_copies", "shared_accesses", "bank_conflicts")
+COUNTERS = (
+    "launches",
+    "blocks",
+    "barriers",
+    "shuffles",
+    "ldmatrix",
+    "mma",
+    "async_copies",
+    "shared_accesses",
+    "bank_conflicts",
+)
 
 
 def main(library_file: str, calls_file: str, seeds: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""frame_mass and frame_attention with backend "cuda", executed on the emulated GPU, against their definition in fp64."""
+"""frame_mass and frame_attention with backend "cuda", on the emulated GPU, against their definition in fp64."""
 
 from typing import Any
 
@@ -70,8 +70,8 @@ def true_lse(example: Case, dtype: torch.dtype, scale: float | None) -> Tensor:
 
 
 # More keys than one tile of 64 and fewer than two, so that every layout meets a whole tile, a cut one and the end; rows
-# likewise. Every layout and every visibility once; the other pairs are for the slow tests. Both element types in turn: what
-# differs between them is one instruction.
+# likewise. Every layout and every visibility once; the other pairs are for the slow tests. Both element types in turn:
+# what differs between them is one instruction.
 PAIRS = [
     pytest.param(layout, seen, marks=() if "interleaved" in layout or seen == "shared prefix" else pytest.mark.slow)
     for layout in LAYOUTS
@@ -106,7 +106,9 @@ def test_head_sizes(head_dim: int, heads: tuple[int, int], rows: int, keys: int,
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 def test_options(given: bool, per_head: bool, scale: float) -> None:
-    example = case(heads=(6, 2), rows=9, keys=70, head_dim=64, layout="unequal", visibility="shared prefix", strided=True)
+    example = case(
+        heads=(6, 2), rows=9, keys=70, head_dim=64, layout="unequal", visibility="shared prefix", strided=True
+    )
     compare_mass(example, FP16, given, per_head=per_head, scale=scale, reduction="mean")
     compare_attention(example, BF16, scale=scale)
 
@@ -139,7 +141,9 @@ def test_bitwise_equal_alone_and_in_a_batch() -> None:
     example = case(batch=3, heads=(4, 2), rows=70, keys=150, head_dim=64, layout="unequal", visibility="left padding")
     example = example.to(BF16)
     whole = attention_results(frame_attention, example, gradients=False, backend="cuda")
-    given = frame_mass(*example[:2], example.frame_ids, num_frames=FRAMES, lse=whole["lse"], backend="cuda", **example.bounds)
+    given = frame_mass(
+        *example[:2], example.frame_ids, num_frames=FRAMES, lse=whole["lse"], backend="cuda", **example.bounds
+    )
     for b in range(3):
         part = Case(*(t.detach()[b : b + 1] for t in example[:4]), {k: v[b : b + 1] for k, v in example.bounds.items()})
         alone = attention_results(frame_attention, part, gradients=False, backend="cuda")
@@ -150,7 +154,7 @@ def test_bitwise_equal_alone_and_in_a_batch() -> None:
         assert torch.equal(mass[0], given[b])
 
 
-# A schedule must not show in the result: not in one bit. Seeds let one warp run far ahead and copies land early or late.
+# A schedule must not show in one bit of the result. Seeds let one warp run far ahead and copies land early or late.
 @pytest.mark.parametrize(("head_dim", "seed"), [(64, 1), (64, 2), (128, 3)])
 def test_bitwise_equal_under_every_schedule(emulator: Emulator, head_dim: int, seed: int) -> None:
     example = case(batch=1, heads=(2, 1), rows=70, keys=200, head_dim=head_dim, layout="interleaved")
