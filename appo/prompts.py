@@ -5,7 +5,8 @@ the vision tower runs once per prompt, not once per response.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,22 +62,27 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Decodes and tokenises records, keeping the last ``cache`` prompts."""
+    """Decodes and tokenises records, keeping the last ``cache`` prompts; can do so ahead of time in a thread."""
 
     def __init__(self, processor: Any, model_config: Any, config: APPOConfig, *, cache: int = 1024) -> None:
         self.processor, self.model_config, self.config = processor, model_config, config
-        self._cache: OrderedDict[str, Prompt] = OrderedDict()
+        self._prompts: OrderedDict[str, Future[Prompt]] = OrderedDict()  # by record; an error is raised when asked for
         self._size = cache
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
 
     def __call__(self, record: Record) -> Prompt:
-        if record.id in self._cache:
-            self._cache.move_to_end(record.id)
-            return self._cache[record.id]
-        prompt = self._build(record)
-        self._cache[record.id] = prompt
-        if len(self._cache) > self._size:
-            self._cache.popitem(last=False)
-        return prompt
+        self.prefetch([record])
+        return self._prompts[record.id].result()
+
+    def prefetch(self, records: Iterable[Record]) -> None:
+        """Start on ``records`` in the background, in order."""
+        for record in records:
+            if record.id in self._prompts:
+                self._prompts.move_to_end(record.id)
+            else:
+                self._prompts[record.id] = self._thread.submit(self._build, record)
+        while len(self._prompts) > self._size:
+            self._prompts.popitem(last=False)
 
     def _build(self, record: Record) -> Prompt:
         video_processor = getattr(self.processor, "video_processor", None) or self.processor.image_processor

@@ -18,9 +18,13 @@ class RecordSampler:
         self.taken = 0
 
     def take(self, count: int) -> list[Record]:
-        found = [self._at(self.taken + i) for i in range(count)]
+        found = self.peek(count)
         self.taken += count
         return found
+
+    def peek(self, count: int) -> list[Record]:
+        """The records that ``take`` would give next."""
+        return [self._at(self.taken + i) for i in range(count)]
 
     def state_dict(self) -> dict[str, Any]:
         return {"taken": self.taken}

@@ -126,6 +126,7 @@ class Trainer:
         self.policy.eval()
         with self.timed("rollout"):
             groups = self.rollout(number)
+        self.build_prompt.prefetch(self.sampler.peek(len(groups)))  # the next step's clips, while this one computes
         with self.timed("score"):
             for micro in self.micro_batches(groups):
                 self.score(micro)
@@ -162,6 +163,7 @@ class Trainer:
         """G responses to each record, with rewards and advantages (SPEC sections 6 and 8)."""
         config, size = self.config, self.config.group_size
         with self.timed("decode"):
+            self.build_prompt.prefetch(records)
             prompts = [self.build_prompt(record) for record in records]
         inputs = collate(prompts, self.pad_id, self.accelerator.device).inputs
         with self.timed("generate"), self.accelerator.autocast():
