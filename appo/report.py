@@ -103,7 +103,9 @@ def _accuracy_tile(run: Run, split: str, *, first: bool) -> str:
     gain = f"{100 * (values[-1] - values[0]):+.0f} points"
     count = run.of_split(split)[0].get("records")
     questions = f" {count:.0f} questions the model was not trained on." if count else ""
-    note = f"{gain} from step {steps[0]} (before training) to step {steps[-1]}, greedy answers.{questions}"
+    samples = run.config.get("eval_samples", 0)
+    how = f"mean of {samples} sampled answers" if samples else "greedy answers"
+    note = f"{gain} from step {steps[0]} (before training) to step {steps[-1]}, {how}.{questions}"
     if steps[0] > 0:
         note = note.replace(" (before training)", "")
     value = f'<span class="from">{values[0]:.0%} →</span> {values[-1]:.0%}'

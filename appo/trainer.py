@@ -42,7 +42,7 @@ class Trainer:
         dataset: the records to train on.
         rewards: name and weight of each reward; None: those of ``config``.
         config: see `APPOConfig`.
-        eval_dataset: held-out records, or several splits by name, answered greedily at the start, every
+        eval_dataset: held-out records, or several splits by name, answered at the start, every
             ``config.eval_every`` steps and at the end.
 
     A run lives in ``config.output``; ``train()`` goes on from its newest checkpoint, and Ctrl-C saves one and returns.
@@ -349,7 +349,7 @@ class Trainer:
     # keeping track
 
     def evaluate(self, step: int) -> None:
-        """Greedy answers to the held-out records, on the main process."""
+        """Answers to the held-out records, on the main process."""
         self.policy.eval()
         if self.accelerator.is_main_process:
             for split, records in self.eval_splits.items():

@@ -56,7 +56,7 @@ GROUPS = (
             GRADIENT,
             Panel(
                 "Accuracy",
-                "Sampled answers in training (line) and greedy answers to held-out questions (dots).",
+                "Answers in training (line) and to held-out questions (dots).",
                 (Line("training", ("accuracy",)), Line("held-out", ("accuracy",), evaluation=True)),
                 percent=True,
             ),
