@@ -11,7 +11,7 @@ import torch
 import ptxsim
 from appo_kernels.ops.frame_attention import triton as frame_attention
 from appo_kernels.ops.frame_attention import triton_forward
-from ptxsim import triton_device
+from ptxsim import machine, triton_device
 
 # What is wrong: (text of the kernel, what replaces it).
 FAULTS = {
@@ -24,11 +24,12 @@ FAULTS = {
 
 
 def small_layout() -> layouts.Layout:
-    """Enough for every fault: bounds, a frame of several tiles, a frame that some rows do not see."""
+    """Enough for every fault: bounds, a frame of several tiles, a frame that the first tile of 18 rows does not see."""
     S, R = 230, 20
     ids = layouts.runs(S, (0, 3, 130), (1, 150, 64))[None]
     rows = torch.arange(R)
-    return layouts.Layout(ids, 2, None, layouts.ints(rows * 7 + 20), None, R)
+    last_key = layouts.ints(torch.where(rows < 18, 7 * rows + 20, S - 1))
+    return layouts.Layout(ids, 2, None, last_key, None, R)
 
 
 def compare_forward() -> None:
@@ -68,33 +69,33 @@ def test_without_a_fault():
 
 @pytest.mark.slow
 def test_a_barrier_taken_out_of_a_shipped_kernel_is_seen(monkeypatch):
-    """Each barrier of the compiled attention kernel in turn, under a few schedules: what it guards must go wrong."""
-    programs = {}
+    """Four barriers of the compiled attention kernel, one at a time: what it guards goes wrong under some schedule."""
+    monkeypatch.setattr(machine, "STEP_LIMIT", 150_000)  # a loop over a count read too early would not end
+    layout = small_layout()
+    inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
+    with triton_device.simulated(seed=0) as device:
+        right = layouts.attention(layout, inputs, "triton", scale=0.3)
+    ptx = next(launch.ptx for launch in device.launches if launch.name == "online_kernel").read_text()
+    barriers = list(re.finditer(r"bar\.sync\s+0;", ptx))
 
-    def without(path: Path, number: int) -> ptxsim.Program:
-        text = path.read_text()
-        if "online_kernel" not in path.name:
-            return ptxsim.parse(text)
-        place = list(re.finditer(r"bar\.sync\s+0;", text))
-        programs["barriers"] = len(place)
-        return ptxsim.parse(text[: place[number].start()] + text[place[number].end() :])
+    whole = triton_device._program
 
-    def caught(number: int) -> bool:
+    def caught(barrier: re.Match[str]) -> bool:
+        broken = ptxsim.parse(ptx[: barrier.start()] + ptx[barrier.end() :])
+        monkeypatch.setattr(
+            triton_device, "_program", lambda path: broken if path.name == "online_kernel.ptx" else whole(path)
+        )
         for seed in range(3):
-            monkeypatch.setattr(triton_device, "_program", lambda path: without(path, number))
-            layout = small_layout()
-            inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
-            with triton_device.simulated(seed=seed):
-                got = layouts.attention(layout, inputs, "triton", scale=0.3)
+            try:
+                with triton_device.simulated(seed=seed):
+                    got = layouts.attention(layout, inputs, "triton", scale=0.3)
+            except (IndexError, RuntimeError):
+                return True
             if any(not torch.equal(a, b) for a, b in zip(got, right, strict=True)):
                 return True
         return False
 
-    layout = small_layout()
-    inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
-    with triton_device.simulated(seed=0):
-        right = layouts.attention(layout, inputs, "triton", scale=0.3)
-    first = caught(0)
-    results = [first, *(caught(number) for number in range(1, programs["barriers"]))]
-    # A barrier that orders a write after reads long past, or that another follows at once, is not always needed.
-    assert sum(results) >= len(results) / 2, results
+    # Not every barrier is needed: some are followed by another before anything they guard is touched.
+    chosen = barriers[:: max(1, len(barriers) // 4)][:4]
+    results = [caught(barrier) for barrier in chosen]
+    assert sum(results) >= 2, results
