@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import triton
 
 from appo_kernels.ops.frame_attention import triton as frame_attention
 from appo_kernels.ops.frame_mass import triton as frame_mass
@@ -20,9 +21,10 @@ from benchmarks import sass
 from ptxsim import triton_device
 
 ARCHITECTURES = (80, 90, 100)
-# Head sizes of Qwen2.5-VL and Qwen3-VL (128), small models (64), the vision-style 80 and 96, and the largest.
-HEAD_DIMS = (64, 80, 128, 256)
+# Head sizes of Qwen2.5-VL and Qwen3-VL (128), of small models (64), and the largest; 80 and 96 use the tiles of 128.
+HEAD_DIMS = (64, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+RESULT = Path(__file__).parent / "results" / "static.md"
 MASS_BUDGET = 1.05  # main-loop instructions of attention with the mass against without it
 HEADS, KEY_HEADS, ROWS, KEYS, FRAMES = 28, 4, 64, 256, 2
 
@@ -120,8 +122,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
-    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
-    parser.add_argument("--markdown", type=Path, help="write the table to this file as well")
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--markdown", type=Path, help=f"write the table to this file as well, such as {RESULT.name}")
     options = parser.parse_args()
     entries = [
         entry
@@ -141,9 +143,10 @@ def main() -> int:
     text = "\n".join(lines)
     print(text)
     if options.markdown:
-        options.markdown.write_text(
-            f"# Static figures of the Triton kernels\n\n`python -m benchmarks.static`\n\n{text}\n"
+        heading = (
+            f"# Static figures of the Triton kernels\n\n`python -m benchmarks.static`, Triton {triton.__version__}"
         )
+        options.markdown.write_text(f"{heading}\n\n{text}\n")
     for fault in faults:
         print("FAULT", fault, file=sys.stderr)
     return 1 if faults else 0
