@@ -4,13 +4,16 @@
 # Sets `problem` in the caller to why the CUDA kernels cannot be built here, or to "".
 function(find_problem_with_cuda)
   include(CheckLanguage)
+  if(NOT CMAKE_CUDA_COMPILER)
+    unset(CMAKE_CUDA_COMPILER CACHE)  # "not found" in a build directory of last time: nvcc may have been installed since
+  endif()
   check_language(CUDA)
   if(NOT CMAKE_CUDA_COMPILER)
     find_program(nvcc nvcc HINTS ENV CUDACXX ENV CUDA_HOME ENV CUDA_PATH PATH_SUFFIXES bin NO_CACHE)
     if(nvcc)
-      set(problem "${nvcc} does not work here (is there a C++ compiler that it supports? set CUDAHOSTCXX to one)")
+      set(problem "${nvcc} cannot compile here (it needs a C++ compiler that it supports: set CUDAHOSTCXX to one)")
     else()
-      set(problem "no nvcc found (install the CUDA toolkit, 12.8 or later for sm_100a, and put nvcc on PATH or set CUDACXX)")
+      set(problem "no nvcc found (install the CUDA toolkit, 12.8 or later for sm_100a; put nvcc on PATH or set CUDACXX)")
     endif()
   endif()
   set(problem "${problem}" PARENT_SCOPE)
@@ -63,7 +66,7 @@ choose_architectures()
 message(STATUS "appo: building CUDA kernels with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${arch_names}")
 
 add_library(appo_cuda MODULE ${kernels})
-target_compile_options(appo_cuda PRIVATE ${arch_options} --expt-relaxed-constexpr -Xfatbin=-compress-all)
+target_compile_options(appo_cuda PRIVATE ${arch_options} --threads=0 --expt-relaxed-constexpr -Xfatbin=-compress-all)
 target_compile_definitions(appo_cuda PRIVATE APPO_BUILT_FOR="${arch_names}")
 set_target_properties(appo_cuda PROPERTIES
   CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static CUDA_ARCHITECTURES OFF)
