@@ -19,7 +19,7 @@ SOURCE = "appo-tasks"
 # The warm start sees the easy split only. Training and validation share a harder distribution; the last split
 # is harder still, on a light background that no other split has.
 DIFFICULTIES: dict[str, Difficulty] = {
-    "warmup": Difficulty(),
+    "warmup": Difficulty(size=(0.17, 0.26)),
     "train": Difficulty(noise=14.0, size=(0.12, 0.17), contrast=0.5, distractors=1),
     "validation": Difficulty(noise=14.0, size=(0.12, 0.17), contrast=0.5, distractors=1),
     "ood": Difficulty(noise=16.0, size=(0.11, 0.16), contrast=0.5, length=0.375, distractors=2, background=85.0),
