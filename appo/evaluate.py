@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from .config import APPOConfig
@@ -24,13 +25,18 @@ def evaluate(
     builder: PromptBuilder | None = None,
     show: Callable[[int], None] = lambda done: None,
     keep: list[dict[str, Any]] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float]:
     """Answer every record, ``config.eval_batch`` at a time: greedily, or ``config.eval_samples`` times as in training.
 
     builder: keeps decoded prompts from one evaluation to the next. show: called with the number of records done.
-    keep: a list that receives each answer. Returns the means by name: ``accuracy``, ``accuracy/<task>`` where records
-    name one, ``format``, ``temporal_iou`` where records ask for times, ``length``, and ``records``, their number.
+    keep: a list that receives each answer. accelerator: every process takes a share and gets the means of all.
+    Returns the means by name: ``accuracy``, ``accuracy/<task>`` where records name one, ``format``,
+    ``temporal_iou`` where records ask for times, ``length``, and ``records``, their number.
     """
+    total = len(records)
+    if accelerator is not None:
+        records = records[accelerator.process_index :: accelerator.num_processes]
     model.eval()
     samples = max(1, config.eval_samples)
     device = next(model.parameters()).device
@@ -66,4 +72,4 @@ def evaluate(
             if keep is not None:
                 keep.append({"id": record.id, "answer": record.answer, "text": text} | found)
         show(start + len(prompts))
-    return meter.means() | {"records": float(len(records))}
+    return (meter.means() if accelerator is None else meter.result(accelerator)) | {"records": float(total)}

@@ -5,6 +5,7 @@ from types import FrameType
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 
 
 class StopFlag:
@@ -33,6 +34,4 @@ class StopFlag:
         """Whether any process was asked to stop; every process must call it."""
         if accelerator.num_processes == 1:
             return self._set
-        from accelerate.utils import gather_object
-
         return any(gather_object([self._set]))

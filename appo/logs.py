@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 
 FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
@@ -38,8 +39,6 @@ class Meter:
         """The numbers of all processes together; every process must call it."""
         if accelerator.num_processes == 1:
             return self.means()
-        from accelerate.utils import gather_object
-
         joined = Meter()
         for sums, maxima in gather_object([(self._sums, self._maxima)]):
             for name, (total, weight) in sums.items():

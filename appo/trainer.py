@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from appo_kernels import SurrogateOutput, group_divergence, linear_weighted_surrogate, token_logprobs
@@ -95,7 +96,7 @@ class Trainer:
         output = Path(config.output)
         state = checkpoints.load_newest(accelerator, output / "checkpoints") or {"step": 0}
         first = state["step"] + 1
-        self.sampler.load_state_dict(state.get("sampler"))
+        self.sampler.load_state_dict(state["samplers"][accelerator.process_index] if "samplers" in state else None)
         main = accelerator.is_main_process
         self.log = RunLog(output, tensorboard=config.tensorboard, enabled=main, resume_step=state["step"])
         if main:
@@ -349,18 +350,23 @@ class Trainer:
     # keeping track
 
     def evaluate(self, step: int) -> None:
-        """Answers to the held-out records, on the main process."""
+        """Answers to the held-out records, each process its share."""
         self.policy.eval()
-        if self.accelerator.is_main_process:
-            for split, records in self.eval_splits.items():
-                values = evaluate(self.model, self.processor, records, self.config, builder=self.build_prompt)
-                self.log.evaluation(step, split, values)
-        self.accelerator.wait_for_everyone()
+        for split, records in self.eval_splits.items():
+            values = evaluate(
+                self.model,
+                self.processor,
+                records,
+                self.config,
+                builder=self.build_prompt,
+                accelerator=self.accelerator,
+            )
+            self.log.evaluation(step, split, values)
 
     def save(self, step: int) -> None:
-        sampler = self.sampler.state_dict()
+        samplers = gather_object([self.sampler.state_dict()])
         folder = Path(self.config.output) / "checkpoints"
-        checkpoints.save(self.accelerator, folder, step, {"sampler": sampler}, self.config.keep_checkpoints)
+        checkpoints.save(self.accelerator, folder, step, {"samplers": samplers}, self.config.keep_checkpoints)
 
     def save_model(self, folder: Path) -> None:
         """The model (or its adapters) and the processor, as ``from_pretrained`` loads them."""
