@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 # Test files run side by side on the cores there are; torch then takes one thread in each.
 JOBS   ?= 2
 
-.PHONY: setup demo test test-slow test-browser test-gpu lint format clean
+.PHONY: setup demo test test-slow test-browser test-gpu bench-gpu bench bench-check bench-learning lint format clean
 
 setup: $(STAMP)
 
@@ -31,6 +31,9 @@ test-browser: $(STAMP)
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
 
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
+
 lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,5 +43,26 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# Peers are in an environment of their own, never in the package's.
+BENCH := .venv-bench
+$(BENCH)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --upgrade pip
+	$(BENCH)/bin/python -m pip install --quiet --editable '.[train,bench]'
+	@touch $@
+
+bench: $(BENCH)/.installed
+	$(BENCH)/bin/python -m benchmarks
+	$(BENCH)/bin/python -m benchmarks.whole_model
+	$(BENCH)/bin/python -m benchmarks.growth
+	$(BENCH)/bin/python -m benchmarks.page
+
+bench-check: $(BENCH)/.installed
+	$(BENCH)/bin/python -m benchmarks.check
+
+bench-learning: $(BENCH)/.installed
+	$(BENCH)/bin/python -m benchmarks.learning
+	$(BENCH)/bin/python -m benchmarks.page
+
 clean:
-	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) build .pytest_cache .mypy_cache .ruff_cache

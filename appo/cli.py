@@ -1,4 +1,4 @@
-"""The command line: appo demo, train, eval, inspect, report."""
+"""The command line: appo demo, train, eval, inspect, report, plan."""
 
 import sys
 from pathlib import Path
@@ -138,6 +138,47 @@ def report(
     from .report import write_report
 
     typer.echo(write_report(runs, output or runs[0] / "report.html"))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="Name as published, such as Qwen2.5-VL-7B, or a folder or config.json.")],
+    frames: Annotated[int, typer.Option(help="Temporal grid steps of a video.")] = 16,
+    frame_tokens: Annotated[int, typer.Option(help="Tokens of each: 64 at 224 x 224 pixels.")] = 64,
+    responses: Annotated[int, typer.Option(help="Responses of a group.")] = 8,
+    tokens: Annotated[int, typer.Option(help="Tokens of a response.")] = 384,
+    prompts: Annotated[
+        int | None, typer.Option(help="Prompts of a step, over all GPUs (default: 16, at least one a GPU).")
+    ] = None,
+    gpus: Annotated[int, typer.Option(help="Over which weights and optimizer are sharded.")] = 1,
+    memory: Annotated[float, typer.Option(help="Of a GPU, GiB.")] = 80.0,
+    gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the backward.")] = False,
+    micro_groups: Annotated[int, typer.Option(help="Groups in one forward and backward.")] = 1,
+    train_vision: Annotated[bool, typer.Option(help="Train the vision tower as well.")] = False,
+    rate: Annotated[float, typer.Option(help="Rate that products reach, TFLOP/s; 400 of an H100's 989.")] = 400.0,
+    bandwidth: Annotated[float, typer.Option(help="Memory bandwidth that reads reach, TB/s.")] = 2.5,
+) -> None:
+    """Memory and time of a training step, before anything is loaded (docs/performance.md has the cost model).
+
+    Example: appo plan --model Qwen2.5-VL-72B --gpus 64 --gradient-checkpointing
+    """
+    from .architectures import find_architecture
+    from .plan import GIB, Plan, Workload
+
+    work = Workload(
+        frames=frames,
+        frame_tokens=frame_tokens,
+        responses=responses,
+        response=tokens,
+        prompts=prompts or max(16, gpus),
+        gpus=gpus,
+        micro_groups=micro_groups,
+        checkpointing=gradient_checkpointing,
+        freeze_vision=not train_vision,
+    )
+    typer.echo(
+        Plan(find_architecture(model), work).text(memory=memory * GIB, rate=rate * 1e12, bandwidth=bandwidth * 1e12)
+    )
 
 
 def _required(settings: "APPOConfig", name: str) -> str:

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,10 @@ def measure(case: Case, *, seconds: float = 20.0, least: int = 3, most: int = 25
             break
         for contestant in case.contestants:
             times[contestant.name].append(timed(contestant, case.device))
+    return rows_of(case, times, {c.name: memory(c, case.device) for c in case.contestants})
+
+
+def rows_of(case: Case, times: dict[str, list[float]], extra: dict[str, int]) -> list[Row]:
     limit = next((c.name for c in case.contestants if c.role == "limit"), None)
     ours = next((c.name for c in case.contestants if c.role == "ours"), None)
     return [
@@ -97,10 +101,36 @@ def measure(case: Case, *, seconds: float = 20.0, least: int = 3, most: int = 25
             rounds=len(times[contestant.name]),
             ratio=paired_ratio(times, contestant.name, limit),
             to_ours=paired_ratio(times, contestant.name, ours),
-            extra_bytes=memory(contestant, case.device),
+            extra_bytes=extra[contestant.name],
         )
         for contestant in case.contestants
     ]  # fmt: skip
+
+
+def measure_large(case: Case, check: Callable[[dict[str, object]], object], *, rounds: int) -> list[Row]:
+    """For work of half a minute a run: no run but the timed ones. Memory is measured around those of the first round,
+    and its results are compared by ``check`` before the second."""
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in case.contestants}
+    extra, results = {}, {}
+    for number in range(rounds):
+        for contestant in case.contestants:
+            if number:
+                times[contestant.name].append(timed(contestant, case.device))
+                continue
+
+            def run(contestant: Contestant = contestant) -> object:
+                start = time.perf_counter()
+                results[contestant.name] = contestant.run()
+                if case.device == "cuda":
+                    torch.cuda.synchronize()
+                times[contestant.name].append(time.perf_counter() - start)
+                return results[contestant.name]
+
+            extra[contestant.name] = memory(replace(contestant, run=run), case.device)
+        if not number:
+            check(results)
+            results.clear()
+    return rows_of(case, times, extra)
 
 
 def timed(contestant: Contestant, device: str) -> float:

@@ -1,0 +1,280 @@
+"""What a training step will cost, before anything is loaded: `appo plan`. docs/performance.md has the cost model.
+
+Everything follows from the sizes of a model (`Architecture`) and of the work (`Workload`). FLOPs are counted as
+torch.utils.flop_counter does: two per multiply-add of matrix products, attention as the full square. Memory is that of
+`Trainer`: fp32 master weights, AdamW, autocast to bf16, attention that keeps no matrix, no logits of whole responses.
+Times are no measurements: FLOPs over a rate and bytes over a bandwidth that the user states.
+"""
+
+from dataclasses import dataclass
+
+from .architectures import Architecture
+from .config import ConfigError
+
+GIB = float(1 << 30)
+# Backward products per forward one: two for a matrix; attention kernels compute the scores again.
+MATRIX_BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5
+# The largest tile of logits of the operators over the vocabulary.
+HEAD_TILE = 256 << 20
+# Copies of (B, V) fp32 alive while a token is sampled: logits, scores, allowed scores, probabilities, noise.
+SAMPLING_COPIES = 5
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Sizes of a step. frames: temporal grid steps of a video, of frame_tokens each; text: the rest of the prompt."""
+
+    frames: int = 16
+    frame_tokens: int = 64
+    text: int = 126
+    response: int = 384  # N
+    responses: int = 8  # G
+    prompts: int = 16  # over all GPUs
+    micro_groups: int = 1
+    layers: int = 3  # tapped
+    target_frames: int = 5  # K
+    slots: int = 64  # K3
+    gpus: int = 1
+    mixed: bool = True  # bf16 autocast; False: fp32
+    checkpointing: bool = False
+    freeze_vision: bool = True
+    foreach: bool = True  # how AdamW runs on a GPU: one more copy of the gradients during its step
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not isinstance(value, bool) and value < 1:
+                raise ConfigError(f"`{name}`: expected at least 1, got {value}.")
+        if self.prompts % self.gpus:
+            raise ConfigError(
+                f"`prompts`: expected a multiple of the {self.gpus} GPUs, as the trainer does, got {self.prompts}. "
+                "Change either."
+            )
+
+    @property
+    def width(self) -> int:
+        """Bytes of a number of the forward."""
+        return 2 if self.mixed else 4
+
+    @property
+    def prompts_per_gpu(self) -> int:
+        return self.prompts // self.gpus
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The costs of one step of ``Trainer``; bytes and FLOPs are those of one GPU."""
+
+    model: Architecture
+    work: Workload
+
+    # Tokens
+
+    @property
+    def prompt_tokens(self) -> int:
+        work = self.work
+        return work.text + work.frames * (work.frame_tokens + self.model.frame_text)
+
+    @property
+    def sequence(self) -> int:
+        return self.prompt_tokens + self.work.response
+
+    # FLOPs
+
+    def layers_flop(self, tokens: float, keys: float) -> tuple[float, float]:
+        """Matrices, and attention over ``keys`` keys a token, of a forward through all decoder layers."""
+        m = self.model
+        matrices = 2 * m.hidden * m.query_width + 2 * m.hidden * m.key_width + 3 * m.hidden * m.intermediate
+        return 2.0 * m.layers * matrices * tokens, 4.0 * m.layers * m.query_width * keys * tokens
+
+    def head_flop(self, tokens: float) -> float:
+        """One product with the head."""
+        return 2.0 * self.model.head_parameters * tokens
+
+    def vision_flop(self) -> float:
+        """A forward of the tower on one video."""
+        v, work = self.model.vision, self.work
+        per_step = work.frame_tokens * v.merge**2  # patches of a temporal grid step, which attention does not leave
+        patches = float(per_step * work.frames)
+        feed_forward = (3 if v.gated else 2) * v.hidden * v.intermediate
+        window = min(per_step, (v.window * v.merge) ** 2) if v.window else per_step
+        seen = v.full_attention * per_step + (v.depth - v.full_attention) * window
+        layers = 2.0 * v.depth * (4 * v.hidden**2 + feed_forward) + 4.0 * v.hidden * seen
+        wide = v.hidden * v.merge**2
+        merger = 2.0 * (1 + v.deepstack) * (wide * wide + wide * v.out_hidden) / v.merge**2
+        return patches * (layers + merger + 2.0 * 3 * v.temporal_patch * v.patch**2 * v.hidden)
+
+    def rollout_flop(self) -> float:
+        """The prompt once per group, then N tokens of each response against a growing cache."""
+        work, groups = self.work, self.work.prompts_per_gpu
+        sampled = groups * work.responses * work.response
+        prefill = sum(self.layers_flop(groups * self.prompt_tokens, self.prompt_tokens))
+        decode = sum(self.layers_flop(sampled, self.prompt_tokens + work.response / 2))
+        return groups * self.vision_flop() + prefill + decode + self.head_flop(sampled)
+
+    def score_flop(self) -> float:
+        """One forward, log-probabilities, and what the weights take."""
+        work, rows = self.work, self.work.prompts_per_gpu * self.work.responses
+        forward = sum(self.layers_flop(rows * self.sequence, self.sequence))
+        vision = work.prompts_per_gpu * self.vision_flop()
+        return vision + forward + self.head_flop(rows * work.response) + self.recording_flop() + self.divergence_flop()
+
+    def recording_flop(self) -> float:
+        """Scores of the response rows with all keys, in each tapped layer."""
+        rows = self.work.prompts_per_gpu * self.work.responses * self.work.response
+        return 2.0 * self.work.layers * self.model.query_width * rows * self.sequence
+
+    def divergence_flop(self) -> float:
+        """Logits of the rows that are in a slot: each once, at most all."""
+        work = self.work
+        unique = min(work.response, work.target_frames * work.slots)
+        return self.head_flop(work.prompts_per_gpu * work.responses * unique)
+
+    def update_flop(self) -> float:
+        """Forward and backward over all groups; three products with the head. A frozen tower only runs forward."""
+        work, rows = self.work, self.work.prompts_per_gpu * self.work.responses
+        matrices, attention = self.layers_flop(rows * self.sequence, self.sequence)
+        again = 1.0 if work.checkpointing else 0.0
+        layers = matrices * (1 + again + MATRIX_BACKWARD) + attention * (1 + again + ATTENTION_BACKWARD)
+        vision = work.prompts_per_gpu * self.vision_flop() * (1.0 if work.freeze_vision else 3.0 + again)
+        return vision + layers + 3 * self.head_flop(rows * work.response)
+
+    # Memory
+
+    @property
+    def trained(self) -> int:
+        return self.model.text_parameters if self.work.freeze_vision else self.model.parameters
+
+    def layer_activations(self) -> float:
+        """Bytes that one decoder layer keeps for its backward, for each token (the table in docs/performance.md)."""
+        m, w = self.model, self.work.width
+        residual_and_norm = 2 * (4 + 4) * m.hidden  # fp32, before attention and before the feed-forward layer
+        # Under autocast each linear layer that reads a norm has a copy of its own: query, key, value; gate, up.
+        inputs = (5 * 2 if self.work.mixed else 2 * 4) * m.hidden
+        # Query, output, and key and value repeated for the query heads, since a padding mask rules out grouped kernels.
+        attention = 4 * m.query_width * w + 4 * m.heads + self.sequence * w
+        if m.query_norm:  # what the norms of query and key normalised, and what they multiplied
+            attention += 8 * (m.query_width + m.key_width)
+        return residual_and_norm + inputs + attention + 4 * m.intermediate * w
+
+    def activations(self) -> float:
+        """Bytes kept by the forward of one micro-batch."""
+        m, work = self.model, self.work
+        tokens = min(work.micro_groups, work.prompts_per_gpu) * work.responses * self.sequence
+        ends = 4 * m.hidden * 3  # embeddings, and the last norm's input and normalised input
+        if work.checkpointing:
+            return tokens * (4 * m.hidden * m.layers + self.layer_activations() + ends)
+        return tokens * (m.layers * self.layer_activations() + ends)
+
+    def layer_workspace(self) -> float:
+        """Bytes that the backward of the last feed-forward layer adds: two gradients of its hidden units beyond what it
+        has set free. The gradients of the residual take the place of what the last norm kept."""
+        work = self.work
+        tokens = min(work.micro_groups, work.prompts_per_gpu) * work.responses * self.sequence
+        return 2.0 * tokens * self.model.intermediate * work.width
+
+    def head_workspace(self) -> float:
+        """Bytes that the loss adds: it makes the head's gradient in its forward, in fp32, and a tile of logits."""
+        work, m = self.work, self.model
+        rows = min(work.micro_groups, work.prompts_per_gpu) * work.responses * work.response
+        return 4.0 * m.head_parameters + min(HEAD_TILE, 4.0 * rows * m.vocabulary)
+
+    def standing(self) -> dict[str, float]:
+        """Bytes that are there in every phase. On several GPUs weights and optimizer are sharded (FSDP, full shard)."""
+        m, work = self.model, self.work
+        gathered = 2 * m.layer_parameters * work.width if work.gpus > 1 else 0  # one layer in use, the next on its way
+        cast = 2 * m.layers * m.layer_parameters if work.mixed and work.gpus == 1 else 0
+        return {
+            "weights": 4 * m.parameters / work.gpus,
+            "optimizer": 8 * self.trained / work.gpus,
+            "weights in bf16": float(cast),
+            "gathered layers": float(gathered),
+        }
+
+    def rollout_bytes(self) -> dict[str, float]:
+        m, work = self.model, self.work
+        rows = work.prompts_per_gpu * work.responses
+        # Rotary positions are in fp32, and the keys with them.
+        layer = rows * self.sequence * m.key_width * (4 + work.width)
+        cache = m.layers * layer + layer  # a layer's cache is copied when it grows
+        return {"cache": float(cache), "sampling": float(SAMPLING_COPIES * 4 * rows * m.vocabulary)}
+
+    def update_bytes(self) -> dict[str, float]:
+        return {
+            "gradients": 4 * self.trained / self.work.gpus,
+            "activations": self.activations(),
+            "at work": max(self.layer_workspace(), self.head_workspace()),  # one after the other
+        }
+
+    def optimizer_bytes(self) -> dict[str, float]:
+        copies = 2 if self.work.foreach else 1
+        return {"gradients": 4 * copies * self.trained / self.work.gpus}
+
+    def memory(self) -> dict[str, dict[str, float]]:
+        """Phase -> part -> bytes."""
+        standing = self.standing()
+        without_cast = standing | {"weights in bf16": 0.0}
+        return {
+            "rollout": standing | self.rollout_bytes(),
+            "update": standing | self.update_bytes(),
+            "optimizer step": without_cast | self.optimizer_bytes(),
+        }
+
+    def peak(self) -> float:
+        return max(sum(parts.values()) for parts in self.memory().values())
+
+    def flop(self) -> dict[str, float]:
+        """Phase -> FLOPs."""
+        return {"rollout": self.rollout_flop(), "score": self.score_flop(), "update": self.update_flop()}
+
+    def eager_bytes(self) -> float:
+        """Attention matrices that the released trainer keeps of one group: one row of keys for each token and head."""
+        return float(
+            self.work.responses * self.model.layers * self.model.heads * self.work.response * self.sequence * 2
+        )
+
+    # Time
+
+    def seconds(self, rate: float, bandwidth: float) -> dict[str, float]:
+        """Phase -> seconds at ``rate`` FLOP/s; decoding also reads weights and cache at ``bandwidth`` bytes/s."""
+        found = {phase: flop / rate for phase, flop in self.flop().items()}
+        weights = self.model.text_parameters * self.work.width
+        found["rollout"] += self.work.response * (weights + self.rollout_bytes()["cache"] / 2) / bandwidth
+        return found
+
+    def text(self, *, memory: float, rate: float, bandwidth: float) -> str:
+        """The plan for people. memory: bytes of a GPU."""
+        m, work = self.model, self.work
+        sharing = f"{work.gpus} GPUs, weights and optimizer sharded" if work.gpus > 1 else "1 GPU"
+        lines = [
+            f"{m.name}: {m.parameters / 1e9:.2f} G parameters, {self.trained / 1e9:.2f} G trained; {sharing}",
+            f"{work.prompts} prompts x {work.responses} responses a step; {work.frames} frames x {work.frame_tokens} "
+            f"tokens, prompt {self.prompt_tokens:,}, response {work.response:,}",
+            "",
+            "Memory of a GPU, GiB",
+        ]
+        for phase, parts in self.memory().items():
+            shown = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if value / GIB >= 0.05)
+            lines.append(f"  {phase:15s} {sum(parts.values()) / GIB:6.1f}   {shown}")
+        verdict = "fits" if self.peak() <= memory else "does not fit"
+        lines.append(
+            f"  peak            {self.peak() / GIB:6.1f}   {verdict} in {memory / GIB:.0f} GiB{self._advice(memory)}"
+        )
+        lines.append(f"  not made: attention matrices of one group's generation, {self.eager_bytes() / GIB:.1f} GiB")
+        lines += ["", f"Work of a GPU in a step, and time at {rate / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"]
+        seconds = self.seconds(rate, bandwidth)
+        for phase, flop in self.flop().items():
+            lines.append(f"  {phase:15s} {flop / 1e12:10,.0f} TFLOP  {seconds[phase]:8.1f} s")
+        extra = self.recording_flop() + self.divergence_flop()
+        share = extra / sum(self.flop().values())
+        lines.append(f"  of which APPO   {extra / 1e12:10,.0f} TFLOP  {100 * share:7.1f} % (frame mass and divergence)")
+        lines.append(f"  step            {'':18s}{sum(seconds.values()):8.1f} s (an estimate: no GPU was asked)")
+        return "\n".join(lines)
+
+    def _advice(self, memory: float) -> str:
+        if self.peak() <= memory:
+            return ""
+        if not self.work.checkpointing:
+            return "; try --gradient-checkpointing"
+        if self.work.micro_groups > 1:
+            return "; try --micro-groups 1"
+        return "; use more GPUs, fewer frames or shorter responses"

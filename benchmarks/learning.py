@@ -1,0 +1,234 @@
+"""Does it learn better? python -m benchmarks.learning [--seeds 12 --steps 12 --jobs 2 --work runs/learning]
+
+GRPO, DAPO, APPO with each way of choosing frames, and controls that take away one thing at a time, on the bundled task:
+same clips, same warm start, same order of prompts, same number of sampled responses, one training seed for all of them.
+Each run is a process with one thread; runs that are done are not run again, so an interrupted benchmark goes on. When
+all are done, the means and 95% intervals of the paired differences to GRPO go to results/learning.*
+
+Clips and warm starts are of seeds that no setting was chosen on; nothing is chosen on the held-out splits here.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from appo.config import APPOConfig
+from appo.data import load_records
+from appo.demo import SETTINGS, make_clips, stage, warm_start
+from appo.selection import perception_slots
+from appo.setup import load_model
+from appo.trainer import Trainer
+from appo.types import Group
+from appo.weights import token_weights
+from appo_kernels import group_divergence
+from benchmarks import harness
+
+FIRST_CLIP_SEED = 7000  # far from those of the demo and of tests
+# Two-sided 95% quantiles of Student's t by degrees of freedom.
+STUDENT = {
+    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201,
+    12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 19: 2.093, 23: 2.069, 29: 2.045,
+}  # fmt: skip
+
+
+class ShuffledWeights(Trainer):
+    """APPO's weights, each response's at random places: what is left when only their sizes matter."""
+
+    def weigh(self, group: Group, *operands: Any) -> None:
+        super().weigh(group, *operands)
+        assert group.weights is not None
+        generator = torch.Generator().manual_seed(int(group.completion_ids.sum()))
+        for weights, valid in zip(group.weights, group.mask, strict=True):
+            places = valid.nonzero().flatten()
+            weights[places] = weights[places[torch.randperm(len(places), generator=generator)]]
+
+
+class EntropyWeights(Trainer):
+    """APPO's weights, each response's largest at its most uncertain tokens: no attention, no other response."""
+
+    def weigh(self, group: Group, *operands: Any) -> None:
+        super().weigh(group, *operands)
+        assert group.weights is not None
+        for weights, entropy, valid in zip(group.weights, group.entropy, group.mask, strict=True):
+            places = valid.nonzero().flatten()
+            weights[places[entropy[places].argsort(stable=True)]] = weights[places].sort().values
+
+
+class TrueFrames(Trainer):
+    """APPO with the frames that decide the question given: what a perfect selection would bring."""
+
+    def weigh(
+        self, group: Group, mass: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor
+    ) -> None:
+        config, mask = self.config, group.mask.to(mass.device)
+        frames = torch.tensor(sorted(group.prompt.crucial_frames()), dtype=torch.int64, device=mass.device)
+        slots = perception_slots(mass, mask, frames, top_tokens=config.slot_tokens)
+        divergence = group_divergence(hidden, weight, lse, slots, kind=config.divergence, bias=bias, **self.logits)
+        weights = token_weights(divergence, slots, mask, alpha=config.alpha, average=config.average)
+        group.target_frames, group.weights = frames.cpu(), weights.cpu()
+        group.mass, group.mass_reduction = mass.cpu(), config.mass_reduction
+
+
+# DAPO without resampling: every method then trains on the same number of sampled responses.
+VARIANTS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
+    "grpo": (Trainer, {"preset": "grpo"}),
+    "dapo": (Trainer, {"preset": "dapo", "dynamic_sampling": False}),
+    "appo-hard": (Trainer, {"strategy": "hard"}),
+    "appo-soft": (Trainer, {"strategy": "soft"}),
+    "appo-all": (Trainer, {"strategy": "all"}),
+    "appo-contrast": (Trainer, {"strategy": "contrast"}),
+    "appo-released": (Trainer, {"preset": "released", "slot_tokens": 8, "rewards": {"accuracy": 1.0}}),
+    "control-shuffled": (ShuffledWeights, {"strategy": "all"}),
+    "control-entropy": (EntropyWeights, {"strategy": "all"}),
+    "control-true-frames": (TrueFrames, {}),
+}
+SPLITS = ("validation", "ood")
+
+
+def prepare(work: Path, number: int) -> tuple[Path, Path]:
+    """Clips and warm start ``number``; made once."""
+    seed = FIRST_CLIP_SEED + number
+    clips = stage("clips", work / f"clips-{number}", lambda folder: make_clips(folder, seed))
+    warm = stage("warm start", work / f"warm-{number}", lambda folder: warm_start(folder, clips, seed))
+    return clips, warm
+
+
+def run_one(work: Path, variant: str, seed: int, warm_starts: int, steps: int) -> None:
+    """One training run and its held-out accuracy, in ``work``/<variant>-<seed>.json."""
+    clips, warm = prepare(work, seed % warm_starts)
+    trainer_class, changes = VARIANTS[variant]
+    output = work / f"{variant}-{seed}"
+    settings = SETTINGS | {"preset": "paper"} | changes
+    settings |= {"seed": seed, "max_steps": steps, "output": str(output), "model": str(warm), "tensorboard": False}
+    settings |= {"data": str(clips / "train.json"), "eval_every": steps, "save_every": 0}
+    config = APPOConfig.from_dict(settings)
+    held_out = {split: load_records(clips / f"{split}.json") for split in SPLITS}
+    model, processor = load_model(config)
+    start = time.perf_counter()
+    trainer_class(model, processor, load_records(config.data), config=config, eval_dataset=held_out).train()
+    result = {"variant": variant, "seed": seed, "steps": steps, "seconds": time.perf_counter() - start}
+    for line in (output / "eval.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        moment = "before" if entry["step"] == 0 else "after"
+        result[f"{entry['split']}/{moment}"] = entry["accuracy"]
+    history = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    for name in ("reward", "frames/precision", "frames/recall", "frames/empty", "weight/share"):
+        values = [entry[name] for entry in history if name in entry]
+        if values:
+            result[f"train/{name}"] = statistics.fmean(values)
+    path = work / f"{variant}-{seed}.json"
+    path.with_suffix(".partial").write_text(json.dumps(result) + "\n")
+    path.with_suffix(".partial").rename(path)
+
+
+def run_all(options: argparse.Namespace, variants: Sequence[str]) -> None:
+    """What is missing, ``options.jobs`` at a time; seeds in turn, so that an early end leaves whole seeds."""
+    for number in range(min(options.warm_starts, options.seeds)):
+        prepare(options.work, number)
+    missing = [
+        (variant, seed)
+        for seed in range(options.seeds)
+        for variant in variants
+        if not (options.work / f"{variant}-{seed}.json").is_file()
+    ]
+
+    def start(task: tuple[str, int]) -> None:
+        variant, seed = task
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.learning",
+            "--work",
+            str(options.work),
+            "--run",
+            variant,
+            str(seed),
+        ]
+        command += ["--warm-starts", str(options.warm_starts), "--steps", str(options.steps)]
+        log = options.work / f"{variant}-{seed}.log"
+        with log.open("w") as file:
+            code = subprocess.run(
+                command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            ).returncode
+        if code:
+            raise SystemExit(f"{variant}, seed {seed}: ended with {code}; see {log}")
+        print(f"{variant} {seed}", flush=True)
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(start, missing))
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half width of its 95% interval by Student's t."""
+    if len(values) < 2:
+        return values[0], math.inf
+    freedom = max(known for known in STUDENT if known <= len(values) - 1)  # the next smaller one is the wider one
+    return statistics.fmean(values), STUDENT[freedom] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summarise(results: list[dict[str, Any]], variants: Sequence[str], seeds: int) -> list[dict[str, Any]]:
+    """A row per variant: accuracy on each split, and the paired difference to GRPO, mean and half width."""
+    table = {(result["variant"], result["seed"]): result for result in results}
+    rows = []
+    for variant in variants:
+        row: dict[str, Any] = {"variant": variant, "seeds": seeds}
+        for split in SPLITS:
+            after = [table[variant, seed][f"{split}/after"] for seed in range(seeds)]
+            base = [table["grpo", seed][f"{split}/after"] for seed in range(seeds)]
+            difference, width = interval([a - b for a, b in zip(after, base, strict=True)])
+            row |= {f"{split}": statistics.fmean(after), f"{split}-grpo": difference, f"{split} 95%": width}
+        for name in ("frames/precision", "frames/recall", "weight/share"):
+            values = [table[variant, seed].get(f"train/{name}") for seed in range(seeds)]
+            known = [value for value in values if value is not None]
+            row[name] = statistics.fmean(known) if known else None
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="folder of clips, models and runs")
+    parser.add_argument("--seeds", type=int, default=12)
+    parser.add_argument("--warm-starts", type=int, default=3, help="seeds take these in turn")
+    parser.add_argument("--steps", type=int, default=12, help="training steps of a run")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help="one run, in this process")
+    parser.add_argument("--name", default="learning", help="of the result files; '-': none")
+    options = parser.parse_args()
+    if options.run:
+        run_one(options.work, options.run[0], int(options.run[1]), options.warm_starts, options.steps)
+        return
+    variants = list(dict.fromkeys(["grpo", *options.variants]))
+    start = time.perf_counter()
+    run_all(options, variants)
+    results = [
+        json.loads((options.work / f"{variant}-{seed}.json").read_text())
+        for variant in variants
+        for seed in range(options.seeds)
+    ]
+    if any(result["steps"] != options.steps for result in results):
+        raise SystemExit(f"{options.work} has runs of another number of steps; use another --work.")
+    rows = summarise(results, variants, options.seeds)
+    for row in rows:
+        parts = (f"{s} {row[s]:.3f} ({row[f'{s}-grpo']:+.3f} +- {row[f'{s} 95%']:.3f})" for s in SPLITS)
+        print(f"{row['variant']:22s}", *parts)
+    if options.name != "-":
+        seconds = time.perf_counter() - start
+        print(harness.save(options.name, rows, device="cpu", runs=results, steps=options.steps, seconds=seconds))
+
+
+if __name__ == "__main__":
+    main()

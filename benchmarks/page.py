@@ -1,0 +1,158 @@
+"""docs/performance.md from the results: python -m benchmarks.page
+
+Every figure on the page is read from benchmarks/results; what has not been measured is said to be missing.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from appo.architectures import ARCHITECTURES
+from appo.plan import GIB, Plan, Workload
+from benchmarks import harness
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
+NOT_MEASURED = "Not measured yet."
+
+INTRODUCTION = """# Performance
+
+Written by `python -m benchmarks.page` from `benchmarks/results`; do not edit. `make bench` measures again, and
+`make bench-check` compares ratios with the committed ones.
+
+Every contestant was compared with the definition in fp64 (or with plain torch, for losses) before it was timed, and
+all of a table took turns in one run. *x limit* is the time relative to what no implementation can beat, *x ours*
+relative to our first row; both are medians over rounds. Memory is the peak beyond the inputs. Shapes and the rule that
+cuts them for a CPU are in `benchmarks/shapes.py`.
+"""
+
+COST_MODEL = """## Cost model
+
+`appo plan` prints memory and work of a step before anything is loaded. With h the hidden size, q and k the widths of
+all query and of all key heads, I the intermediate size, V the vocabulary, S the tokens of a sequence, c the bytes of a
+number of the forward (2 under bf16 autocast):
+
+| What | Cost |
+|---|---|
+| decoder layer, forward | 2 (2hq + 2hk + 3hI) FLOPs a token, and 4 q S for attention (the full square) |
+| backward | 2 x the matrices, 2.5 x attention; 1 x both again with gradient checkpointing |
+| head | 2hV a response token: one product to sample, one to score, three in the loss, one more for the rows in slots |
+| frame mass | 2 q S a response token and tapped layer |
+| weights, gradients, AdamW | 4 + 4 + 8 bytes a trained parameter, 4 more in the optimizer step; 4 a frozen one |
+| bf16 copies of weights | 2 bytes a parameter of the decoder layers, kept by autocast |
+| activations of a layer | 16h + 10h (8h in fp32) + 4qc + Sc + 4 heads + 4Ic bytes a token; Qwen3: 8 (q + k) more |
+| with checkpointing | 4h bytes a token and layer, and one layer in full |
+| at work | the larger of 2Ic bytes a token, and 4hV + a tile of logits of at most 256 MiB |
+| cache while sampling | k (4 + c) bytes a token and layer: keys are fp32, as rotary positions are |
+
+Weights, gradients and optimizer are divided by the number of GPUs (FSDP, full shard), activations are not. Tests
+compare parameters (exactly), FLOPs, activations and peak memory with those of small models, within 10%
+(`tests/test_plan.py`). Sharding and time have not been compared with a machine.
+"""
+
+
+def environment(content: dict[str, Any]) -> str:
+    e = content["environment"]
+    hardware = f"{e['gpu']}, {e['gpu_memory_gib']} GiB" if "gpu" in e else f"{e['cpu']}, {e['threads']} threads"
+    versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
+    load = f"; load average before: {e['load_average'][0]}" if "gpu" not in e else ""
+    return f"*{hardware}; Python {e['python']}, {versions}; commit {e['commit']}, {e['date']}{load}*"
+
+
+def contest(content: dict[str, Any]) -> list[str]:
+    """A table per case."""
+    lines, titles = [], []
+    for row in content["rows"]:
+        title = (row["op"], row["shape"], row["dtype"])
+        if title not in titles:
+            titles.append(title)
+            lines += [
+                "", f"**{row['op']}, {row['shape']}, {row['dtype']}**: {row['work']}", "",
+                "| | median | quartiles | x limit | x ours | extra memory |", "|---|---|---|---|---|---|",
+            ]  # fmt: skip
+        numbers = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("ratio", "to_ours")]
+        lines.append(
+            f"| {row['name']} | {1e3 * row['median']:,.1f} ms | {1e3 * row['low']:,.1f} to {1e3 * row['high']:,.1f} "
+            f"| {numbers[0]} | {numbers[1]} | {row['extra_bytes'] / 2**20:,.0f} MiB |"
+        )
+    reasons = {
+        f"{name}: {reason}" for skipped in content.get("skipped", {}).values() for name, reason in skipped.items()
+    }
+    return [*lines, *(["", "Not run: " + "; ".join(sorted(reasons)) + "."] if reasons else [])]
+
+
+def section(title: str, name: str, write: Any) -> list[str]:
+    """A section with a part for each device."""
+    lines = [f"## {title}", ""]
+    for device, label in DEVICES.items():
+        content = harness.load(f"{name}-{device}")
+        lines += [f"### {label}", ""]
+        lines += [NOT_MEASURED, ""] if content is None else [environment(content), *write(content), ""]
+    return lines
+
+
+def growth(content: dict[str, Any]) -> list[str]:
+    device = content["environment"]["device"]
+    lines = ["", f"![time and memory against size](../benchmarks/results/growth-{device}.png)", ""]
+    lines += ["| operator | against | with | exponent of time | of memory | most memory |", "|---|---|---|---|---|---|"]
+    for fit in content["fits"]:
+        rows = [row for row in content["rows"] if (row["op"], row["axis"]) == (fit["op"], fit["axis"])]
+        most = max(row["extra_bytes"] for row in rows) / 2**20
+        lines.append(
+            f"| {fit['op']} | {fit['axis']} | {fit['fixed']} | {fit['seconds']:.2f} | {fit['extra_bytes']:.2f} "
+            f"| {most:.1f} MiB |"
+        )
+    return lines
+
+
+def learning() -> list[str]:
+    lines, content = ["## Does it learn better?", ""], harness.load("learning")
+    if content is None:
+        return [*lines, f"{NOT_MEASURED} `make bench-learning` measures it in about half an hour on two cores.", ""]
+    lines += [environment(content), ""]
+    lines.append(f"Held-out accuracy after {content['steps']} steps; paired differences to GRPO, 95% intervals.")
+    lines += ["", "| | seeds | validation | difference | ood | difference |", "|---|---|---|---|---|---|"]
+    for row in content["rows"]:
+        cells = [
+            f"{row[split]:.3f} | {row[f'{split}-grpo']:+.3f} ± {row[f'{split} 95%']:.3f}"
+            for split in ("validation", "ood")
+        ]
+        lines.append(f"| {row['variant']} | {row['seeds']} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def plans() -> list[str]:
+    lines = [
+        "### Planned, not measured",
+        "",
+        "16 frames x 64 tokens, 8 responses of 384 tokens, gradient checkpointing:",
+    ]
+    lines += [
+        "",
+        "| model | GPUs | prompts a step | peak of a GPU | PFLOP of a step, all GPUs |",
+        "|---|---|---|---|---|",
+    ]
+    for model, gpus in (("Qwen2.5-VL-3B", 1), ("Qwen2.5-VL-7B", 8), ("Qwen2.5-VL-72B", 64)):
+        plan = Plan(ARCHITECTURES[model], Workload(gpus=gpus, prompts=max(16, gpus), checkpointing=True))
+        work = gpus * sum(plan.flop().values()) / 1e15
+        lines.append(f"| {model} | {gpus} | {plan.work.prompts} | {plan.peak() / GIB:.1f} GiB | {work:,.1f} |")
+    return [*lines, ""]
+
+
+def text() -> str:
+    lines = [INTRODUCTION]
+    lines += section("Operators", "operators", contest)
+    lines += section("Whole models: what recording costs", "whole-model", contest)
+    lines += section("Growth", "growth", growth)
+    return "\n".join([*lines, *learning(), COST_MODEL, *plans()]).rstrip() + "\n"
+
+
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(text())
+    print(PAGE)
+
+
+if __name__ == "__main__":
+    main()

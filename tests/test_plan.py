@@ -1,0 +1,339 @@
+"""`appo plan`: its figures against real models, and against what small models really take."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from appo.architectures import ARCHITECTURES, Architecture, find_architecture, from_config
+from appo.config import ConfigError
+from appo.plan import GIB, Plan, Workload
+from appo_kernels import dispatch, frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
+from appo_kernels.ops.frame_mass import op as frame_mass_op
+from appo_kernels.ops.group_divergence import op as group_divergence_op
+from appo_kernels.ops.token_logprobs import op as token_logprobs_op
+from appo_kernels.ops.weighted_surrogate import autograd as surrogate_op
+
+WITHIN = 0.10
+
+
+def config_of(sizes: Architecture) -> Any:
+    """The transformers config of these sizes."""
+    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
+
+    vision = sizes.vision
+    text = {
+        "hidden_size": sizes.hidden, "intermediate_size": sizes.intermediate, "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads, "num_key_value_heads": sizes.key_heads, "vocab_size": sizes.vocabulary,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    tower = {
+        "depth": vision.depth, "hidden_size": vision.hidden, "intermediate_size": vision.intermediate,
+        "num_heads": vision.heads, "out_hidden_size": vision.out_hidden, "patch_size": vision.patch,
+    }  # fmt: skip
+    half = sizes.head_dim // 2
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
+    if sizes.query_norm:
+        rope["mrope_interleaved"] = True
+        text |= {"head_dim": sizes.head_dim, "rope_parameters": rope}
+        tower |= {
+            "deepstack_visual_indexes": list(range(vision.deepstack)), "num_position_embeddings": vision.positions,
+        }  # fmt: skip
+        return Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=sizes.tied)
+    full = list(range(vision.depth - vision.full_attention, vision.depth))
+    window = vision.window * vision.merge * vision.patch
+    tower |= {"fullatt_block_indexes": full, "window_size": window}
+    text |= {"rope_parameters": rope}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=sizes.tied)
+
+
+def build(sizes: Architecture, device: str = "cpu") -> Any:
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
+
+    kind = Qwen3VLForConditionalGeneration if sizes.query_norm else Qwen2_5_VLForConditionalGeneration
+    with torch.device(device):
+        return kind(config_of(sizes))
+
+
+def small(name: str) -> Architecture:
+    """The shape of a published model with small sizes, none of them equal to another."""
+    sizes = ARCHITECTURES[name]
+    vision = replace(
+        sizes.vision, depth=3, hidden=96, intermediate=160, heads=4, out_hidden=192,
+        full_attention=3 if sizes.query_norm else 1,
+        deepstack=2 if sizes.query_norm else 0, positions=64 if sizes.query_norm else 0,
+    )  # fmt: skip
+    return replace(
+        sizes, layers=3, hidden=192, intermediate=448, heads=6, key_heads=2, head_dim=32, vocabulary=640, vision=vision
+    )
+
+
+BOTH = ("Qwen2.5-VL-7B", "Qwen3-VL-8B")
+
+
+# One tied and one untied head of each family, and both sizes of Qwen3-VL's vision tower.
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-2B", "Qwen3-VL-8B"])
+def test_parameters_are_exactly_those_of_the_published_model(name: str) -> None:
+    sizes = ARCHITECTURES[name]
+    model = build(sizes, "meta")
+    assert sum(p.numel() for p in model.parameters()) == sizes.parameters
+    assert sum(p.numel() for p in model.model.visual.parameters()) == sizes.vision.parameters
+    assert sum(p.numel() for p in model.model.language_model.layers[0].parameters()) == sizes.layer_parameters
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_sizes_are_read_from_a_local_config(name: str, tmp_path: Any) -> None:
+    sizes = small(name)
+    config_of(sizes).save_pretrained(tmp_path)
+    assert find_architecture(str(tmp_path)) == replace(sizes, name=str(tmp_path))
+    content = json.loads((tmp_path / "config.json").read_text())
+    flat = {**content["text_config"], **{k: v for k, v in content.items() if k != "text_config"}}
+    assert from_config(flat, "flat") == replace(sizes, name="flat")
+
+
+def test_names_are_found_as_they_are_published() -> None:
+    assert find_architecture("Qwen/Qwen2.5-VL-7B-Instruct").name == "Qwen2.5-VL-7B"
+    assert find_architecture("qwen3-vl-8b").name == "Qwen3-VL-8B"
+    with pytest.raises(ConfigError, match=r"`model`: expected a folder .* got 'GPT-9'"):
+        find_architecture("GPT-9")
+    with pytest.raises(ConfigError, match="expected model_type"):
+        from_config({"model_type": "llama"}, "x")
+    with pytest.raises(ConfigError, match="expected a field 'depth'"):
+        from_config({"model_type": "qwen3_vl"}, "x")
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_flops_of_the_decoder_forward_and_backward(name: str) -> None:
+    """Eager attention, whose backward has two products for each of the forward's."""
+    sizes = small(name)
+    model = build(sizes).model.language_model
+    model.set_attn_implementation("eager")
+    B, S = 2, 160
+    embedded = torch.randn(B, S, sizes.hidden, requires_grad=True)
+    with FlopCounterMode(display=False) as forward:
+        result = model(inputs_embeds=embedded, use_cache=False).last_hidden_state
+    with FlopCounterMode(display=False) as backward:
+        result.sum().backward()
+    matrices, attention = Plan(sizes, Workload()).layers_flop(B * S, S)
+    assert forward.get_total_flops() == pytest.approx(matrices + attention, rel=0.01)
+    assert backward.get_total_flops() == pytest.approx(2 * (matrices + attention), rel=WITHIN)
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_flops_of_the_vision_tower(name: str) -> None:
+    sizes = small(name)
+    tower = build(sizes).model.visual
+    tower.set_attn_implementation("eager")
+    frames, side, vision = 3, 16, sizes.vision
+    pixels = torch.randn(frames * side**2, 3 * vision.temporal_patch * vision.patch**2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower(pixels, grid_thw=torch.tensor([[frames, side, side]]))
+    plan = Plan(sizes, Workload(frames=frames, frame_tokens=side**2 // vision.merge**2))
+    assert counter.get_total_flops() == pytest.approx(plan.vision_flop(), rel=WITHIN)
+
+
+def test_flops_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Custom operators hide their products from the counter: here their implementations are called directly."""
+
+    def opened(op: str, function: str) -> Any:
+        return lambda *operands: getattr(dispatch.implementation(op, operands[-1]), function)(*operands[:-1])
+
+    monkeypatch.setattr(frame_mass_op, "forward_op", opened("frame_mass", "forward"))
+    monkeypatch.setattr(group_divergence_op, "forward_op", opened("group_divergence", "forward"))
+    monkeypatch.setattr(token_logprobs_op, "forward_op", opened("token_logprobs", "forward"))
+    sizes = replace(small("Qwen2.5-VL-7B"), vocabulary=3000)
+    work = Workload(frames=4, frame_tokens=32, text=32, response=64, prompts=1, target_frames=2, slots=24)
+    plan, G, N = Plan(sizes, work), work.responses, work.response
+
+    def counted(run: Any) -> int:
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    hidden, weight = torch.randn(G, N, sizes.hidden), torch.randn(sizes.vocabulary, sizes.hidden) * 0.05
+    targets = torch.randint(sizes.vocabulary, (G, N))
+    rows = hidden.flatten(0, 1)
+    found = counted(lambda: token_logprobs(rows, weight, targets.flatten(), backend="torch"))
+    assert found == pytest.approx(plan.head_flop(G * N), rel=WITHIN)
+
+    query, key = (
+        torch.randn(G, sizes.heads, N, sizes.head_dim),
+        torch.randn(G, sizes.key_heads, plan.sequence, sizes.head_dim),
+    )
+    ids = torch.full((G, plan.sequence), -1)
+    ids[:, 32:160] = torch.arange(128) // 32
+    found = counted(lambda: frame_mass(query, key, ids, num_frames=4, backend="torch"))
+    assert work.layers * found == pytest.approx(plan.recording_flop(), rel=WITHIN)
+
+    lse = torch.logsumexp(hidden @ weight.t(), -1)
+    slots = torch.arange(2 * 24).view(2, 1, 24).expand(2, G, 24)  # no position twice, the most there can be
+    found = counted(lambda: group_divergence(hidden, weight, lse, slots, backend="torch"))
+    assert found == pytest.approx(plan.divergence_flop(), rel=WITHIN)
+
+    def opened_surrogate(*operands: Any) -> None:
+        settings = surrogate_op.Settings(*operands[10:18])
+        module = dispatch.implementation("weighted_surrogate", operands[-1])
+        module.linear_forward(*operands[:5], settings, *operands[5:10])
+
+    monkeypatch.setattr(surrogate_op, "linear_weighted_surrogate_forward", opened_surrogate)
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    old = (
+        token_logprobs(rows, weight, targets.flatten()).logprobs.view(G, N).detach()
+    )  # nothing is clipped and left out
+    arguments = hidden, weight, targets, old, torch.linspace(-1, 1, G), torch.ones(G, N)
+    found = counted(lambda: linear_weighted_surrogate(*arguments, backend="torch").loss.backward())
+    assert found == pytest.approx(3 * plan.head_flop(G * N), rel=WITHIN)
+
+
+def saved_bytes(model: Any, embedded: Tensor, mask: Tensor, *, mixed: bool) -> int:
+    """Bytes of all tensors that a forward keeps for its backward, parameters and their bf16 copies left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters()} | {p.t().shape for p in model.parameters() if p.dim() == 2}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        copy_of_weight = tensor.dtype == torch.bfloat16 and tensor.shape in shapes
+        if storage.data_ptr() not in weights and not copy_of_weight:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+    ):
+        model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("name", BOTH)
+def test_activations_that_a_layer_keeps(name: str, mixed: bool) -> None:
+    """Two depths: their difference is one layer, without what comes before and after."""
+    B, S = 2, 120
+    sizes = small(name)
+    embedded, mask = torch.randn(B, S, sizes.hidden, requires_grad=True), torch.ones(B, S, dtype=torch.long)
+    mask[0, :5] = 0  # padding, as in training
+    taken = []
+    for layers in (2, 3):
+        model = build(replace(sizes, layers=layers)).model.language_model
+        model.set_attn_implementation("sdpa")
+        taken.append(saved_bytes(model.train(), embedded, mask, mixed=mixed))
+    plan = Plan(sizes, Workload(frames=1, frame_tokens=1, text=1, response=S - 2 - sizes.frame_text, mixed=mixed))
+    assert plan.sequence == S
+    assert plan.layer_activations() * B * S == pytest.approx(taken[1] - taken[0], rel=WITHIN)
+
+
+MEASURE = """
+import gc, json, sys, torch
+from appo_kernels import linear_weighted_surrogate
+from appo_kernels.testing import peak_extra_bytes
+from tests.test_plan import build, medium
+name, checkpointing = sys.argv[1], sys.argv[2] == "True"
+torch.set_num_threads(1)
+sizes = medium(name)
+model = build(sizes).model.language_model
+head = torch.nn.Parameter(torch.randn(sizes.vocabulary, sizes.hidden) * 0.02)
+if checkpointing:
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+model.train()
+parameters = [*model.parameters(), head]
+optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False)
+B, P, N = 8, 96, 160
+ids = torch.randint(sizes.vocabulary, (B, P + N))
+mask = torch.ones(B, P + N, dtype=torch.long)
+mask[:, :3] = 0
+def step():
+    hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, P - 1 : P - 1 + N]
+    loss = linear_weighted_surrogate(hidden, head, ids[:, P:], torch.full((B, N), -6.0), torch.linspace(-1, 1, B),
+                                     torch.ones(B, N)).loss
+    loss.backward()
+step()
+optimizer.step()  # the optimizer's state is there from now on, and the gradients, as for a second micro-batch
+gc.collect()
+moments = [x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim()]
+standing = sum(p.nbytes + p.grad.nbytes for p in parameters) + sum(moments)
+print(json.dumps({"standing": standing, "extra": peak_extra_bytes(step)}))
+"""
+
+
+def medium(name: str) -> Architecture:
+    """Large enough for the allocator's own use to be small beside it."""
+    sizes = small(name)
+    vision = replace(sizes.vision, out_hidden=256)
+    return replace(
+        sizes, layers=5, hidden=256, intermediate=688, heads=8, key_heads=2, head_dim=32, vocabulary=2048, tied=False,
+        vision=vision,
+    )  # fmt: skip
+
+
+# Both families as they come, and one with gradient checkpointing, whose peak is of another kind.
+@pytest.mark.parametrize(("name", "checkpointing"), [(BOTH[0], False), (BOTH[1], False), (BOTH[0], True)])
+def test_peak_memory_of_an_update(name: str, checkpointing: bool) -> None:
+    """A process of its own: peak resident memory of forward, loss and backward, in fp32."""
+    run = subprocess.run(
+        [sys.executable, "-c", MEASURE, name, str(checkpointing)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what the C allocator keeps is not the model's
+    )
+    measured = json.loads(run.stdout.splitlines()[-1])
+    sizes = medium(name)
+    work = Workload(
+        frames=1, frame_tokens=1, text=95 - sizes.frame_text, response=160, prompts=1, mixed=False,
+        checkpointing=checkpointing, foreach=False,
+    )  # fmt: skip
+    plan = Plan(sizes, work)
+    assert plan.sequence == 256
+    parts = plan.update_bytes() | {"gradients": 0.0}
+    mib = {part: round(size / 2**20, 1) for part, size in parts.items()}
+    print(name, checkpointing, mib, {key: size / 2**20 for key, size in measured.items()})
+    assert sum(parts.values()) == pytest.approx(measured["extra"], rel=WITHIN)
+    assert 16 * sizes.text_parameters == measured["standing"]  # weights, gradients, two moments
+
+
+@pytest.mark.parametrize(
+    ("model", "gpus"), [("Qwen2.5-VL-3B", 1), ("Qwen2.5-VL-7B", 8), ("Qwen2.5-VL-72B", 64)]
+)  # the settings that the documentation names
+def test_documented_settings_fit(model: str, gpus: int) -> None:
+    plan = Plan(ARCHITECTURES[model], Workload(gpus=gpus, prompts=max(16, gpus), checkpointing=True))
+    assert plan.peak() <= 80 * GIB
+    text = plan.text(memory=80 * GIB, rate=400e12, bandwidth=2.5e12)
+    assert "fits in 80 GiB" in text and model in text
+
+
+def test_more_work_costs_more() -> None:
+    base = Plan(ARCHITECTURES["Qwen2.5-VL-7B"], Workload(gpus=8))
+    for change in ({"frames": 64}, {"response": 2048}, {"responses": 16}):
+        other = Plan(base.model, replace(base.work, **change))
+        assert other.peak() > base.peak() and sum(other.flop().values()) > sum(base.flop().values())
+    saved = Plan(base.model, replace(base.work, checkpointing=True))
+    assert saved.peak() < base.peak() and saved.update_flop() > base.update_flop()
+    assert math.isclose(sum(saved.seconds(1e12, 1e30).values()), sum(saved.flop().values()) / 1e12)
+
+
+def test_errors_name_the_field() -> None:
+    with pytest.raises(ConfigError, match="`prompts`: expected a multiple of the 64 GPUs"):
+        Workload(gpus=64)
+    with pytest.raises(ConfigError, match="`frames`: expected at least 1, got 0"):
+        Workload(frames=0)
+
+
+def test_the_command_loads_nothing() -> None:
+    code = (
+        "import sys; sys.argv = ['appo', 'plan', '--model', 'Qwen2.5-VL-72B', '--memory', '16'];"
+        "from appo.cli import app\ntry: app()\nexcept SystemExit as e: assert e.code == 0\n"
+        "assert 'transformers' not in sys.modules"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "does not fit in 16 GiB; try --gradient-checkpointing" in run.stdout
