@@ -79,8 +79,8 @@ def library_lines() -> list[str]:
     built_for = cuda_library.built_for()
     if built_for is None:
         lines.append(
-            "CUDA kernels: not built. Install again where nvcc is on PATH; with APPO_CUDA=ON the install fails and says "
-            "why if they cannot be built. Triton needs no build."
+            "CUDA kernels: not built. Install again where nvcc is on PATH; with APPO_CUDA=ON the install then fails "
+            "and says why if they cannot be built. Triton needs no build."
         )
     else:
         lines.append(f"CUDA kernels: {cuda_library.path()}")

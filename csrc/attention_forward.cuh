@@ -29,18 +29,21 @@ struct ForwardShape {
 // Where the sums of frames of this lane's two rows go: to global memory, which no other thread writes. Only one lane of each
 // quad writes a row.
 struct OnlineFrameSink {
-  float* sums[2];  // (F); null for rows that do not exist
-  float* tops[2];  // (F)
+  const AttentionForwardParams& p;
+  int64_t first;  // of the F sums of the upper row; the lower one is 8 rows further
+  int existing;   // how many of the two rows exist
   const float (&top)[2];
 
+  __device__ __forceinline__ int64_t index(int half, int frame) const { return first + half * 8 * p.frame_count + frame; }
   __device__ __forceinline__ void flush(int frame, const float (&total)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const float sum = quad_sum(total[half]);
-      if (threadIdx.x % 4 != 0 || !sums[half] || sum == 0.f) continue;
-      const float before = sums[half][frame] * platform::exp2(tops[half][frame] - top[half]);  // 0 the first time: top -inf
-      sums[half][frame] = before + sum;
-      tops[half][frame] = top[half];
+      if (threadIdx.x % 4 != 0 || half >= existing || sum == 0.f) continue;
+      const int64_t i = index(half, frame);
+      const float before = p.sums[i] * platform::exp2(p.tops[i] - top[half]);  // 0 the first time: top -inf
+      p.sums[i] = before + sum;
+      p.tops[i] = top[half];
     }
   }
 };
@@ -81,17 +84,14 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
 
   RowView view[2];
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};  // scores and tops in powers of 2
-  OnlineFrameSink sink{{nullptr, nullptr}, {nullptr, nullptr}, top};
-  int row[2];
+  const int row = first_row + warp * kWarpRows + lane / 4;  // the upper of this lane's two
+  const int64_t row_index = (static_cast<int64_t>(b) * p.query_heads + h) * p.rows + row;
+  OnlineFrameSink sink{p, row_index * p.frame_count, (row < p.rows) + (row + 8 < p.rows), top};
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    row[half] = first_row + warp * kWarpRows + lane / 4 + 8 * half;
-    if (row[half] >= p.rows) continue;
-    view[half].load(p.visibility, static_cast<int64_t>(b) * p.rows + row[half], p.keys);
-    const int64_t index = ((static_cast<int64_t>(b) * p.query_heads + h) * p.rows + row[half]) * p.frame_count;
-    sink.sums[half] = p.sums + index;
-    sink.tops[half] = p.tops + index;
-    for (int f = lane % 4; f < p.frame_count; f += 4) sink.sums[half][f] = 0.f, sink.tops[half][f] = -INFINITY;
+    if (half >= sink.existing) continue;
+    view[half].load(p.visibility, static_cast<int64_t>(b) * p.rows + row + 8 * half, p.keys);
+    for (int f = lane % 4; f < p.frame_count; f += 4) p.sums[sink.index(half, f)] = 0.f, p.tops[sink.index(half, f)] = -INFINITY;
   }
   __syncwarp();  // the four lanes of a quad have written what one of them will read
 
@@ -165,12 +165,11 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
     sum[half] = quad_sum(sum[half]);
     const bool sees = sum[half] > 0.f;
     inverse[half] = sees ? 1.f / sum[half] : 0.f;
-    if (row[half] >= p.rows) continue;
-    const int64_t index = (static_cast<int64_t>(b) * p.query_heads + h) * p.rows + row[half];
-    if (lane % 4 == 0) p.lse[index] = sees ? top[half] * kLn2 + logf(sum[half]) : -INFINITY;
+    if (half >= sink.existing) continue;
+    if (lane % 4 == 0) p.lse[row_index + 8 * half] = sees ? top[half] * kLn2 + logf(sum[half]) : -INFINITY;
     for (int f = lane % 4; f < p.frame_count; f += 4) {
-      const float total = sink.sums[half][f];
-      sink.sums[half][f] = total == 0.f ? 0.f : total * platform::exp2(sink.tops[half][f] - top[half]) * inverse[half];
+      const int64_t i = sink.index(half, f);
+      p.sums[i] = p.sums[i] == 0.f ? 0.f : p.sums[i] * platform::exp2(p.tops[i] - top[half]) * inverse[half];
     }
   }
   if constexpr (kWithValue) {

@@ -69,7 +69,7 @@ FAULTS = [
     Fault(
         "every lane of a quad writes the frame sum",
         "frame_attention", FORWARD,
-        "if (threadIdx.x % 4 != 0 || !sums[half]", "if (!sums[half]",
+        "if (threadIdx.x % 4 != 0 || half >= existing", "if (half >= existing",
         "result",
     ),
     Fault(

@@ -84,7 +84,7 @@ def play(
     preload: str | None = None,
     timeout: int = 240,
 ) -> Outcome:
-    """Play ``calls`` back in a new process, once per seed of the schedule. ``preload``: "libasan.so" or "libtsan.so"."""
+    """Play ``calls`` back in a new process, once per seed. ``preload``: "libasan.so" or "libtsan.so"."""
     file = folder / "calls.pickle"
     file.write_bytes(pickle.dumps([vars(c) for c in calls]))
     environment = dict(os.environ, ASAN_OPTIONS="detect_leaks=0", TSAN_OPTIONS="exitcode=66 history_size=4")

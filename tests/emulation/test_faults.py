@@ -1,4 +1,4 @@
-"""Planted faults are caught, each by what it must be caught by; the sources without a fault pass all of these checks."""
+"""Planted faults are caught, each by what it must be caught by; sources without a fault pass all of these checks."""
 
 from pathlib import Path
 
@@ -26,7 +26,7 @@ PRELOAD = {"address": "libasan.so", "race": "libtsan.so"}
 
 
 def run_frame_attention() -> None:
-    # Two blocks of rows, four tiles of keys with a remainder; no last_key, so that the last key is the kernel's to find.
+    # Two blocks of rows, four tiles of keys with a remainder; no last_key: the last key is the kernel's to find.
     example = case(batch=1, heads=(2, 2), rows=70, keys=201, head_dim=64, layout="interleaved", visibility="all")
     frame_attention(*(t.bfloat16() for t in example[:3]), example.frame_ids, num_frames=FRAMES, backend="cuda")
 
