@@ -1,12 +1,19 @@
 """What the Triton backends share: which calls they can serve, and the sizes they pick per architecture."""
 
+import contextlib
+import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ParamSpec, TypeVar
 
 import torch
 from triton.runtime import driver
 
 from appo_kernels.dispatch import Problem
+
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
@@ -32,6 +39,18 @@ def unsupported(problem: Problem) -> str | None:
     if problem.device.type == "cpu" and runs_on_host():
         return None
     return f"the Triton kernels run on CUDA devices, not on {problem.device.type} (or set TRITON_INTERPRET=1)"
+
+
+def on_its_device(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Launch on the device of the first argument, a tensor: Triton takes the current one, whatever it is given."""
+
+    @functools.wraps(function)
+    def launch(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        device = args[0].device  # type: ignore[attr-defined]
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return function(*args, **kwargs)
+
+    return launch
 
 
 def architecture(device: torch.device) -> int:

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from appo_kernels.triton_launch import on_its_device
+
 FOLD_COLUMNS, GRADIENT_COLUMNS = 4096, 2048
 # Rows of the state that ``fold`` keeps: largest logit, sum of e = exp(z - peak), sum of (z - peak) e, target's logit.
 PEAK, TOTAL, MOMENT, PICKED = range(4)
@@ -125,6 +127,7 @@ def new_state(rows: int, like: Tensor) -> Tensor:
     return state
 
 
+@on_its_device
 def fold(
     logits: Tensor,
     targets: Tensor,
@@ -159,6 +162,7 @@ def results(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return picked - peak - log_total, log_total - moment / total, peak + log_total
 
 
+@on_its_device
 def gradient(
     logits: Tensor,
     targets: Tensor,

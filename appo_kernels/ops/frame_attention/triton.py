@@ -11,7 +11,7 @@ from appo_kernels.ops.frame_attention import triton_backward as backward_kernels
 from appo_kernels.ops.frame_attention import triton_forward as forward_kernels
 from appo_kernels.ops.frame_mass import triton_replay
 from appo_kernels.tile_plan import key_plan, row_bounds, visitors, visits
-from appo_kernels.triton_launch import BACKWARD, FORWARD, architecture, padded_head_dim, tiling
+from appo_kernels.triton_launch import BACKWARD, FORWARD, architecture, on_its_device, padded_head_dim, tiling
 from appo_kernels.triton_launch import unsupported as _unsupported
 
 LOG2_E = math.log2(math.e)
@@ -42,6 +42,7 @@ def forward(
     )  # fmt: skip
 
 
+@on_its_device
 def attend(
     query: Tensor,
     key: Tensor,
@@ -126,6 +127,7 @@ def backward(
     )  # fmt: skip
 
 
+@on_its_device
 def attend_backward(
     query: Tensor,
     key: Tensor,

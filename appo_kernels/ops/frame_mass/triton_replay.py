@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from appo_kernels.tile_plan import KeyPlan
-from appo_kernels.triton_launch import Tiling, multiprocessors, padded_head_dim
+from appo_kernels.triton_launch import Tiling, multiprocessors, on_its_device, padded_head_dim
 
 FRAMES_PER_PROGRAM = 16
 
@@ -222,6 +222,7 @@ def accumulate_kernel(
     tl.store(p, tl.load(p, mask=inside, other=0.0) + total, mask=inside)
 
 
+@on_its_device
 def replay(
     query: Tensor,
     key: Tensor,

@@ -10,6 +10,7 @@ from appo_kernels.dispatch import Problem
 from appo_kernels.logits import convertible_columns, operand, product, tiles
 from appo_kernels.ops.group_divergence.streaming import Selection, select
 from appo_kernels.ops.group_divergence.triton_fold import slots_kernel
+from appo_kernels.triton_launch import on_its_device
 from appo_kernels.triton_launch import unsupported as _unsupported
 
 TILE_BYTES = 64 << 20  # fp32 logits of the unique rows: few launches, and products that fill a GPU
@@ -68,6 +69,7 @@ def forward_from_logits(
     _finish(total, selection, kind, divergence)
 
 
+@on_its_device
 def _fold(
     logits: Tensor,
     bias: Tensor | None,
