@@ -1,7 +1,7 @@
 """What the CUDA kernels cost before they run: python -m benchmarks.static_cuda [--arch 80 90a] [--head-dim 64 128].
 
-Compiles each kernel by itself with nvcc and prints registers and spills, as ``benchmarks.static`` does for Triton. Needs
-nvcc and no GPU. Exits with 1 when a kernel spills.
+Compiles each kernel by itself with nvcc and prints registers and spills, as ``benchmarks.static`` does for Triton.
+Needs nvcc and no GPU. Exits with 1 when a kernel spills.
 """
 
 import argparse
