@@ -46,7 +46,7 @@ def warm_up(
     steps: int = 100,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
-    label_noise: float = 0.4,
+    label_noise: float = 0.5,
     seed: int = 0,
     progress: Callable[[int, float, float], None] = lambda step, loss, seen: None,
 ) -> WarmUpStats:
