@@ -27,7 +27,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that repla
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for clips, models, runs and pages.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Seeds clips, model, warm start and training.")] = 0,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 40,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = 48,
     method: Annotated[str, typer.Option(help="appo, grpo or dapo.")] = "appo",
 ) -> None:
     """Make clips, warm up a tiny Qwen2.5-VL, train it with APPO and report. No GPU, no download, a few minutes.

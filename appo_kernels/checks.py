@@ -41,7 +41,9 @@ def dtype(op: str, argument: str, tensor: Tensor, allowed: Sequence[torch.dtype]
 def same_device(op: str, first: str, tensor: Tensor, **others: Tensor | None) -> None:
     for name, other in others.items():
         if other is not None and other.device != tensor.device:
-            fail(op, name, f"the device of `{first}`, {tensor.device}", str(other.device), f"Move it to {tensor.device}.")
+            fail(
+                op, name, f"the device of `{first}`, {tensor.device}", str(other.device), f"Move it to {tensor.device}."
+            )
 
 
 def values_enabled() -> bool:

@@ -88,6 +88,6 @@ def resolve(
         others = [name for name in MODULES if why_not(problem, name) is None]
         raise ValueError(
             f"{op}: `backend`: expected one that can serve this call, got {backend!r}: {reason}. "
-            f"Here {', '.join(others) or 'none'} can; pass that or \"auto\"."
+            f'Here {", ".join(others) or "none"} can; pass that or "auto".'
         )
     return backend

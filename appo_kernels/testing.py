@@ -15,7 +15,7 @@ FORWARD_FACTOR, GRADIENT_FACTOR = 2.0, 3.0
 
 
 def max_error(got: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference; infinities must stand in the same places, and a NaN on one side is an infinite error."""
+    """Largest absolute difference; infinities must stand in the same places, and a NaN on one side is infinite."""
     got, reference = got.detach().double(), reference.detach().double()
     if got.shape != reference.shape:
         raise AssertionError(f"shapes differ: got {tuple(got.shape)}, reference {tuple(reference.shape)}")
@@ -24,11 +24,17 @@ def max_error(got: Tensor, reference: Tensor) -> float:
 
 
 def assert_as_good_as(
-    got: Tensor, reference: Tensor, framework: Tensor, *, factor: float = FORWARD_FACTOR, atol: float = 1e-6, name: str = "result"
+    got: Tensor,
+    reference: Tensor,
+    framework: Tensor,
+    *,
+    factor: float = FORWARD_FACTOR,
+    atol: float = 1e-6,
+    name: str = "result",
 ) -> None:
     """err(got, reference) <= factor * err(framework, reference) + atol * max|reference|.
 
-    got: what the kernel computed. reference: the same in fp64. framework: the same by plain torch in the dtype of the kernel.
+    got: what the kernel computed. reference: the same in fp64. framework: the same by torch in the kernel's dtype.
     """
     scale = float(reference.detach().double().nan_to_num(0, 0, 0).abs().max()) if reference.numel() else 0.0
     error, allowed = max_error(got, reference), factor * max_error(framework, reference) + atol * max(scale, 1e-30)
