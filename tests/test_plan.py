@@ -277,6 +277,7 @@ def medium(name: str) -> Architecture:
 
 
 # Both families as they come, and one with gradient checkpointing, whose peak is of another kind.
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "checkpointing"), [(BOTH[0], False), (BOTH[1], False), (BOTH[0], True)])
 def test_peak_memory_of_an_update(name: str, checkpointing: bool) -> None:
     """A process of its own: peak resident memory of forward, loss and backward, in fp32."""
