@@ -59,6 +59,9 @@ class Policy(nn.Module):
         sequences: those of ``self.sequences(batch)``, for a caller that needs to know them.
         """
         hidden = self._hidden(batch, sequences or self.sequences(batch))
+        if torch.is_autocast_enabled(hidden.device.type):
+            # The final norm's fp32 weight widens its output again; the head is to run in the dtype of the forward.
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         output = self.causal.get_output_embeddings()
         # Master weights may be wider than the hidden states of an autocast forward; the cast carries their gradient.
         bias = getattr(output, "bias", None)

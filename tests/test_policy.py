@@ -113,3 +113,13 @@ def test_a_model_that_cannot_reuse_vision_features_is_refused():
     small = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
     with pytest.raises(ValueError, match="mm_encoder_outputs"):
         Policy(LlamaForCausalLM(small))
+
+
+def test_under_autocast_the_head_gets_the_dtype_of_the_forward(tmp_path):
+    """Master weights are fp32; the products with the vocabulary are the largest of all and must not be."""
+    model, processor = training.tiny()
+    builder = PromptBuilder(processor, model.config, training.config(tmp_path))
+    batch = batch_groups(make_groups(builder, 1, 2, [3], 50), processor.tokenizer.pad_token_id, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        dtypes = Policy(model)(batch, lambda hidden, weight, bias: (hidden.dtype, weight.dtype))
+    assert dtypes == (torch.bfloat16, torch.bfloat16)
