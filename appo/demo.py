@@ -33,6 +33,7 @@ SETTINGS: dict[str, Any] = {
     "group_size": 8,
     "prompts_per_step": 16,
     "max_new_tokens": 32,
+    "rewards": {"accuracy": 0.9, "format": 0.1},
     "updates_per_step": 2,
     "micro_groups": 8,
     "learning_rate": 3e-4,
