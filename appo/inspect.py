@@ -139,6 +139,7 @@ def _body(found: Inspection) -> str:
         for option in found.options or ((found.answer,) if found.answer else ())
     )
     right = sum(value >= 0.5 for value in found.accuracy)
+    of_them = f", {right} of them right" if found.answer else ""
     tabs = "".join(
         f'<button role="tab" data-response="{i}">Answer {i + 1}{verdict(value)}</button>'
         for i, value in enumerate(found.accuracy)
@@ -150,7 +151,7 @@ def _body(found: Inspection) -> str:
     )
     return f"""<main>
 <header><h1>{escape(found.question) or "What the answers looked at"}</h1>
-<p>{len(found.tokens)} answers to one question about one clip, {right} of them right. {_selection(found)}</p></header>
+<p>{len(found.tokens)} answers to one question about one clip{of_them}. {_selection(found)}</p></header>
 <ul class="options" style="margin-top:14px">{options}</ul>
 <section style="margin-top:22px"><div class="card viewer">
 <div class="tabs" role="tablist" aria-label="Answers">{tabs}</div>

@@ -45,11 +45,11 @@ def save_heatmap(found: "Inspection", path: Path) -> Path:
             _cells(cells, found, index)
             _weights(part.add_subplot(grid[1, 1], sharey=cells), found, index)
             length = len(found.tokens[index])
-            cut = f", first {MAX_TOKENS} of {length} tokens" if length > MAX_TOKENS else ""
-            word = "right" if found.accuracy[index] >= 0.5 else "wrong"
-            part.suptitle(
-                f"Answer {index + 1} ({word}{cut})", x=0.02, ha="left", fontsize=10.5, fontweight="bold", color=INK
-            )
+            notes = [f"first {MAX_TOKENS} of {length} tokens"] if length > MAX_TOKENS else []
+            if found.answer:  # otherwise nobody knows
+                notes.insert(0, "right" if found.accuracy[index] >= 0.5 else "wrong")
+            title = f"Answer {index + 1}" + (f" ({', '.join(notes)})" if notes else "")
+            part.suptitle(title, x=0.02, ha="left", fontsize=10.5, fontweight="bold", color=INK)
         if found.question:
             figure.suptitle(f"{found.question}\n", x=0.012, ha="left", fontsize=12, color=INK)
         figure.savefig(path, dpi=150, facecolor="white")
