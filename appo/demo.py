@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
     "max_pixels": 28 * 28,
     "group_size": 8,
     "prompts_per_step": 16,
-    "max_new_tokens": 32,
+    "max_new_tokens": 24,
     "rewards": {"accuracy": 0.9, "format": 0.1},
     "updates_per_step": 2,
     "micro_groups": 8,
