@@ -9,6 +9,7 @@ import torch
 from .config import APPOConfig, ConfigError
 from .data import DataError, Media, Record, check_media
 from .inspect import write_inspection
+from .metrics import token_texts
 from .setup import load_model
 from .trainer import Trainer
 
@@ -59,15 +60,11 @@ def draw_record(trainer: Trainer, record: Record, output: Path) -> list[Path]:
         raise DataError(
             f"{record.place}: expected a record with a video, got {[media.kind for media in record.media]}."
         )
-    decode = trainer.processor.tokenizer.decode
     return write_inspection(
         output,
         frames=clip.frames,
         times=group.prompt.frame_times,
-        tokens=[
-            [decode([token]) for token in ids[mask].tolist()]
-            for ids, mask in zip(group.completion_ids, group.mask, strict=True)
-        ],
+        tokens=token_texts(group, trainer.processor),
         mass=group.mass,
         selected=group.target_frames,
         weights=group.weights,

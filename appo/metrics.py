@@ -73,18 +73,24 @@ def measure_loss(meter: Meter, result: SurrogateOutput, tokens: int, weighted: f
     meter.add("tokens/effective", values["effective_tokens"])
 
 
+def token_texts(group: Group, processor: Any) -> list[list[str]]:
+    """The valid tokens of each response, one by one, as text."""
+    decode = processor.tokenizer.decode
+    rows = zip(group.completion_ids, group.mask, strict=True)
+    return [[decode([token]) for token in ids[mask].tolist()] for ids, mask in rows]
+
+
 def sample_record(group: Group, processor: Any) -> dict[str, Any]:
     """One group in full, for people: each response with its tokens, their weights and the frames that were picked."""
-    decode = processor.tokenizer.decode
     completions = []
-    for row in range(len(group.texts)):
+    for row, tokens in enumerate(token_texts(group, processor)):
         valid = group.mask[row]
         completions.append(
             {
                 "text": group.texts[row],
                 "reward": float(group.rewards[row]),
                 "accuracy": float(group.accuracy[row]),
-                "tokens": [decode([token]) for token in group.completion_ids[row][valid].tolist()],
+                "tokens": tokens,
                 "weights": None if group.weights is None else group.weights[row][valid].tolist(),
                 "frames": None if group.target_frames is None else group.target_frames.tolist(),
             }
