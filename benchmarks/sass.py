@@ -51,20 +51,20 @@ class Code:
 
 @cache
 def read(cubin: Path) -> Code:
-    usage = _run("cuobjdump", "-res-usage", cubin)
+    usage = run("cuobjdump", "-res-usage", cubin)
     match = re.search(r"REG:(\d+)", usage)
     if not match:
         raise RuntimeError(f"cuobjdump shows no register count of {cubin}: {usage}")
     instructions, labels = _disassemble(cubin)
-    spills = sum(NAMES.get(_base(name)) == "spill" for name, _ in instructions)
+    spills = sum(NAMES.get(base(name)) == "spill" for name, _ in instructions)
     return Code(int(match[1]), spills, _main_loop(instructions, labels))
 
 
-def _run(tool: str, *arguments: str | Path) -> str:
+def run(tool: str, *arguments: str | Path) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _base(opcode: str) -> str:
+def base(opcode: str) -> str:
     return opcode.split(".")[0]
 
 
@@ -72,7 +72,7 @@ def _disassemble(cubin: Path) -> tuple[list[tuple[str, str]], dict[str, int]]:
     """(opcode, operands) of each instruction of the one kernel, and label -> index of the instruction behind it."""
     instructions: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
-    for line in _run("nvdisasm", "-c", cubin).splitlines():
+    for line in run("nvdisasm", "-c", cubin).splitlines():
         if match := re.match(r"\s*(\.L_x_\w+):", line):
             labels[match[1]] = len(instructions)
         elif match := INSTRUCTION.search(line):
@@ -84,7 +84,7 @@ def _main_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) -> C
     """The innermost loop with the most tensor-core (else fp32) instructions; of equals the shortest (unmasked)."""
     loops = []
     for end, (opcode, operands) in enumerate(instructions):
-        match = re.search(r"(\.L_x_\w+)", operands) if _base(opcode) == "BRA" else None
+        match = re.search(r"(\.L_x_\w+)", operands) if base(opcode) == "BRA" else None
         start = labels.get(match[1], end + 1) if match else end + 1
         if start < end:
             loops.append((start, end))
@@ -92,7 +92,7 @@ def _main_loop(instructions: list[tuple[str, str]], labels: dict[str, int]) -> C
     for start, end in loops:
         if any(start <= s and e <= end and (s, e) != (start, end) for s, e in loops):
             continue
-        mix = Counter(NAMES.get(_base(opcode), "other") for opcode, _ in instructions[start : end + 1])
+        mix = Counter(NAMES.get(base(opcode), "other") for opcode, _ in instructions[start : end + 1])
         mix["all"] = end + 1 - start
         if _rank(mix) > _rank(best):
             best = mix

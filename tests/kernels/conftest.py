@@ -8,8 +8,11 @@ from typing import Any
 
 import pytest
 
+from appo_kernels import dispatch
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "emulation"))
 
+import contract
 import library
 
 if library.compiler() is not None:
@@ -18,11 +21,31 @@ if library.compiler() is not None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[Any]:
-    """A named backend may refuse what it does not take, fp64 for one: that is its contract, and skips the test."""
-    try:
+    """A named backend may refuse what it is not made for, fp64 for one: such a test is skipped, any other refusal fails.
+
+    That it is served at all is for ``tests/emulation/test_contract.py``: a backend that refuses everything is not even a
+    parameter here.
+    """
+    backend = getattr(pyfuncitem, "callspec", None) and pyfuncitem.callspec.params.get("backend")
+    if backend not in ("cuda", "triton"):
         return (yield)
-    except ValueError as error:
-        backend = getattr(pyfuncitem, "callspec", None) and pyfuncitem.callspec.params.get("backend")
-        if backend in ("cuda", "triton") and f"expected one that can serve this call, got '{backend}'" in str(error):
+    refused: list[dispatch.Problem] = []
+    ask = dispatch.why_not
+
+    def why_not(problem: dispatch.Problem, asked: str) -> str | None:
+        reason = ask(problem, asked)
+        if reason is not None and asked == backend:
+            refused.append(problem)
+        return reason
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dispatch, "why_not", why_not)
+        try:
+            return (yield)
+        except ValueError as error:
+            if f"expected one that can serve this call, got '{backend}'" not in str(error):
+                raise
+            unexpected = [problem for problem in refused if not contract.may_refuse(problem, backend)]
+            if unexpected or not refused:
+                pytest.fail(f"{backend} refused what it is made for: {unexpected}: {error}")
             pytest.skip(str(error))
-        raise

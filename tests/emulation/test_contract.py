@@ -1,0 +1,28 @@
+"""Backend "cuda" takes exactly what the documentation says, and the operators' tests are run with it."""
+
+import importlib
+import itertools
+
+import pytest
+import torch
+from contract import may_refuse
+
+from appo_kernels import dispatch, doctor
+
+CPU = torch.device("cpu")
+ROWS = ("test_group_divergence", "test_logits_weighted_surrogate", "test_linear_weighted_surrogate")
+
+
+@pytest.mark.parametrize("op", doctor.operators())
+def test_cuda_refuses_what_it_may_and_nothing_else(op: str) -> None:
+    head_dims = (8, *doctor.HEAD_DIMS, 257) if op in doctor.WITH_HEADS else (0,)
+    for dtype, head_dim, needs_grad in itertools.product(doctor.DTYPES, head_dims, (False, True)):
+        problem = dispatch.Problem(op, CPU, dtype, head_dim, needs_grad)
+        reason = dispatch.why_not(problem, "cuda")
+        assert (reason is not None) == may_refuse(problem, "cuda"), f"{problem}: {reason or 'served'}"
+
+
+@pytest.mark.parametrize("module", ROWS)
+def test_the_tests_of_rows_run_with_cuda(module: str) -> None:
+    """The attention operators' are in test_operator_matrix.py: theirs take fp32 and a head size that is not built."""
+    assert ("cuda", "cpu") in importlib.import_module(module).SERVED
