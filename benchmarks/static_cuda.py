@@ -1,115 +1,220 @@
-"""What the CUDA kernels cost before they run: python -m benchmarks.static_cuda [--arch 80 90a] [--head-dim 64 128].
+"""What the CUDA kernels cost before they run: python -m benchmarks.static_cuda [--library FILE] [--markdown FILE].
 
-Compiles each kernel by itself with nvcc and prints registers and spills, as ``benchmarks.static`` does for Triton.
-Needs nvcc and no GPU. Exits with 1 when a kernel spills.
+Reads the library that `pip install` built: registers, spills and shared memory of every kernel for every architecture,
+and for those on bf16 the instructions of the loop over tiles (``tile_path``) and the bank conflicts that the emulation
+counts. Needs g++, no GPU and no nvcc. Exits with 1 when a kernel spills or does not fit, and when attention's loop
+takes more than 1.10 of the instructions of the Triton kernel's (``benchmarks.static``) for the same work on sm_80.
 """
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import sass
+from benchmarks import sass, tile_path
 
-SOURCES = Path(__file__).resolve().parents[1] / "csrc"
-FORWARD_PARAMS, BACKWARD_PARAMS = "AttentionForwardParams", "AttentionBackwardParams"
-HEAD_DIMS, GRAD_HEAD_DIMS = (64, 80, 96, 128, 256), (64, 128)
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES, RESULT = ROOT / "csrc", Path(__file__).parent / "results" / "static_cuda.md"
+TRITON_RESULT = RESULT.with_name("static.md")
+BUDGET = 1.10  # instructions of attention's loop over tiles, against Triton's for as many rows and keys
+COMPARED = {"64": "sm_80", "128": "sm_80"}
+ELEMENTS = {"13__nv_bfloat16": "bf16", "6__half": "fp16", "f": "fp32", None: ""}
+MANGLED = re.compile(r"_ZN4appo\d+([a-z_]+)(?:I(13__nv_bfloat16|6__half|f)(?:Li(\d+)E)?(?:Lb([01])E)?E)?E")
+SHOWN = ("sm_80", "sm_90a", "sm_100a")
+# Per multiprocessor, as sass.LIMITS: shared memory of one block and of all, threads, registers.
+LIMITS = {
+    "sm_80": sass.LIMITS[80],
+    "sm_86": (99 << 10, 100 << 10, 1536, 65536),
+    "sm_89": (99 << 10, 100 << 10, 1536, 65536),
+    "sm_90a": sass.LIMITS[90],
+    "sm_100a": sass.LIMITS[100],
+}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    name: str
-    header: str
-    instance: str  # template arguments and all, T for the element type
-    params: str
+    name: str  # as in csrc; "mass only" for instances without values
+    element: str
+    head_dim: str  # "" for kernels on logits
+    arch: str
+    registers: int
+    stack_bytes: int  # local memory of a thread; the kernels have no arrays there, so these are spilled registers
+    static_shared_bytes: int  # with what the system takes on sm_90 and later
+    loop: Counter[str] = field(default_factory=Counter)
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.name, self.element, self.head_dim and f"d={self.head_dim}", self.arch)))
 
 
 @dataclass(frozen=True)
-class Facts:
-    kernel: str
-    arch: str
-    registers: int
-    spills: int
+class Shape:
+    tile: str  # rows x keys
+    threads: int
+    shared_bytes: int
 
 
-def kernels(head_dim: int) -> list[Kernel]:
-    found = [
-        Kernel(
-            f"attention forward d={head_dim}",
-            "attention_forward.cuh",
-            f"attention_forward<T, {head_dim}, true>",
-            FORWARD_PARAMS,
-        ),
-        Kernel(
-            f"mass in one pass d={head_dim}",
-            "attention_forward.cuh",
-            f"attention_forward<T, {head_dim}, false>",
-            FORWARD_PARAMS,
-        ),
-        Kernel(f"mass replay d={head_dim}", "frame_mass.cuh", f"frame_mass_replay<T, {head_dim}>", "FrameMassParams"),
-    ]
-    if head_dim in GRAD_HEAD_DIMS:
-        for part in ("rows", "keys"):
-            instance = f"attention_backward_{part}<T, {head_dim}, true>"
-            found.append(
-                Kernel(f"attention backward, {part} d={head_dim}", "attention_backward.cuh", instance, BACKWARD_PARAMS)
-            )
+def kernels(library: Path, *, loops: bool = True) -> list[Kernel]:
+    """Every kernel in the library, for every architecture. ``loops``: with the instructions of those on bf16."""
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sass.TOOLS / "cuobjdump", "-xelf", "all", library.resolve()], cwd=folder, check=True, stdout=-3)
+        cubins = sorted(Path(folder).glob("*.cubin"), key=lambda path: int(path.name.split(".")[1]))
+        return [kernel for cubin in cubins for kernel in _read(cubin, loops)]
+
+
+def _read(cubin: Path, loops: bool) -> list[Kernel]:
+    arch = cubin.name.split(".")[-2]
+    paths = tile_path.read(cubin) if loops and arch in SHOWN else {}
+    usage = sass.run("cuobjdump", "-res-usage", cubin)
+    found = []
+    for function, registers, stack, shared, local in re.findall(
+        r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage
+    ):
+        match = MANGLED.match(function)
+        if not match:
+            raise RuntimeError(f"{cubin.name}: expected a kernel of namespace appo, got {function}")
+        name, element, head_dim, with_value = match.groups()
+        mass_only = ", mass only" if with_value == "0" else ""
+        loop = paths.get(function, Counter())
+        numbers = int(registers), int(stack) + int(local), int(shared)
+        found.append(Kernel(name + mass_only, ELEMENTS[element], head_dim or "", arch, *numbers, loop))
     return found
 
 
-ROW_KERNELS = [
-    Kernel("surrogate rows", "weighted_surrogate.cuh", "surrogate_rows<T>", "SurrogateParams"),
-    Kernel("surrogate gradient", "weighted_surrogate.cuh", "surrogate_gradient<T>", "SurrogateParams"),
-    Kernel("divergence", "group_divergence.cuh", "divergence_chunks<T>", "DivergenceParams"),
-]
-
-
-def compiled(kernel: Kernel, arch: str, folder: Path, element: str = "__nv_bfloat16") -> Path:
-    """A cubin that holds this kernel alone."""
-    source = folder / "kernel.cu"
-    source.write_text(
-        f'#include "{kernel.header}"\nusing T = {element};\n'
-        f"template __global__ void appo::{kernel.instance}(const __grid_constant__ appo::{kernel.params});\n"
+def shapes() -> dict[tuple[str, str], Shape]:
+    """(name, head size) -> tile and launch, as the headers have them: printed by a program that includes them."""
+    print_one = (
+        "template <int D> void one() {\n"
+        "  auto say = [](const char* name, int rows, int keys, size_t bytes) {\n"
+        '    printf("%s|%d|%dx%d|%d|%zu\\n", name, D, rows, keys, kThreads, bytes);\n'
+        "  };\n"
+        "  using F = ForwardShape<D>; using M = ReplayShape<D>; using B = BackwardShape<D>;\n"
+        '  say("attention_forward", kRows, F::kKeys, F::template shared_bytes<true>());\n'
+        '  say("attention_forward, mass only", kRows, F::kKeys, F::template shared_bytes<false>());\n'
+        '  say("frame_mass_replay", kRows, M::kKeys, M::shared_bytes());\n'
+        '  say("attention_backward_rows", kRows, B::kStepKeys, B::template rows_shared_bytes<true>());\n'
+        '  say("attention_backward_rows, mass only", kRows, B::kStepKeys, B::template rows_shared_bytes<false>());\n'
+        '  say("attention_backward_keys", B::kStepRows, B::kKeys, B::template keys_shared_bytes<true>());\n'
+        '  say("attention_backward_keys, mass only", B::kStepRows, B::kKeys, B::template keys_shared_bytes<false>());\n'
+        "}\n"
     )
-    target = folder / "kernel.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{SOURCES}", "-cubin", "-o", str(target)]
-    # As the build does: one front end for all architectures.
-    command += ["-gencode", f"arch=compute_80,code=sm_{arch}", str(source)]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError(f"nvcc could not compile {kernel.name} for sm_{arch}:\n{result.stderr}")
-    return target
-
-
-def facts(kernel: Kernel, arch: str) -> Facts:
+    headers = "".join(f'#include "{n}.cuh"\n' for n in ("attention_forward", "attention_backward", "frame_mass"))
+    calls = "".join(f"one<{d}>();" for d in (64, 80, 96, 128, 256))
+    source = f"#include <cstdio>\n{headers}using namespace appo;\n{print_one}int main() {{ {calls} }}\n"
     with tempfile.TemporaryDirectory() as folder:
-        cubin = compiled(kernel, arch, Path(folder))
-        code = sass.read(cubin)
-        return Facts(kernel.name, arch, code.registers, code.spills)
+        program = Path(folder, "shapes")
+        command = ["g++", "-std=c++17", "-w", f"-I{SOURCES}", "-x", "c++", "-", "-o", str(program)]
+        subprocess.run(command, input=source, text=True, check=True)
+        lines = subprocess.run([program], capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [line.split("|") for line in lines]
+    return {(name, d): Shape(tile, int(threads), int(size)) for name, d, tile, threads, size in rows}
 
 
-def table(rows: list[Facts]) -> str:
-    head = ["kernel (bf16)", "sm", "registers", "spills"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for row in rows:
-        cells = [row.kernel, row.arch, row.registers, row.spills]
+def blocks(kernel: Kernel, shape: Shape) -> int:
+    """How many a multiprocessor holds at a time."""
+    most, shared, threads, registers = LIMITS[kernel.arch]
+    if shape.shared_bytes > most:
+        return 0
+    per_warp = -(-kernel.registers * 32 // 256) * 256
+    by_registers = registers // (per_warp * (shape.threads // 32))
+    return min(by_registers, threads // shape.threads, shared // (shape.shared_bytes + sass.BLOCK_RESERVED))
+
+
+def conflicts() -> dict[tuple[str, str], int]:
+    """(name, head size) -> bank conflicts of emulated launches."""
+    sys.path[:0] = [str(ROOT / "tests" / "emulation"), str(ROOT / "tests" / "kernels")]
+    import conflicts as emulated
+
+    return emulated.count()
+
+
+def table(found: list[Kernel], launch: dict[tuple[str, str], Shape], counted: dict[tuple[str, str], int]) -> str:
+    head = "kernel|type|d|sm|tile|warps|registers|spills|shared KiB|blocks/SM|loop|tensor|exp|shuffle|fp32|load|store"
+    head += "|conflicts"
+    lines = [f"| {' | '.join(head.split('|'))} |", "|" + "---|" * (head.count("|") + 1)]
+    for kernel in found:
+        key = kernel.name, kernel.head_dim
+        if key not in launch or kernel.element != "bf16" or kernel.arch not in SHOWN:
+            continue
+        shape = launch[key]
+        cells = [
+            kernel.name, "bf16", kernel.head_dim, kernel.arch.removeprefix("sm_"), shape.tile, shape.threads // 32,
+            kernel.registers, kernel.stack_bytes, f"{shape.shared_bytes / 1024:.0f}", blocks(kernel, shape),
+            *(kernel.loop[k] for k in ("all", "tensor", "exp", "shuffle", "fp32", "load", "store")),
+            counted.get(key, ""),
+        ]  # fmt: skip
         lines.append(f"| {' | '.join(str(cell) for cell in cells)} |")
     return "\n".join(lines)
 
 
+def triton_instructions(text: str, head_dim: str, arch: str, kernel: str = "online attention + mass") -> float | None:
+    """Of the Triton kernel's loop in ``static.md``, for 16 rows and 64 keys of a warp."""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if cells[:4] == [kernel, "bf16", head_dim, re.sub(r"\D", "", arch)]:
+            rows, keys = map(int, cells[4].split("x"))
+            return int(cells[10]) * (16 * int(cells[5]) / rows) * (64 / keys)
+    return None
+
+
+def comparison(found: list[Kernel], launch: dict[tuple[str, str], Shape]) -> tuple[list[str], list[str]]:
+    """Lines on attention's loop beside Triton's, and what is over the budget."""
+    lines, over = [], []
+    text = TRITON_RESULT.read_text()
+    for kernel in found:
+        if (kernel.name, kernel.element) != ("attention_forward", "bf16") or kernel.head_dim not in COMPARED:
+            continue
+        theirs = triton_instructions(text, kernel.head_dim, kernel.arch)
+        if not kernel.loop or theirs is None:
+            continue
+        keys = int(launch[kernel.name, kernel.head_dim].tile.split("x")[1])
+        ours = kernel.loop["all"] * 64 / keys
+        line = f"{kernel}: {ours:.0f} instructions for 16 rows and 64 keys, Triton {theirs:.0f}: {ours / theirs:.2f}"
+        lines.append(f"- {line}")
+        if ours / theirs > BUDGET and kernel.arch == COMPARED[kernel.head_dim]:
+            over.append(f"{line}, at most {BUDGET} allowed")
+    return lines, over
+
+
+def faults(found: list[Kernel], launch: dict[tuple[str, str], Shape]) -> list[str]:
+    wrong = [f"{k}: {k.stack_bytes} bytes of a thread's registers are spilled" for k in found if k.stack_bytes]
+    for kernel in found:
+        shape = launch.get((kernel.name, kernel.head_dim))
+        if shape and not blocks(kernel, shape):
+            wrong.append(
+                f"{kernel}: {shape.shared_bytes} bytes of shared memory, {kernel.registers} registers: no block fits"
+            )
+    return wrong
+
+
 def main() -> int:
+    from appo_kernels import cuda_library
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", nargs="+", default=["80", "90a", "100a"])
-    parser.add_argument("--head-dim", type=int, nargs="+", default=list(HEAD_DIMS), choices=HEAD_DIMS)
+    parser.add_argument("--library", type=Path, default=cuda_library.path(), help="default: the installed one")
+    parser.add_argument("--markdown", type=Path, help=f"write the table to this file as well, such as {RESULT.name}")
     options = parser.parse_args()
-    wanted = [k for d in options.head_dim for k in kernels(d)] + ROW_KERNELS
-    rows = [facts(kernel, arch) for arch in options.arch for kernel in wanted]
-    print(table(rows))
-    spilling = [f"{row.kernel} sm_{row.arch}: {row.spills} instructions spill registers" for row in rows if row.spills]
-    print(*spilling, sep="\n", file=sys.stderr)
-    return 1 if spilling else 0
+    if options.library is None:
+        parser.error("the CUDA kernels were not built; install with nvcc on PATH, or name a --library")
+    found, launch = kernels(options.library), shapes()
+    counted = conflicts()
+    lines, over = comparison(found, launch)
+    text = "\n".join([table(found, launch, counted), "", *lines])
+    print(text)
+    wrong = faults(found, launch) + over
+    wrong += [f"{name} d={d}: {n} bank conflicts" for (name, d), n in counted.items() if n]
+    archs = ", ".join(sorted({kernel.arch for kernel in found}))
+    summary = f"{len(found)} kernels ({archs}), {sum(bool(k.stack_bytes) for k in found)} of them spill."
+    print("", summary, sep="\n")
+    if options.markdown:
+        heading = "# Static figures of the CUDA kernels\n\n`python -m benchmarks.static_cuda`"
+        options.markdown.write_text(f"{heading}\n\n{summary}\n\n{text}\n")
+    for fault in wrong:
+        print("FAULT", fault, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The instructions that a warp takes through one tile in a kernel's loop over tiles, from its compiled code (cubin).
+"""The instructions that a warp takes through one tile in a kernel's loop over tiles, read from compiled code.
 
-``sass.read`` counts innermost loops. The CUDA kernels' loop over tiles has another inside, for tiles of several frames, and
-branches around masks, so this follows the control flow: of all ways through the loop's body the one with all of its matrix
-products and copies, and beyond these the fewest instructions. That is a tile that all rows see, of one frame.
+``sass.read`` counts innermost loops. The CUDA kernels' loop over tiles has another inside, for tiles of several
+frames, and branches around masks, so this follows the control flow: of all ways through the loop's body the one with
+all of its matrix products and copies, and beyond these the fewest instructions. That is a tile that all rows see whole.
 """
 
 import re
@@ -18,13 +18,22 @@ EDGE = re.compile(r'^"([^"]+)":\S+ -> "([^"]+)":', re.MULTILINE)
 OPCODE = re.compile(r"^(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.x]*)")
 
 
-def read(cubin: Path) -> Counter[str]:
-    """Instructions of one pass by class, as ``sass.Code.loop``; "copies": those from global to shared memory."""
-    blocks, edges = _control_flow(sass.run("nvdisasm", "-bbcfg", cubin))
+def read(cubin: Path) -> dict[str, Counter[str]]:
+    """By kernel: instructions of one pass by class, as ``sass.Code.loop``; "copies": from global to shared memory.
+
+    Nothing is counted for kernels without tensor-core instructions.
+    """
+    graphs = re.split(r'^subgraph "cluster_([^"]+)" {$', sass.run("nvdisasm", "-bbcfg", cubin), flags=re.MULTILINE)
+    kernels = zip(graphs[1::2], graphs[2::2], strict=True)
+    return {name: _tile(graph) for name, graph in kernels if not name.startswith("$")}
+
+
+def _tile(graph: str) -> Counter[str]:
+    blocks, edges = _control_flow(graph)
     weights = {name: _mix(opcodes) for name, opcodes in blocks.items()}
     loops = [loop for loop in _loops(blocks, edges) if any(weights[name]["tensor"] for name in loop)]
     if not loops:
-        raise RuntimeError(f"{cubin}: expected a loop with tensor-core instructions, found none")
+        return Counter()
     loop = max(loops, key=lambda names: sum(weights[name]["tensor"] for name in names))
     return _best_pass(loop, weights, edges, next(iter(blocks)))
 

@@ -56,7 +56,7 @@ __device__ __forceinline__ void row_dots(const T* grad_out, int64_t grad_stride,
 
 // Pass over rows: a block has 64 rows of one query head.
 template <class T, int D, bool kWithValue>
-__global__ void __launch_bounds__(kThreads) attention_backward_rows(const __grid_constant__ AttentionBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, 2) attention_backward_rows(const __grid_constant__ AttentionBackwardParams p) {
   using Shape = BackwardShape<D>;
   constexpr int kKeys = Shape::kStepKeys, kStages = Shape::kStages, kTile = kKeys * D;
   APPO_SHARED_MEMORY(memory);
@@ -74,6 +74,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_rows(const __grid
   const T* key = static_cast<const T*>(p.key) + b * p.key_stride_b + key_head * p.key_stride_h;
   const T* value = static_cast<const T*>(p.value) + b * p.value_stride_b + key_head * p.value_stride_h;
   const int* frame_ids = p.frames.ids + static_cast<int64_t>(b) * p.tiles * kFrameTile;
+  const int* frame_ranges = p.frames.range + static_cast<int64_t>(b) * p.tiles * 2;
   const float* grad_mass = p.grad_mass ? p.grad_mass + b * p.grad_mass_stride_b + h * p.grad_mass_stride_h : nullptr;
 
   TileList<kKeys> list;
@@ -120,11 +121,13 @@ __global__ void __launch_bounds__(kThreads) attention_backward_rows(const __grid
   // Two rounds through the same code: the first, over the keys of frames, for their part of delta; the second, over all
   // visible keys, for the gradient. Each has its own sequence of stages.
   const float unit = score_unit(p);
+  const LeftView<D> left;
+  const RightView<D> right;
   float result[D / 8][4] = {};
 #pragma unroll 1
   for (int round = grad_mass ? 0 : 1; round < (p.grad_query ? 2 : 1); round++) {
     auto next_wanted = [&](int index) {
-      while (round == 0 && index < tile_count && frame_range<kKeys>(p.frames, b, p.tiles, list.tile(index)).y < 0) index++;
+      while (round == 0 && index < tile_count && frame_range<kKeys>(frame_ranges, list.tile(index)).y < 0) index++;
       return index;
     };
     int ahead = next_wanted(0), number_ahead = 0;
@@ -147,20 +150,18 @@ __global__ void __launch_bounds__(kThreads) attention_backward_rows(const __grid
       start_stage();
       const int tile = list.tile(index), stage = number++ % kStages;
       float score[kKeys / 8][4] = {}, gradient[kKeys / 8][4] = {};
-      multiply_transposed<D, kKeys>(score, query_tile, warp * kWarpRows, key_tiles + stage * kTile);
-      const bool masked = !list.seen_by_all(tile);
+      multiply_transposed<D, kKeys>(score, query_tile + warp * kWarpRows * D, left, key_tiles + stage * kTile, right);
+      if (!list.seen_by_all(tile)) hide_unseen<kKeys>(score, view, tile * kKeys);
 #pragma unroll
       for (int i = 0; i < kKeys / 8; i++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const bool hidden = masked && !view[e / 2].sees(tile * kKeys + i * 8 + 2 * (lane % 4) + e % 2);
-          score[i][e] = hidden ? 0.f : platform::exp2(fmaf(score[i][e], p.scale_log2, -lse_log2[e / 2]));
-        }
+        for (int e = 0; e < 4; e++) score[i][e] = platform::exp2(fmaf(score[i][e], p.scale_log2, -lse_log2[e / 2]));
       }
       if constexpr (kWithValue) {
-        if (round == 1) multiply_transposed<D, kKeys>(gradient, grad_out_tile, warp * kWarpRows, value_tiles + stage * kTile);
+        if (round == 1)
+          multiply_transposed<D, kKeys>(gradient, grad_out_tile + warp * kWarpRows * D, left, value_tiles + stage * kTile, right);
       }
-      if (grad_mass && frame_range<kKeys>(p.frames, b, p.tiles, tile).y >= 0) {
+      if (grad_mass && frame_range<kKeys>(frame_ranges, tile).y >= 0) {
         TileFrames<kKeys> frames;
         frames.load(frame_ids + tile * kKeys);
 #pragma unroll
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_rows(const __grid
           }
         }
       }
-      if (round == 1) multiply<D, kKeys>(result, gradient, key_tiles + stage * kTile);
+      if (round == 1) multiply<D, kKeys>(result, gradient, key_tiles + stage * kTile, left);
     }
     platform::wait_for_copies<0>();
     __syncthreads();  // all stages are free again
@@ -295,6 +296,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid
   }
 
   const float unit = score_unit(p);
+  const LeftView<D> left;
+  const RightView<D> right;
   float key_result[D / 8][4] = {}, value_result[kWithValue ? D / 8 : 1][4] = {};
   for (Place at = start; at.head < end_head; advance(at)) {
     platform::wait_for_copies<kStages - 2>();
@@ -305,11 +308,24 @@ __global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid
     const T* grad_out_tile = grad_out_tiles + stage * kTile;
     const float* row_stats = stats + stage * kStepRows * 2;
     const int* row_views = views + stage * kStepRows * 4;
-    const bool masked = !seen_by_all(at.step);
-
     float probability[kStepRows / 8][4] = {}, gradient[kStepRows / 8][4] = {};
-    multiply_transposed<D, kStepRows>(probability, key_tile, warp * kWarpRows, query_tile);
-    if constexpr (kWithValue) multiply_transposed<D, kStepRows>(gradient, value_tile, warp * kWarpRows, grad_out_tile);
+    multiply_transposed<D, kStepRows>(probability, key_tile + warp * kWarpRows * D, left, query_tile, right);
+    if constexpr (kWithValue)
+      multiply_transposed<D, kStepRows>(gradient, value_tile + warp * kWarpRows * D, left, grad_out_tile, right);
+    if (!seen_by_all(at.step)) {
+#pragma unroll
+      for (int i = 0; i < kStepRows / 8; i++) {
+#pragma unroll
+        for (int c = 0; c < 2; c++) {
+          const int4 bounds = *reinterpret_cast<const int4*>(row_views + 4 * (i * 8 + 2 * (lane % 4) + c));
+          RowView view;
+          view.first = bounds.x, view.last = bounds.y, view.prefix = bounds.z;
+#pragma unroll
+          for (int half = 0; half < 2; half++)
+            if (!view.sees(key_of[half])) probability[i][2 * half + c] = -INFINITY;
+        }
+      }
+    }
     const float* grad_mass = p.grad_mass
         ? p.grad_mass + b * p.grad_mass_stride_b + at.head * p.grad_mass_stride_h + first_row : nullptr;
 #pragma unroll
@@ -321,12 +337,7 @@ __global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           const int e = 2 * half + c;
-          float weight = platform::exp2(fmaf(probability[i][e], p.scale_log2, -lse_log2));
-          if (masked) {
-            RowView view;
-            view.first = row_views[4 * r], view.last = row_views[4 * r + 1], view.prefix = row_views[4 * r + 2];
-            if (!view.sees(key_of[half])) weight = 0.f;
-          }
+          const float weight = platform::exp2(fmaf(probability[i][e], p.scale_log2, -lse_log2));
           float dp = gradient[i][e];
           if (grad_mass && frame[half] >= 0) dp += grad_mass[frame[half] * padded_rows + r];
           probability[i][e] = weight;
@@ -334,8 +345,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid
         }
       }
     }
-    if constexpr (kWithValue) multiply<D, kStepRows>(value_result, probability, grad_out_tile);
-    multiply<D, kStepRows>(key_result, gradient, query_tile);
+    if constexpr (kWithValue) multiply<D, kStepRows>(value_result, probability, grad_out_tile, left);
+    multiply<D, kStepRows>(key_result, gradient, query_tile, left);
   }
   platform::wait_for_copies<0>();
   __syncthreads();  // the key and value tiles, read by every warp's own rows only, become staging areas

@@ -8,6 +8,8 @@
 // Online softmax keeps, per row, the largest score so far (top) and sum exp(score - top). A frame's sum is kept likewise,
 // relative to the top at the time of its last key, and corrected once at the end.
 #pragma once
+#include <float.h>
+
 #include "attention_forward.h"
 #include "attention_tiles.cuh"
 #include "frame_sums.cuh"
@@ -65,14 +67,15 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
   const T* key = static_cast<const T*>(p.key) + b * p.key_stride_b + key_head * p.key_stride_h;
   const T* value = static_cast<const T*>(p.value) + b * p.value_stride_b + key_head * p.value_stride_h;
   const int* frame_ids = p.frames.ids + static_cast<int64_t>(b) * p.tiles * kFrameTile;
+  const int* frame_ranges = p.frames.range + static_cast<int64_t>(b) * p.tiles * 2;
 
   TileList<kKeys> list;
   list.template find<kRows>(p.visibility, b, first_row, p.rows, p.keys);
   const int tile_count = list.count();
 
-  auto start_stage = [&](int index) {
+  auto start_stage = [&](int index, int stage) {
     if (index < tile_count) {
-      const int stage = index % kStages, at = list.tile(index) * kKeys;
+      const int at = list.tile(index) * kKeys;
       load_tile<D, kKeys>(key_tiles + stage * kTile, key, p.key_stride_s, at, p.keys);
       if constexpr (kWithValue) load_tile<D, kKeys>(value_tiles + stage * kTile, value, p.value_stride_s, at, p.keys);
     }
@@ -80,10 +83,11 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
   };
   load_tile<D, kRows>(query_tile, query, p.query_stride_r, first_row, p.rows);
 #pragma unroll
-  for (int index = 0; index < kStages - 1; index++) start_stage(index);
+  for (int index = 0; index < kStages - 1; index++) start_stage(index, index);
 
   RowView view[2];
-  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};  // scores and tops in powers of 2
+  // Scores and tops in powers of 2. A top starts below all scores but finite: a key that is not seen has exp2(-inf - top) = 0.
+  float top[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.f, 0.f};
   const int row = first_row + warp * kWarpRows + lane / 4;  // the upper of this lane's two
   const int64_t row_index = (static_cast<int64_t>(b) * p.query_heads + h) * p.rows + row;
   OnlineFrameSink sink{p, row_index * p.frame_count, (row < p.rows) + (row + 8 < p.rows), top};
@@ -99,32 +103,27 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
   RowFragments<Shape::kQueryInRegisters ? D : 16, T> query_rows;
   float result[D / 8][4] = {};
 
-  for (int index = 0; index < tile_count; index++) {
+  const LeftView<D> left;
+  const RightView<D> right;
+  if constexpr (Shape::kQueryInRegisters) {
     platform::wait_for_copies<kStages - 2>();
     __syncthreads();
-    start_stage(index + kStages - 1);
-    if constexpr (Shape::kQueryInRegisters) {
-      if (index == 0) query_rows.load(query_tile, warp * kWarpRows);
-    }
-    const int tile = list.tile(index), stage = index % kStages;
+    query_rows.load(query_tile + warp * kWarpRows * D, left);
+  }
+  for (int index = 0, stage = 0, free_stage = kStages - 1; index < tile_count; index++) {
+    platform::wait_for_copies<kStages - 2>();
+    __syncthreads();
+    start_stage(index + kStages - 1, free_stage);
+    const int tile = list.tile(index);
     const T* key_tile = key_tiles + stage * kTile;
 
     float score[kKeys / 8][4] = {};
     if constexpr (Shape::kQueryInRegisters) {
-      multiply_transposed<D, kKeys>(score, query_rows, key_tile);
+      multiply_transposed<D, kKeys>(score, query_rows, key_tile, right);
     } else {
-      multiply_transposed<D, kKeys>(score, query_tile, warp * kWarpRows, key_tile);
+      multiply_transposed<D, kKeys>(score, query_tile + warp * kWarpRows * D, left, key_tile, right);
     }
-    if (!list.seen_by_all(tile)) {
-#pragma unroll
-      for (int i = 0; i < kKeys / 8; i++) {
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const int at = tile * kKeys + i * 8 + 2 * (lane % 4) + e % 2;
-          if (!view[e / 2].sees(at)) score[i][e] = -INFINITY;
-        }
-      }
-    }
+    if (!list.seen_by_all(tile)) hide_unseen<kKeys>(score, view, tile * kKeys);
 
     float part[2] = {0.f, 0.f};
 #pragma unroll
@@ -133,14 +132,13 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
 #pragma unroll
       for (int i = 0; i < kKeys / 8; i++) tile_top = fmaxf(tile_top, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
       const float new_top = fmaxf(top[half], quad_max(tile_top) * p.scale_log2);
-      const float base = new_top == -INFINITY ? 0.f : new_top;  // nothing seen yet: exp2(-inf - 0) = 0
-      const float correction = platform::exp2(top[half] - base);
+      const float correction = platform::exp2(top[half] - new_top);
       top[half] = new_top;
 #pragma unroll
       for (int i = 0; i < kKeys / 8; i++) {
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; e++) {
-          score[i][e] = platform::exp2(fmaf(score[i][e], p.scale_log2, -base));
+          score[i][e] = platform::exp2(fmaf(score[i][e], p.scale_log2, -new_top));
           part[half] += score[i][e];
         }
       }
@@ -151,9 +149,11 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
         for (int i = 0; i < D / 8; i++) result[i][2 * half] *= correction, result[i][2 * half + 1] *= correction;
       }
     }
-    const int2 range = frame_range<kKeys>(p.frames, b, p.tiles, tile);
-    carried.template add_tile<kKeys>(frame_ids + tile * kKeys, range, 0, p.frame_count, score, part, sink);
-    if constexpr (kWithValue) multiply<D, kKeys>(result, score, value_tiles + stage * kTile);
+    const int2 range = frame_range<kKeys>(frame_ranges, tile);
+    carried.template add_tile<kKeys>(frame_ids, tile * kKeys, range, 0, p.frame_count, score, part, sink);
+    if constexpr (kWithValue) multiply<D, kKeys>(result, score, value_tiles + stage * kTile, left);
+    free_stage = stage;
+    stage = stage == kStages - 1 ? 0 : stage + 1;
   }
   platform::wait_for_copies<0>();
   carried.flush(sink);

@@ -53,6 +53,7 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
   const int first_head = p.per_head ? blockIdx.y : 0, end_head = p.per_head ? first_head + 1 : p.query_heads;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int* frame_ids = p.frames.ids + static_cast<int64_t>(b) * p.tiles * kFrameTile;
+  const int* frame_ranges = p.frames.range + static_cast<int64_t>(b) * p.tiles * 2;
 
   TileList<kKeys> list;
   list.template find<kRows>(p.visibility, b, first_row, p.rows, p.keys);
@@ -60,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
   // The first tile from `index` on that can hold one of this block's frames.
   auto next_wanted = [&](int index) {
     for (; index < tile_count; index++) {
-      const int2 range = frame_range<kKeys>(p.frames, b, p.tiles, list.tile(index));
+      const int2 range = frame_range<kKeys>(frame_ranges, list.tile(index));
       if (range.y >= first_frame && range.x < end_frame) break;
     }
     return index;
@@ -106,6 +107,8 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
     sink.mass[half] = p.mass + b * p.mass_stride_b + first_head * p.mass_stride_h + row[half] * p.mass_stride_r;
   }
 
+  const LeftView<D> left;
+  const RightView<D> right;
   CarriedFrame carried;
   float lse_log2[2];
   for (Place at{first_head, first_wanted, 0}; at.head < end_head;) {
@@ -124,22 +127,20 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
     }
     const int tile = list.tile(at.index);
     float score[kKeys / 8][4] = {};
-    multiply_transposed<D, kKeys>(score, query_tiles + at.head % kStages * kRows * D, warp * kWarpRows,
-                                  key_tiles + at.number % kStages * kTile);
-    const bool masked = !list.seen_by_all(tile);
+    multiply_transposed<D, kKeys>(score, query_tiles + (at.head % kStages * kRows + warp * kWarpRows) * D, left,
+                                  key_tiles + at.number % kStages * kTile, right);
+    if (!list.seen_by_all(tile)) hide_unseen<kKeys>(score, view, tile * kKeys);
     float part[2] = {0.f, 0.f};
 #pragma unroll
     for (int i = 0; i < kKeys / 8; i++) {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        float probability = platform::exp2(fmaf(score[i][e], p.scale_log2, -lse_log2[e / 2]));
-        if (masked && !view[e / 2].sees(tile * kKeys + i * 8 + 2 * (lane % 4) + e % 2)) probability = 0.f;
-        score[i][e] = probability;
-        part[e / 2] += probability;
+        score[i][e] = platform::exp2(fmaf(score[i][e], p.scale_log2, -lse_log2[e / 2]));
+        part[e / 2] += score[i][e];
       }
     }
-    const int2 range = frame_range<kKeys>(p.frames, b, p.tiles, tile);
-    carried.template add_tile<kKeys>(frame_ids + tile * kKeys, range, first_frame, end_frame, score, part, sink);
+    const int2 range = frame_range<kKeys>(frame_ranges, tile);
+    carried.template add_tile<kKeys>(frame_ids, tile * kKeys, range, first_frame, end_frame, score, part, sink);
     advance(at);
   }
   platform::wait_for_copies<0>();

@@ -12,15 +12,18 @@ namespace appo {
 
 constexpr int kNoFrame = -1;
 
-// The smallest and largest id in a tile of kKeys keys. kKeys is 1 or 2 times kFrameTile, `tile` counts tiles of kKeys.
+// The smallest and largest id in a tile of kKeys keys, of a sequence's `ranges`. kKeys is 1 or 2 times kFrameTile, and `tile`
+// counts tiles of kKeys.
 template <int kKeys>
-__device__ __forceinline__ int2 frame_range(const FrameIds& frames, int b, int tiles, int tile) {
+__device__ __forceinline__ int2 frame_range(const int* ranges, int tile) {
   static_assert(kKeys == kFrameTile || kKeys == 2 * kFrameTile, "");
-  constexpr int kParts = kKeys / kFrameTile;
-  const int* range = frames.range + 2 * (static_cast<int64_t>(b) * tiles + static_cast<int64_t>(tile) * kParts);
   int2 result;
-  result.x = range[0], result.y = range[1];
-  if (kParts == 2) result.x = min(result.x, range[2]), result.y = max(result.y, range[3]);
+  if constexpr (kKeys == kFrameTile) {
+    result = reinterpret_cast<const int2*>(ranges)[tile];
+  } else {
+    const int4 both = reinterpret_cast<const int4*>(ranges)[tile];
+    result.x = min(both.x, both.z), result.y = max(both.y, both.w);
+  }
   return result;
 }
 
@@ -83,17 +86,17 @@ struct CarriedFrame {
       total[0] += part[0], total[1] += part[1];
     }
   }
-  // One tile, whose keys have the given ids, in the given range: `weights` are those of its keys, 0 where a row does not see one; `row_total` their sums over this lane's columns.
-  // Frames outside [begin, end) are left out.
+  // One tile, whose keys are those from first_key on, with ids in the given range. `weights` are those of its keys, 0 where a row
+  // does not see one; `row_total` their sums over this lane's columns. Frames outside [begin, end) are left out.
   template <int kKeys, class Sink>
-  __device__ __forceinline__ void add_tile(const int* ids, int2 range, int begin, int end,
+  __device__ __forceinline__ void add_tile(const int* ids, unsigned first_key, int2 range, int begin, int end,
                                            const float (&weights)[kKeys / 8][4], const float (&row_total)[2], Sink& sink) {
     if (range.x == range.y) {
       if (range.x >= begin && range.x < end) add(range.x, row_total, sink);
       return;
     }
     TileFrames<kKeys> mixed;
-    mixed.load(ids);
+    mixed.load(ids + first_key);
     for (int f = mixed.next(begin - 1); f < end; f = mixed.next(f)) {
       float part[2];
       mixed.sum(f, weights, part);

@@ -114,10 +114,10 @@ __device__ __forceinline__ float chunk_terms(const Members<T>& members, int64_t 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kDivergenceThreads) divergence_chunks(const __grid_constant__ DivergenceParams p) {
+__global__ void __launch_bounds__(kDivergenceThreads, 4) divergence_chunks(const __grid_constant__ DivergenceParams p) {
   APPO_SHARED_MEMORY(memory);
   constexpr int kSize = Vector<T>::kSize;
-  const int64_t chunk = blockIdx.x % p.chunks, slot = blockIdx.x / p.chunks;
+  const int64_t slot = blockIdx.x, chunk = blockIdx.y;
   const Members<T> members{p, slot};
   int present = 0;
   bool aligned = true;

@@ -84,6 +84,13 @@ __device__ __forceinline__ uint32_t pack(float low, float high, __half) {
   return r;
 }
 
+// x, of which the compiler no longer knows how it was computed. What a loop needs in every iteration then stays in a register;
+// otherwise it would be computed again each time.
+__device__ __forceinline__ int keep(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 __device__ __forceinline__ uint4 load_16_bytes(const void* global) { return *static_cast<const uint4*>(global); }
 __device__ __forceinline__ void store_16_bytes(void* global, uint4 value) { *static_cast<uint4*>(global) = value; }
 

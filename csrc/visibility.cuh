@@ -1,6 +1,7 @@
 // Which keys a row sees: first <= key <= last, or key < prefix; and which tiles of keys a block of rows must visit.
 #pragma once
 #include <limits.h>
+#include <math.h>
 
 #include "platform.h"
 #include "visibility.h"
@@ -18,6 +19,18 @@ struct RowView {
   }
   __device__ __forceinline__ bool sees(int key) const { return (key >= first && key <= last) || key < prefix; }
 };
+
+// Gives the scores of keys that a lane's two rows do not see the probability 0. The tile's keys are those from first_key on.
+template <int kKeys>
+__device__ __forceinline__ void hide_unseen(float (&score)[kKeys / 8][4], const RowView (&view)[2], int first_key) {
+#pragma unroll
+  for (int i = 0; i < kKeys / 8; i++) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      if (!view[e / 2].sees(first_key + i * 8 + 2 * (threadIdx.x % 4) + e % 2)) score[i][e] = -INFINITY;
+    }
+  }
+}
 
 // The tiles that some of a range of rows see: [0, prefix_end) and [begin, end). Every warp finds them for itself.
 template <int kKeys>

@@ -39,6 +39,8 @@ inline uint32_t pack(float low, float high, __half) {
   return word;
 }
 
+inline int keep(int x) { return x; }
+
 inline uint4 load_16_bytes(const void* global) {
   emulation::check_aligned(global, 16, "load of 16 bytes");
   return *static_cast<const uint4*>(global);

@@ -33,19 +33,19 @@ FAULTS = [
     Fault(
         "missing barrier before a stage is read",
         "frame_attention", FORWARD,
-        "    __syncthreads();\n    start_stage(index + kStages - 1);", "    start_stage(index + kStages - 1);",
+        "    __syncthreads();\n    start_stage(index", "    start_stage(index",
         "schedule",
     ),
     Fault(
         "wait that lets one group too many be in flight",
         "frame_attention", FORWARD,
-        "wait_for_copies<kStages - 2>", "wait_for_copies<kStages - 1>",
+        "kStages - 2>();\n    __syncthreads();\n    start", "kStages - 1>();\n    __syncthreads();\n    start",
         "result",
     ),
     Fault(
         "stage overwritten while it is read",
         "frame_attention", FORWARD,
-        "start_stage(index + kStages - 1);", "start_stage(index + kStages);",
+        "start_stage(index + kStages - 1, free_stage);", "start_stage(index + kStages - 1, stage);",
         "result",
     ),
     Fault(
@@ -63,7 +63,7 @@ FAULTS = [
     Fault(
         "row read beyond the end of a matrix",
         "frame_attention", TILES,
-        "first + row < rows;", "first + row <= rows;",
+        "i * kStep < left);", "i * kStep <= left);",
         "address",
     ),
     Fault(
@@ -81,7 +81,7 @@ FAULTS = [
     Fault(
         "tiles without permuted chunks",
         "frame_attention", TILES,
-        "(chunk ^ (row >> (3 - kBits) & ((1 << kBits) - 1)))", "chunk",
+        "(chunk ^ fold(row))", "chunk",
         "counters",
     ),
     Fault(
@@ -117,7 +117,7 @@ FAULTS = [
     Fault(
         "race on a stage",
         "frame_attention", FORWARD,
-        "    __syncthreads();\n    start_stage(index + kStages - 1);", "    start_stage(index + kStages - 1);",
+        "    __syncthreads();\n    start_stage(index", "    start_stage(index",
         "race",
     ),
 ]  # fmt: skip

@@ -21,10 +21,10 @@ if library.compiler() is not None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[Any]:
-    """A named backend may refuse what it is not made for, fp64 for one: such a test is skipped, any other refusal fails.
+    """A named backend may refuse what it is not made for, fp64 for one, and the test is skipped; other refusals fail.
 
-    That it is served at all is for ``tests/emulation/test_contract.py``: a backend that refuses everything is not even a
-    parameter here.
+    That it is served at all is for ``tests/emulation/test_contract.py``: a backend that refuses everything is not even
+    a parameter here.
     """
     backend = getattr(pyfuncitem, "callspec", None) and pyfuncitem.callspec.params.get("backend")
     if backend not in ("cuda", "triton"):
