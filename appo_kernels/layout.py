@@ -181,10 +181,10 @@ class KeyTile:
             rows_SD.index_add_(0, self.positions, values_nD)  # no key is twice in a tile: one addend each
 
     def add_frame_sums(self, weights: Tensor, sums: Tensor) -> None:
-        """Adds the sums of (rows, n) ``weights`` over the keys of each frame to (rows, F + 1) ``sums``."""
+        """Adds the sums of (..., rows, n) ``weights`` over the keys of each frame to (..., rows, F + 1) ``sums``."""
         for frame, count, start, length in self.runs:
-            block = weights[:, start : start + count * length].unflatten(1, (count, length))
-            sums[:, frame : frame + count] += block.sum(-1)
+            block = weights[..., start : start + count * length].unflatten(-1, (count, length))
+            sums[..., frame : frame + count] += block.sum(-1)
 
 
 def key_tiles(frame_ids: Tensor, num_frames: int, size: int, *, frames_only: bool) -> list[KeyTile]:

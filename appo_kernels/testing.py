@@ -65,6 +65,6 @@ def peak_extra_bytes(run: Callable[[], Any], device: torch.device | str = "cpu")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     # The profile's public events leave out what an operator allocates inside.
-    recorded = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    recorded = profile.profiler.kineto_results.events()
     changes = sorted((e for e in recorded if e.name() == "[memory]"), key=lambda e: e.start_ns())
     return max(itertools.accumulate((e.nbytes() for e in changes), initial=0))

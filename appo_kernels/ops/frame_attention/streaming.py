@@ -14,9 +14,9 @@ from appo_kernels import dispatch, layout
 from appo_kernels.logits import compute_dtype
 
 LOG2_E = math.log2(math.e)
-MAX_KEYS = 1024
-# Scores of a tile: about what stays in the second-level caches of two cores while it is exponentiated and summed.
-TILE_SCORES = 1 << 18
+MAX_KEYS = 512
+# Scores of a tile, over the query heads of one key head: they stay in a cache while they are exponentiated and summed.
+TILE_SCORES = 1 << 19
 
 
 def base_two(scale: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -73,7 +73,7 @@ def attend(
     factor, log2_e = base_two(scale, lse.dtype)
     for b in range(batch):
         tiles = layout.key_tiles(frame_ids[b], num_frames, MAX_KEYS, frames_only=False)
-        size = max(16, TILE_SCORES // max([len(tile) for tile in tiles], default=1))
+        size = max(16, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
         for part in layout.row_tiles(b, rows, size, first_key, last_key, prefix_keys):
             here = slice(part.start, part.stop)
             total = query.new_zeros(part.stop - part.start, num_frames, dtype=lse.dtype)
@@ -115,30 +115,29 @@ def _online_softmax(
     """
     group, rows, head_dim = query.shape
     dtype = compute_dtype(query.dtype)
-    query = query.to(dtype)
+    query = query.to(dtype).reshape(-1, head_dim)  # (g rows, d)
     sums = query.new_zeros(group, rows, mass.shape[-1] + 1)
-    peak = query.new_full((group, rows), -math.inf)
-    weighted = None if value is None else query.new_zeros(group, rows, head_dim)
+    peak = query.new_full((group, rows, 1), -math.inf)
+    weighted = None if value is None else query.new_zeros(len(query), head_dim)
     for tile in tiles:
         hidden = part.hidden(tile)
         if hidden is True:
             continue
-        column = tile.take(key, dtype).t()  # (d, n)
-        values = None if value is None else tile.take(value, dtype)
-        scores = query.new_empty(rows, len(tile))
-        for head in range(group):
-            torch.addmm(scores, query[head], column, beta=0, alpha=factor, out=scores)
-            if isinstance(hidden, Tensor):
-                scores.masked_fill_(hidden, -math.inf)
-            highest = torch.maximum(peak[head], scores.amax(-1))
-            finite = highest.masked_fill(torch.isneginf(highest), 0)  # a row that has seen no key yet
-            rescale = peak[head].sub_(finite).exp2_()[:, None]
-            scores.sub_(finite[:, None]).exp2_()
-            tile.add_frame_sums(scores, sums[head].mul_(rescale))
-            if weighted is not None and values is not None:
-                weighted[head].mul_(rescale).addmm_(scores, values)
-            peak[head] = highest
-    return sums, peak, weighted
+        scores = query.new_empty(group, rows, len(tile))
+        flat = scores.view(len(query), -1)
+        # The same rounding as in the gradient, whose probabilities then add up to 1 with this lse.
+        torch.addmm(flat, query, tile.take(key, dtype).t(), beta=0, alpha=factor, out=flat)
+        if isinstance(hidden, Tensor):
+            scores.masked_fill_(hidden, -math.inf)
+        highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
+        finite = highest.masked_fill(torch.isneginf(highest), 0)  # a row that has seen no key yet
+        rescale = peak.sub_(finite).exp2_()
+        scores.sub_(finite).exp2_()
+        tile.add_frame_sums(scores, sums.mul_(rescale))
+        if weighted is not None and value is not None:
+            weighted.mul_(rescale.view(-1, 1)).addmm_(flat, tile.take(value, dtype))
+        peak = highest
+    return sums, peak[..., 0], None if weighted is None else weighted.view(group, rows, head_dim)
 
 
 def backward(
@@ -197,7 +196,7 @@ def attend_backward(
         # Without a gradient of the mass all frames are as no frame.
         ids = frame_ids[b] if grad_mass is not None else torch.full_like(frame_ids[b], -1)
         tiles = layout.key_tiles(ids, num_frames, MAX_KEYS, frames_only=False)
-        size = max(16, TILE_SCORES // max([len(tile) for tile in tiles], default=1))
+        size = max(16, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
         shift = torch.where(
             torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype)
         )  # exp2(score - inf) = 0 in a row without keys

@@ -1,4 +1,4 @@
-"""frame_mass in plain PyTorch: tiles of rows x keys of frames, one query head at a time, any device.
+"""frame_mass in plain PyTorch: tiles of rows x keys of frames, all query heads of a key head at a time, any device.
 
 Probabilities of a tile are added up over the heads first and over the keys of each frame once at the end, so that
 beside the matrix product a head costs an exponential and an addition per score. Exponentials are to base 2, which the
@@ -16,9 +16,9 @@ from appo_kernels.ops.frame_attention import streaming as attention
 
 # Keys converted at a time, over all key/value heads: 4 Mi numbers are 16 MiB in fp32 whatever the heads are.
 KEY_NUMBERS = 4 << 20
-# Scores of a tile. Two such blocks are alive: those of one head, and their sum over the heads.
-TILE_SCORES = 1 << 20
-MIN_KEYS, MAX_KEYS = 256, 4096
+# Scores of a tile, over the query heads of one key head. With one head a second such block is alive, their sum.
+TILE_SCORES = 1 << 19
+MIN_KEYS, MAX_KEYS = 256, 1024
 
 
 def unsupported(problem: dispatch.Problem) -> str | None:
@@ -48,7 +48,7 @@ def forward(
         return
     dtype = compute_dtype(query.dtype)
     batch, _, rows, head_dim = query.shape
-    num_frames = mass.shape[-1]
+    num_frames, group = mass.shape[-1], query.shape[1] // key.shape[1]
     if not mass.numel():
         return
     factor, log2_e = attention.base_two(scale, dtype)
@@ -58,7 +58,7 @@ def forward(
         shift = torch.where(torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype))  # (Hq, R)
         for tile in layout.key_tiles(frame_ids[b], num_frames, keys, frames_only=True):
             columns = [tile.take(key_Sd, dtype).t() for key_Sd in key[b]]  # Hkv of (d, n)
-            for part in layout.row_tiles(b, rows, max(16, TILE_SCORES // len(tile)), *bounds):
+            for part in layout.row_tiles(b, rows, max(16, TILE_SCORES // (group * len(tile))), *bounds):
                 hidden = part.hidden(tile)
                 if hidden is True:
                     continue
@@ -80,29 +80,28 @@ def _add_tile(
 ) -> None:
     """Adds the mass of some rows on a tile: query (Hq, R, d), columns Hkv of (d, n), shift (Hq, R), mass (.., R, F)."""
     here = slice(part.start, part.stop)
-    heads = query.shape[0]
-    scores = columns[0].new_empty(part.stop - part.start, len(tile))
-    total = scores if per_head else torch.zeros_like(scores)
-    for head in range(heads):
-        column = columns[head * len(columns) // heads]
-        rows = query[head, here].to(column.dtype)
+    heads, rows = query.shape[0], part.stop - part.start
+    group = heads // len(columns)
+    scores = columns[0].new_empty(group, rows, len(tile))
+    total: Tensor | None = None
+    for kv, column in enumerate(columns):
+        of_kv = slice(kv * group, (kv + 1) * group)
         # The factor and the lse stay out of the product, whose partial sums they would round once more.
-        torch.mm(rows, column, out=scores)
-        torch.add(shift[head, here, None], scores, alpha=factor, out=scores)
+        torch.mm(query[of_kv, here].to(column.dtype).flatten(0, 1), column, out=scores.view(group * rows, -1))
+        torch.add(shift[of_kv, here, None], scores, alpha=factor, out=scores)
         if isinstance(hidden, Tensor):
             scores.masked_fill_(hidden, -math.inf)
         scores.exp2_()
         if per_head:
-            _add_sums(scores, tile, weights, mass[head, here])
+            _add_sums(scores, tile, weights, mass[of_kv, here])
         else:
-            total += scores
-    if not per_head:
+            total = scores.sum(0) if total is None else total.add_(scores.sum(0))
+    if total is not None:
         _add_sums(total.mul_(1 / heads), tile, weights, mass[here])
 
 
 def _add_sums(probabilities: Tensor, tile: layout.KeyTile, weights: Tensor | None, mass: Tensor) -> None:
-    num_frames = mass.shape[-1]
-    sums = probabilities.new_zeros(len(mass), num_frames)
+    sums = torch.zeros_like(mass)
     tile.add_frame_sums(probabilities, sums)
     mass += sums if weights is None else sums * weights
 
