@@ -10,8 +10,9 @@ template <class T, int D, bool kWithValue>
 cudaError_t backward(const AttentionBackwardParams& p, cudaStream_t stream) {
   using Shape = BackwardShape<D>;
   const dim3 row_grid(static_cast<unsigned>(ceil_div(p.rows, kRows)), p.query_heads, p.batch);
-  const cudaError_t error = platform::launch(&attention_backward_rows<T, D, kWithValue>, row_grid, dim3(kThreads),
-                                             Shape::template rows_shared_bytes<kWithValue>(), stream, p);
+  const cudaError_t error =
+      platform::launch(&attention_backward_rows<T, D, kWithValue>, row_grid, dim3(kThreads),
+                       Shape::template rows_shared_bytes<kWithValue>(), stream, p);
   if (error != cudaSuccess || !(p.grad_key || p.grad_value)) return error;
   const dim3 key_grid(static_cast<unsigned>(ceil_div(p.keys, Shape::kKeys)), p.key_heads, p.batch);
   return platform::launch(&attention_backward_keys<T, D, kWithValue>, key_grid, dim3(kThreads),
@@ -35,7 +36,8 @@ cudaError_t backward(const AttentionBackwardParams& p, cudaStream_t stream) {
 }  // namespace
 }  // namespace appo
 
-APPO_EXPORT int appo_attention_backward(const appo::AttentionBackwardParams* params, size_t bytes, cudaStream_t stream) {
+APPO_EXPORT int appo_attention_backward(const appo::AttentionBackwardParams* params, size_t bytes,
+                                        cudaStream_t stream) {
   if (bytes != sizeof *params) return cudaErrorInvalidValue;
   switch (params->element) {
     case appo::kFloat16: return appo::backward<__half>(*params, stream);

@@ -1,14 +1,14 @@
-// Backward of frame_attention, and, without values, of frame_mass. With P the probabilities and G[r,j] the gradient of the mass
-// that row r has on the frame of key j (0 on keys of no frame):
+// Backward of frame_attention, and, without values, of frame_mass. With P the probabilities and G[r,j] the
+// gradient of the mass that row r has on the frame of key j (0 on keys of no frame):
 //
 //   dP[r,j]  = grad_out[r] . value[j] + G[r,j]
 //   dS[r,j]  = P[r,j] (dP[r,j] - delta[r])
 //   delta[r] = grad_out[r] . out[r] + sum_j P[r,j] G[r,j] - grad_lse[r]
 //   grad_query = scale dS K,  grad_key = scale dS^T Q,  grad_value = P^T grad_out
 //
-// Two passes, each of which owns what it sums, so that no float is added atomically: one over rows (delta, grad_query), one
-// over keys (grad_key, grad_value; all query heads of a key head, so grouped heads need no further sum). Scores are computed
-// again in each, and for delta once more on the keys of frames.
+// Two passes, each of which owns what it sums, so that no float is added atomically: one over rows (delta,
+// grad_query), one over keys (grad_key, grad_value; all query heads of a key head, so grouped heads need no
+// further sum). Scores are computed again in each, and for delta once more on the keys of frames.
 #pragma once
 #include "attention_backward.h"
 #include "attention_tiles.cuh"
@@ -20,7 +20,7 @@ namespace appo {
 template <int D>
 struct BackwardShape {
   static constexpr int kKeys = 64;                     // of a block of the pass over keys
-  static constexpr int kStepRows = D <= 64 ? 64 : 32;  // of a stage of that pass; for D = 128, registers allow no more
+  static constexpr int kStepRows = D <= 64 ? 64 : 32;  // of a stage of that pass, as registers allow
   static constexpr int kStepKeys = D <= 64 ? 64 : 32;  // of a stage of the pass over rows; likewise
   static constexpr int kStages = 2;
   template <bool kWithValue>
@@ -29,16 +29,19 @@ struct BackwardShape {
   }
   template <bool kWithValue>
   static constexpr size_t keys_shared_bytes() {
-    return (kKeys + kStages * kStepRows) * D * 2 * (kWithValue ? 2 : 1) + kStages * kStepRows * (2 * sizeof(float) + 4 * sizeof(int));
+    return (kKeys + kStages * kStepRows) * D * 2 * (kWithValue ? 2 : 1) +
+           kStages * kStepRows * (2 * sizeof(float) + 4 * sizeof(int));
   }
 };
 
-__device__ __forceinline__ float score_unit(const AttentionBackwardParams& p) { return p.score_unit ? *p.score_unit : 1.f; }
+__device__ __forceinline__ float score_unit(const AttentionBackwardParams& p) {
+  return p.score_unit ? *p.score_unit : 1.f;
+}
 
 // grad_out . out of rows first_row .. first_row + 63, into `dots`: two threads a row.
 template <class T, int D>
-__device__ __forceinline__ void row_dots(const T* grad_out, int64_t grad_stride, const T* out, int64_t out_stride, int first_row,
-                                         int rows, float* dots) {
+__device__ __forceinline__ void row_dots(const T* grad_out, int64_t grad_stride, const T* out,
+                                         int64_t out_stride, int first_row, int rows, float* dots) {
   const int row = first_row + threadIdx.x / 2;
   float dot = 0.f;
   if (row < rows) {
@@ -54,28 +57,33 @@ __device__ __forceinline__ void row_dots(const T* grad_out, int64_t grad_stride,
   if (threadIdx.x % 2 == 0) dots[threadIdx.x / 2] = dot;
 }
 
-// Pass over rows: a block has 64 rows of one query head.
+// Pass over rows: a block has 64 rows of one query head. Two blocks on a multiprocessor: for three, registers
+// spill on sm_100.
 template <class T, int D, bool kWithValue>
-__global__ void __launch_bounds__(kThreads, 2) attention_backward_rows(const __grid_constant__ AttentionBackwardParams p) {
+__global__ void __launch_bounds__(kThreads, 2)
+    attention_backward_rows(const __grid_constant__ AttentionBackwardParams p) {
   using Shape = BackwardShape<D>;
   constexpr int kKeys = Shape::kStepKeys, kStages = Shape::kStages, kTile = kKeys * D;
   APPO_SHARED_MEMORY(memory);
-  T* const query_tile = reinterpret_cast<T*>(memory);                           // (kRows, D)
-  T* const key_tiles = query_tile + kRows * D;                                  // (kStages, kKeys, D)
-  T* const grad_out_tile = key_tiles + kStages * kTile;                         // (kRows, D)
-  T* const value_tiles = grad_out_tile + kRows * D;                             // (kStages, kKeys, D)
-  float* const dots = reinterpret_cast<float*>(kWithValue ? value_tiles + kStages * kTile : grad_out_tile);  // (kRows)
+  T* const query_tile = reinterpret_cast<T*>(memory);    // (kRows, D)
+  T* const key_tiles = query_tile + kRows * D;           // (kStages, kKeys, D)
+  T* const grad_out_tile = key_tiles + kStages * kTile;  // (kRows, D)
+  T* const value_tiles = grad_out_tile + kRows * D;      // (kStages, kKeys, D)
+  float* const dots =
+      reinterpret_cast<float*>(kWithValue ? value_tiles + kStages * kTile : grad_out_tile);  // (kRows)
 
   const int first_row = blockIdx.x * kRows, h = blockIdx.y, b = blockIdx.z;
   const int key_head = h / (p.query_heads / p.key_heads);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const int64_t padded_rows = gridDim.x * static_cast<int64_t>(kRows), head_index = static_cast<int64_t>(b) * p.query_heads + h;
+  const int64_t padded_rows = gridDim.x * static_cast<int64_t>(kRows),
+                head_index = static_cast<int64_t>(b) * p.query_heads + h;
   const T* query = static_cast<const T*>(p.query) + b * p.query_stride_b + h * p.query_stride_h;
   const T* key = static_cast<const T*>(p.key) + b * p.key_stride_b + key_head * p.key_stride_h;
   const T* value = static_cast<const T*>(p.value) + b * p.value_stride_b + key_head * p.value_stride_h;
   const int* frame_ids = p.frames.ids + static_cast<int64_t>(b) * p.tiles * kFrameTile;
   const int* frame_ranges = p.frames.range + static_cast<int64_t>(b) * p.tiles * 2;
-  const float* grad_mass = p.grad_mass ? p.grad_mass + b * p.grad_mass_stride_b + h * p.grad_mass_stride_h : nullptr;
+  const float* grad_mass =
+      p.grad_mass ? p.grad_mass + b * p.grad_mass_stride_b + h * p.grad_mass_stride_h : nullptr;
 
   TileList<kKeys> list;
   list.template find<kRows>(p.visibility, b, first_row, p.rows, p.keys);
@@ -115,11 +123,12 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows(const __g
       stats[0] = lse_log2[half], stats[1] = delta[half];
       if (h != 0) continue;
       int* view_row = p.row_views + (b * padded_rows + row[half]) * 4;
-      view_row[0] = view[half].first, view_row[1] = view[half].last, view_row[2] = view[half].prefix, view_row[3] = 0;
+      view_row[0] = view[half].first, view_row[1] = view[half].last, view_row[2] = view[half].prefix,
+      view_row[3] = 0;
     }
   };
-  // Two rounds through the same code: the first, over the keys of frames, for their part of delta; the second, over all
-  // visible keys, for the gradient. Each has its own sequence of stages.
+  // Two rounds through the same code: the first, over the keys of frames, for their part of delta; the
+  // second, over all visible keys, for the gradient. Each has its own sequence of stages.
   const float unit = score_unit(p);
   const LeftView<D> left;
   const RightView<D> right;
@@ -127,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows(const __g
 #pragma unroll 1
   for (int round = grad_mass ? 0 : 1; round < (p.grad_query ? 2 : 1); round++) {
     auto next_wanted = [&](int index) {
-      while (round == 0 && index < tile_count && frame_range<kKeys>(frame_ranges, list.tile(index)).y < 0) index++;
+      while (round == 0 && index < tile_count && frame_range<kKeys>(frame_ranges, list.tile(index)).y < 0)
+        index++;
       return index;
     };
     int ahead = next_wanted(0), number_ahead = 0;
@@ -135,7 +145,8 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows(const __g
       if (ahead < tile_count) {
         const int at = list.tile(ahead) * kKeys, stage = number_ahead++ % kStages;
         load_tile<D, kKeys>(key_tiles + stage * kTile, key, p.key_stride_s, at, p.keys);
-        if (kWithValue && round == 1) load_tile<D, kKeys>(value_tiles + stage * kTile, value, p.value_stride_s, at, p.keys);
+        if (kWithValue && round == 1)
+          load_tile<D, kKeys>(value_tiles + stage * kTile, value, p.value_stride_s, at, p.keys);
         ahead = next_wanted(ahead + 1);
       }
       platform::commit_copies();
@@ -150,16 +161,19 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows(const __g
       start_stage();
       const int tile = list.tile(index), stage = number++ % kStages;
       float score[kKeys / 8][4] = {}, gradient[kKeys / 8][4] = {};
-      multiply_transposed<D, kKeys>(score, query_tile + warp * kWarpRows * D, left, key_tiles + stage * kTile, right);
+      multiply_transposed<D, kKeys>(score, query_tile + warp * kWarpRows * D, left, key_tiles + stage * kTile,
+                                    right);
       if (!list.seen_by_all(tile)) hide_unseen<kKeys>(score, view, tile * kKeys);
 #pragma unroll
       for (int i = 0; i < kKeys / 8; i++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) score[i][e] = platform::exp2(fmaf(score[i][e], p.scale_log2, -lse_log2[e / 2]));
+        for (int e = 0; e < 4; e++)
+          score[i][e] = platform::exp2(fmaf(score[i][e], p.scale_log2, -lse_log2[e / 2]));
       }
       if constexpr (kWithValue) {
         if (round == 1)
-          multiply_transposed<D, kKeys>(gradient, grad_out_tile + warp * kWarpRows * D, left, value_tiles + stage * kTile, right);
+          multiply_transposed<D, kKeys>(gradient, grad_out_tile + warp * kWarpRows * D, left,
+                                        value_tiles + stage * kTile, right);
       }
       if (grad_mass && frame_range<kKeys>(frame_ranges, tile).y >= 0) {
         TileFrames<kKeys> frames;
@@ -196,24 +210,29 @@ __global__ void __launch_bounds__(kThreads, 2) attention_backward_rows(const __g
   }
   const float factor[2] = {p.scale / unit, p.scale / unit};
   T* grad_query = static_cast<T*>(p.grad_query) + head_index * p.rows * D;
-  store_rows<D>(grad_query, D, first_row + warp * kWarpRows, p.rows, result, factor, query_tile + warp * kWarpRows * D);
+  store_rows<D>(grad_query, D, first_row + warp * kWarpRows, p.rows, result, factor,
+                query_tile + warp * kWarpRows * D);
 }
 
-// Pass over keys: a block has 64 keys of one key head, 16 to a warp, and goes through the rows of all its query heads. Here keys
-// are the rows of fragments, and query rows their columns.
+// Pass over keys: a block has 64 keys of one key head, 16 to a warp, and goes through the rows of all its
+// query heads. Here keys are the rows of fragments, and query rows their columns.
 template <class T, int D, bool kWithValue>
-__global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid_constant__ AttentionBackwardParams p) {
+__global__ void __launch_bounds__(kThreads)
+    attention_backward_keys(const __grid_constant__ AttentionBackwardParams p) {
   using Shape = BackwardShape<D>;
-  constexpr int kKeys = Shape::kKeys, kStepRows = Shape::kStepRows, kStages = Shape::kStages, kTile = kStepRows * D;
+  constexpr int kKeys = Shape::kKeys, kStepRows = Shape::kStepRows, kStages = Shape::kStages,
+                kTile = kStepRows * D;
   APPO_SHARED_MEMORY(memory);
-  T* const key_tile = reinterpret_cast<T*>(memory);          // (kKeys, D)
-  T* const query_tiles = key_tile + kKeys * D;               // (kStages, kStepRows, D)
-  T* const value_tile = query_tiles + kStages * kTile;       // (kKeys, D)
-  T* const grad_out_tiles = value_tile + kKeys * D;          // (kStages, kStepRows, D)
-  float* const stats = reinterpret_cast<float*>(kWithValue ? grad_out_tiles + kStages * kTile : value_tile);  // (kStages, kStepRows, 2)
-  int* const views = reinterpret_cast<int*>(stats + kStages * kStepRows * 2);                                // (kStages, kStepRows, 4)
+  T* const key_tile = reinterpret_cast<T*>(memory);     // (kKeys, D)
+  T* const query_tiles = key_tile + kKeys * D;          // (kStages, kStepRows, D)
+  T* const value_tile = query_tiles + kStages * kTile;  // (kKeys, D)
+  T* const grad_out_tiles = value_tile + kKeys * D;     // (kStages, kStepRows, D)
+  T* const after_tiles = kWithValue ? grad_out_tiles + kStages * kTile : value_tile;
+  float* const stats = reinterpret_cast<float*>(after_tiles);                  // (kStages, kStepRows, 2)
+  int* const views = reinterpret_cast<int*>(stats + kStages * kStepRows * 2);  // (kStages, kStepRows, 4)
 
-  const int first_key = blockIdx.x * kKeys, end_key = first_key + kKeys - 1, key_head = blockIdx.y, b = blockIdx.z;
+  const int first_key = blockIdx.x * kKeys, end_key = first_key + kKeys - 1, key_head = blockIdx.y,
+            b = blockIdx.z;
   const int group = p.query_heads / p.key_heads, first_head = key_head * group, end_head = first_head + group;
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int64_t padded_rows = (p.rows + kRowPadding - 1) / kRowPadding * static_cast<int64_t>(kRowPadding);
@@ -223,7 +242,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid
 
   // Whether each of the step's rows, one or two to a lane, satisfies the condition; or whether any does.
   auto row_view = [&](int step, int i) {
-    const int4 v = *reinterpret_cast<const int4*>(global_views + (static_cast<int64_t>(step) * kStepRows + i * kWarpSize + lane) * 4);
+    const int4 v = *reinterpret_cast<const int4*>(
+        global_views + (static_cast<int64_t>(step) * kStepRows + i * kWarpSize + lane) * 4);
     RowView view;
     view.first = v.x, view.last = v.y, view.prefix = v.z;
     return view;
@@ -268,14 +288,21 @@ __global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid
       const T* query = static_cast<const T*>(p.query) + b * p.query_stride_b + ahead.head * p.query_stride_h;
       load_tile<D, kStepRows>(query_tiles + stage * kTile, query, p.query_stride_r, first_row, p.rows);
       if constexpr (kWithValue) {
-        const T* grad_out = static_cast<const T*>(p.grad_out) + b * p.grad_out_stride_b + ahead.head * p.grad_out_stride_h;
-        load_tile<D, kStepRows>(grad_out_tiles + stage * kTile, grad_out, p.grad_out_stride_r, first_row, p.rows);
+        const T* grad_out =
+            static_cast<const T*>(p.grad_out) + b * p.grad_out_stride_b + ahead.head * p.grad_out_stride_h;
+        load_tile<D, kStepRows>(grad_out_tiles + stage * kTile, grad_out, p.grad_out_stride_r, first_row,
+                                p.rows);
       }
       // 16 bytes a thread: two rows of statistics, one of views.
-      const float* global_stats = p.row_stats + ((static_cast<int64_t>(b) * p.query_heads + ahead.head) * padded_rows + first_row) * 2;
+      const float* global_stats =
+          p.row_stats +
+          ((static_cast<int64_t>(b) * p.query_heads + ahead.head) * padded_rows + first_row) * 2;
       const int thread = threadIdx.x;
-      if (thread < kStepRows / 2) platform::copy_async(stats + stage * kStepRows * 2 + thread * 4, global_stats + thread * 4, true);
-      if (thread < kStepRows) platform::copy_async(views + (stage * kStepRows + thread) * 4, global_views + (first_row + thread) * 4, true);
+      if (thread < kStepRows / 2)
+        platform::copy_async(stats + stage * kStepRows * 2 + thread * 4, global_stats + thread * 4, true);
+      if (thread < kStepRows)
+        platform::copy_async(views + (stage * kStepRows + thread) * 4,
+                             global_views + (first_row + thread) * 4, true);
       advance(ahead);
     }
     platform::commit_copies();
@@ -311,7 +338,8 @@ __global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid
     float probability[kStepRows / 8][4] = {}, gradient[kStepRows / 8][4] = {};
     multiply_transposed<D, kStepRows>(probability, key_tile + warp * kWarpRows * D, left, query_tile, right);
     if constexpr (kWithValue)
-      multiply_transposed<D, kStepRows>(gradient, value_tile + warp * kWarpRows * D, left, grad_out_tile, right);
+      multiply_transposed<D, kStepRows>(gradient, value_tile + warp * kWarpRows * D, left, grad_out_tile,
+                                        right);
     if (!seen_by_all(at.step)) {
 #pragma unroll
       for (int i = 0; i < kStepRows / 8; i++) {
@@ -326,8 +354,9 @@ __global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid
         }
       }
     }
-    const float* grad_mass = p.grad_mass
-        ? p.grad_mass + b * p.grad_mass_stride_b + at.head * p.grad_mass_stride_h + first_row : nullptr;
+    const float* grad_mass =
+        p.grad_mass ? p.grad_mass + b * p.grad_mass_stride_b + at.head * p.grad_mass_stride_h + first_row
+                    : nullptr;
 #pragma unroll
     for (int i = 0; i < kStepRows / 8; i++) {
 #pragma unroll
@@ -355,12 +384,14 @@ __global__ void __launch_bounds__(kThreads) attention_backward_keys(const __grid
   const int warp_key = first_key + warp * kWarpRows;
   if (p.grad_key) {
     const float factor[2] = {p.scale / unit, p.scale / unit};
-    store_rows<D>(static_cast<T*>(p.grad_key) + offset, D, warp_key, p.keys, key_result, factor, key_tile + warp * kWarpRows * D);
+    store_rows<D>(static_cast<T*>(p.grad_key) + offset, D, warp_key, p.keys, key_result, factor,
+                  key_tile + warp * kWarpRows * D);
   }
   if constexpr (kWithValue) {
     const float factor[2] = {1.f, 1.f};
     if (p.grad_value)
-      store_rows<D>(static_cast<T*>(p.grad_value) + offset, D, warp_key, p.keys, value_result, factor, value_tile + warp * kWarpRows * D);
+      store_rows<D>(static_cast<T*>(p.grad_value) + offset, D, warp_key, p.keys, value_result, factor,
+                    value_tile + warp * kWarpRows * D);
   }
 }
 

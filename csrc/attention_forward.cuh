@@ -1,12 +1,12 @@
-// One flash-style pass over the keys: softmax(Q K^T scale) V, its log-sum-exp, and the share of every frame, per query head.
-// Without values it is the one-pass form of frame_mass.
+// One flash-style pass over the keys: softmax(Q K^T scale) V, its log-sum-exp, and the share of every frame,
+// per query head. Without values it is the one-pass form of frame_mass.
 //
-// A block has 64 rows of one query head. Tiles of keys and values travel through a ring of stages: while one is computed with,
-// the next are on their way. With one barrier an iteration, after which (1) the stage to read has landed for all threads and
-// (2) the stage to overwrite has been read by all.
+// A block has 64 rows of one query head. Tiles of keys and values travel through a ring of stages: while one
+// is computed with, the next are on their way. With one barrier an iteration, after which (1) the stage to
+// read has landed for all threads and (2) the stage to overwrite has been read by all.
 //
-// Online softmax keeps, per row, the largest score so far (top) and sum exp(score - top). A frame's sum is kept likewise,
-// relative to the top at the time of its last key, and corrected once at the end.
+// Online softmax keeps, per row, the largest score so far (top) and sum exp(score - top). A frame's sum is
+// kept likewise, relative to the top at the time of its last key, and corrected once at the end.
 #pragma once
 #include <float.h>
 
@@ -28,15 +28,17 @@ struct ForwardShape {
   }
 };
 
-// Where the sums of frames of this lane's two rows go: to global memory, which no other thread writes. Only one lane of each
-// quad writes a row.
+// Where the sums of frames of this lane's two rows go: to global memory, which no other thread writes. Only
+// one lane of each quad writes a row.
 struct OnlineFrameSink {
   const AttentionForwardParams& p;
   int64_t first;  // of the F sums of the upper row; the lower one is 8 rows further
   int existing;   // how many of the two rows exist
   const float (&top)[2];
 
-  __device__ __forceinline__ int64_t index(int half, int frame) const { return first + half * 8 * p.frame_count + frame; }
+  __device__ __forceinline__ int64_t index(int half, int frame) const {
+    return first + half * 8 * p.frame_count + frame;
+  }
   __device__ __forceinline__ void flush(int frame, const float (&total)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -51,7 +53,8 @@ struct OnlineFrameSink {
 };
 
 template <class T, int D, bool kWithValue>
-__global__ void __launch_bounds__(kThreads) attention_forward(const __grid_constant__ AttentionForwardParams p) {
+__global__ void __launch_bounds__(kThreads)
+    attention_forward(const __grid_constant__ AttentionForwardParams p) {
   using Shape = ForwardShape<D>;
   constexpr int kKeys = Shape::kKeys, kStages = Shape::kStages;
   constexpr int kTile = kKeys * D;
@@ -77,7 +80,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
     if (index < tile_count) {
       const int at = list.tile(index) * kKeys;
       load_tile<D, kKeys>(key_tiles + stage * kTile, key, p.key_stride_s, at, p.keys);
-      if constexpr (kWithValue) load_tile<D, kKeys>(value_tiles + stage * kTile, value, p.value_stride_s, at, p.keys);
+      if constexpr (kWithValue)
+        load_tile<D, kKeys>(value_tiles + stage * kTile, value, p.value_stride_s, at, p.keys);
     }
     platform::commit_copies();  // empty groups too: the waits below count them
   };
@@ -86,7 +90,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
   for (int index = 0; index < kStages - 1; index++) start_stage(index, index);
 
   RowView view[2];
-  // Scores and tops in powers of 2. A top starts below all scores but finite: a key that is not seen has exp2(-inf - top) = 0.
+  // Scores and tops in powers of 2. A top starts below all scores but finite: a key that is not seen has
+  // exp2(-inf - top) = 0.
   float top[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.f, 0.f};
   const int row = first_row + warp * kWarpRows + lane / 4;  // the upper of this lane's two
   const int64_t row_index = (static_cast<int64_t>(b) * p.query_heads + h) * p.rows + row;
@@ -95,7 +100,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
   for (int half = 0; half < 2; half++) {
     if (half >= sink.existing) continue;
     view[half].load(p.visibility, static_cast<int64_t>(b) * p.rows + row + 8 * half, p.keys);
-    for (int f = lane % 4; f < p.frame_count; f += 4) p.sums[sink.index(half, f)] = 0.f, p.tops[sink.index(half, f)] = -INFINITY;
+    for (int f = lane % 4; f < p.frame_count; f += 4)
+      p.sums[sink.index(half, f)] = 0.f, p.tops[sink.index(half, f)] = -INFINITY;
   }
   __syncwarp();  // the four lanes of a quad have written what one of them will read
 
@@ -130,7 +136,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
     for (int half = 0; half < 2; half++) {
       float tile_top = -INFINITY;
 #pragma unroll
-      for (int i = 0; i < kKeys / 8; i++) tile_top = fmaxf(tile_top, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
+      for (int i = 0; i < kKeys / 8; i++)
+        tile_top = fmaxf(tile_top, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
       const float new_top = fmaxf(top[half], quad_max(tile_top) * p.scale_log2);
       const float correction = platform::exp2(top[half] - new_top);
       top[half] = new_top;
@@ -146,7 +153,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
       carried.total[half] *= correction;
       if constexpr (kWithValue) {
 #pragma unroll
-        for (int i = 0; i < D / 8; i++) result[i][2 * half] *= correction, result[i][2 * half + 1] *= correction;
+        for (int i = 0; i < D / 8; i++)
+          result[i][2 * half] *= correction, result[i][2 * half + 1] *= correction;
       }
     }
     const int2 range = frame_range<kKeys>(frame_ranges, tile);
@@ -175,7 +183,8 @@ __global__ void __launch_bounds__(kThreads) attention_forward(const __grid_const
   if constexpr (kWithValue) {
     T* out = static_cast<T*>(p.out) + b * p.out_stride_b + h * p.out_stride_h;
     __syncthreads();  // every warp has read its rows of the query tile, which is the staging area
-    store_rows<D>(out, p.out_stride_r, first_row + warp * kWarpRows, p.rows, result, inverse, query_tile + warp * kWarpRows * D);
+    store_rows<D>(out, p.out_stride_r, first_row + warp * kWarpRows, p.rows, result, inverse,
+                  query_tile + warp * kWarpRows * D);
   }
 }
 

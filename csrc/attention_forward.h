@@ -1,5 +1,6 @@
-// Parameters of the flash-style forward pass that also sums each frame, and of the mean over heads that follows it.
-// Strides count elements. B sequences, Hq / Hkv query / key-value heads, R rows, S keys, D head size, F frames, T tiles of keys.
+// Parameters of the flash-style forward pass that also sums each frame, and of the mean over heads that
+// follows it. Strides count elements. B sequences, Hq / Hkv query / key-value heads, R rows, S keys, D head
+// size, F frames, T tiles of keys.
 #pragma once
 #include <stdint.h>
 

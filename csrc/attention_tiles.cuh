@@ -1,8 +1,8 @@
 // What the attention kernels share: tiles in shared memory, their fragments, and the products of tiles.
 //
-// A block has 4 warps and 64 query rows, 16 to a warp. In the fragment of an mma, lane l holds of each 16 x 8 result the
-// elements (l / 4, 2 (l % 4)), the next column, and the same columns 8 rows below: a lane has two rows, and the four lanes
-// of a quad share them.
+// A block has 4 warps and 64 query rows, 16 to a warp. In the fragment of an mma, lane l holds of each 16 x 8
+// result the elements (l / 4, 2 (l % 4)), the next column, and the same columns 8 rows below: a lane has two
+// rows, and the four lanes of a quad share them.
 #pragma once
 #include "numbers.cuh"
 
@@ -10,13 +10,13 @@ namespace appo {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
-constexpr int kRows = 64;                     // query rows of a block
-constexpr int kWarpRows = kRows / kWarps;     // 16: the rows of one mma
-constexpr int kChunkElements = 8;             // 16 bytes of 16-bit elements
+constexpr int kRows = 64;                  // query rows of a block
+constexpr int kWarpRows = kRows / kWarps;  // 16: the rows of one mma
+constexpr int kChunkElements = 8;          // 16 bytes of 16-bit elements
 
-// A tile of rows of D elements in shared memory. The 16-byte chunks of a row are permuted so that the 8 rows of one matrix of
-// ldmatrix lie in 8 different groups of 4 banks: the row's low bits that its pitch does not already spread over the banks are
-// folded into the chunk's lowest kBits.
+// A tile of rows of D elements in shared memory. The 16-byte chunks of a row are permuted so that the 8 rows
+// of one matrix of ldmatrix lie in 8 different groups of 4 banks: the row's low bits that its pitch does not
+// already spread over the banks are folded into the chunk's lowest kBits.
 template <int D>
 struct TileLayout {
   static constexpr int kChunks = D / kChunkElements;
@@ -26,12 +26,14 @@ struct TileLayout {
 
   static __device__ __forceinline__ int fold(int row) { return row >> (3 - kBits) & kLow; }
   // In elements.
-  static __device__ __forceinline__ int offset(int row, int chunk) { return row * D + (chunk ^ fold(row)) * kChunkElements; }
+  static __device__ __forceinline__ int offset(int row, int chunk) {
+    return row * D + (chunk ^ fold(row)) * kChunkElements;
+  }
 };
 
-// Where a lane finds its rows of the matrices of ldmatrix: row `row` + 16 n, chunk `chunk` + 2 k, of which n and k are
-// constants in unrolled loops. What depends on the lane is found once, for each of the few k whose permutations differ; the
-// rest is the instruction's immediate offset.
+// Where a lane finds its rows of the matrices of ldmatrix: row `row` + 16 n, chunk `chunk` + 2 k, of which n
+// and k are constants in unrolled loops. What depends on the lane is found once, for each of the few k whose
+// permutations differ; the rest is the instruction's immediate offset.
 template <int D>
 struct LaneView {
   static constexpr int kDifferent = 1 << (TileLayout<D>::kBits - 1);
@@ -39,7 +41,8 @@ struct LaneView {
 
   __device__ __forceinline__ LaneView(int row, int chunk) {
 #pragma unroll
-    for (int k = 0; k < kDifferent; k++) lane_bytes[k] = platform::keep(TileLayout<D>::offset(row, chunk + 2 * k) * 2);
+    for (int k = 0; k < kDifferent; k++)
+      lane_bytes[k] = platform::keep(TileLayout<D>::offset(row, chunk + 2 * k) * 2);
   }
   template <class T>
   __device__ __forceinline__ const void* at(const T* tile, int n, int k) const {
@@ -48,8 +51,9 @@ struct LaneView {
   }
 };
 
-// Views of a tile for ldmatrix: 16 rows as the left operand of mma, or, transposed, 16 rows that the product sums over as two
-// right operands (the same lanes); and 16 rows, which are columns of the product, as two right operands.
+// Views of a tile for ldmatrix: 16 rows as the left operand of mma, or, transposed, 16 rows that the product
+// sums over as two right operands (the same lanes); and 16 rows, which are columns of the product, as two
+// right operands.
 template <int D>
 struct LeftView : LaneView<D> {
   __device__ __forceinline__ LeftView() : LaneView<D>(threadIdx.x % 16, threadIdx.x % kWarpSize / 16) {}
@@ -60,7 +64,8 @@ struct RightView : LaneView<D> {
       : LaneView<D>(threadIdx.x % 8 + threadIdx.x % kWarpSize / 16 * 8, threadIdx.x % 16 / 8) {}
 };
 
-// Starts copying rows first .. first + kTileRows - 1 of a matrix of `rows` rows; those beyond it become zeros.
+// Starts copying rows first .. first + kTileRows - 1 of a matrix of `rows` rows; those beyond it become
+// zeros.
 template <int D, int kTileRows, class T>
 __device__ __forceinline__ void load_tile(T* tile, const T* matrix, int64_t stride, int first, int rows) {
   constexpr int kChunks = D / kChunkElements;
@@ -95,7 +100,8 @@ struct RowFragments {
 
 // result (16 x kKeys) += rows (16 x D) tile (kKeys x D)^T; the rows' fragments come from registers.
 template <int D, int kKeys, class T>
-__device__ __forceinline__ void multiply_transposed(float (&result)[kKeys / 8][4], const RowFragments<D, T>& rows, const T* tile,
+__device__ __forceinline__ void multiply_transposed(float (&result)[kKeys / 8][4],
+                                                    const RowFragments<D, T>& rows, const T* tile,
                                                     const RightView<D>& view) {
 #pragma unroll
   for (int k = 0; k < D / 16; k++) {
@@ -111,8 +117,9 @@ __device__ __forceinline__ void multiply_transposed(float (&result)[kKeys / 8][4
 
 // The same with the rows' fragments read when they are needed: for large D, where registers are short.
 template <int D, int kKeys, class T>
-__device__ __forceinline__ void multiply_transposed(float (&result)[kKeys / 8][4], const T* rows, const LeftView<D>& row_view,
-                                                    const T* tile, const RightView<D>& view) {
+__device__ __forceinline__ void multiply_transposed(float (&result)[kKeys / 8][4], const T* rows,
+                                                    const LeftView<D>& row_view, const T* tile,
+                                                    const RightView<D>& view) {
 #pragma unroll
   for (int k = 0; k < D / 16; k++) {
     uint32_t a[4];
@@ -127,17 +134,17 @@ __device__ __forceinline__ void multiply_transposed(float (&result)[kKeys / 8][4
   }
 }
 
-// result (16 x D) += weights (16 x kKeys) tile (kKeys x D), the weights rounded to T: a result fragment of one product, two
-// columns of 8 at a time, is the left operand of the next.
+// result (16 x D) += weights (16 x kKeys) tile (kKeys x D), the weights rounded to T: a result fragment of
+// one product, two columns of 8 at a time, is the left operand of the next.
 template <int D, int kKeys, class T>
-__device__ __forceinline__ void multiply(float (&result)[D / 8][4], const float (&weights)[kKeys / 8][4], const T* tile,
-                                         const LeftView<D>& view) {
+__device__ __forceinline__ void multiply(float (&result)[D / 8][4], const float (&weights)[kKeys / 8][4],
+                                         const T* tile, const LeftView<D>& view) {
 #pragma unroll
   for (int k = 0; k < kKeys / 16; k++) {
-    const uint32_t a[4] = {
-        platform::pack(weights[2 * k][0], weights[2 * k][1], T()), platform::pack(weights[2 * k][2], weights[2 * k][3], T()),
-        platform::pack(weights[2 * k + 1][0], weights[2 * k + 1][1], T()),
-        platform::pack(weights[2 * k + 1][2], weights[2 * k + 1][3], T())};
+    const uint32_t a[4] = {platform::pack(weights[2 * k][0], weights[2 * k][1], T()),
+                           platform::pack(weights[2 * k][2], weights[2 * k][3], T()),
+                           platform::pack(weights[2 * k + 1][0], weights[2 * k + 1][1], T()),
+                           platform::pack(weights[2 * k + 1][2], weights[2 * k + 1][3], T())};
 #pragma unroll
     for (int n = 0; n < D / 16; n++) {
       uint32_t b[4];
@@ -148,11 +155,12 @@ __device__ __forceinline__ void multiply(float (&result)[D / 8][4], const float 
   }
 }
 
-// Writes this warp's 16 x D result, times a factor per row, to rows of a matrix in 16-byte stores. `staging`: the warp's own
-// 16 rows of shared memory, not read by others.
+// Writes this warp's 16 x D result, times a factor per row, to rows of a matrix in 16-byte stores. `staging`:
+// the warp's own 16 rows of shared memory, not read by others.
 template <int D, class T>
-__device__ __forceinline__ void store_rows(T* matrix, int64_t stride, int first_row, int rows, const float (&result)[D / 8][4],
-                                           const float (&factor)[2], T* staging) {
+__device__ __forceinline__ void store_rows(T* matrix, int64_t stride, int first_row, int rows,
+                                           const float (&result)[D / 8][4], const float (&factor)[2],
+                                           T* staging) {
   const int lane = threadIdx.x % kWarpSize, row = lane / 4;
   __syncwarp();  // what was in the staging area has been read
 #pragma unroll

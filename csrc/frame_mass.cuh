@@ -1,9 +1,10 @@
-// frame_mass from a given log-sum-exp: P = exp(Q K^T scale - lse), summed over the keys of each frame. No values, no online
-// softmax, and only tiles of keys that hold a wanted frame are visited.
+// frame_mass from a given log-sum-exp: P = exp(Q K^T scale - lse), summed over the keys of each frame. No
+// values, no online softmax, and only tiles of keys that hold a wanted frame are visited.
 //
-// A block has 64 rows of one sequence and some of the frames, and goes through the query heads in order (or has one of them),
-// so that the mean over heads needs no second pass and no other block adds to the same mass. (head, tile) pairs form one sequence
-// of stages: the keys of the next pair, and the queries of the next head, travel while this one is computed with.
+// A block has 64 rows of one sequence and some of the frames, and goes through the query heads in order (or
+// has one of them), so that the mean over heads needs no second pass and no other block adds to the same
+// mass. (head, tile) pairs form one sequence of stages: the keys of the next pair, and the queries of the
+// next head, travel while this one is computed with.
 #pragma once
 #include "attention_tiles.cuh"
 #include "frame_mass.h"
@@ -84,10 +85,13 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
       const int key_head = ahead.head / (p.query_heads / p.key_heads);
       const T* key = static_cast<const T*>(p.key) + b * p.key_stride_b + key_head * p.key_stride_h;
       if (ahead.index == first_wanted) {
-        const T* query = static_cast<const T*>(p.query) + b * p.query_stride_b + ahead.head * p.query_stride_h;
-        load_tile<D, kRows>(query_tiles + ahead.head % kStages * kRows * D, query, p.query_stride_r, first_row, p.rows);
+        const T* query =
+            static_cast<const T*>(p.query) + b * p.query_stride_b + ahead.head * p.query_stride_h;
+        load_tile<D, kRows>(query_tiles + ahead.head % kStages * kRows * D, query, p.query_stride_r,
+                            first_row, p.rows);
       }
-      load_tile<D, kKeys>(key_tiles + ahead.number % kStages * kTile, key, p.key_stride_s, list.tile(ahead.index) * kKeys, p.keys);
+      load_tile<D, kKeys>(key_tiles + ahead.number % kStages * kTile, key, p.key_stride_s,
+                          list.tile(ahead.index) * kKeys, p.keys);
       advance(ahead);
     }
     platform::commit_copies();
@@ -96,7 +100,9 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
   for (int i = 0; i < kStages - 1; i++) start_stage();
 
   RowView view[2];
-  MassSink sink{{nullptr, nullptr}, p.mass_stride_f, p.frame_weights ? p.frame_weights + static_cast<int64_t>(b) * p.frame_count : nullptr,
+  MassSink sink{{nullptr, nullptr},
+                p.mass_stride_f,
+                p.frame_weights ? p.frame_weights + static_cast<int64_t>(b) * p.frame_count : nullptr,
                 1.f / static_cast<float>(end_head - first_head)};
   int row[2];
 #pragma unroll
@@ -104,7 +110,8 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
     row[half] = first_row + warp * kWarpRows + lane / 4 + 8 * half;
     if (row[half] >= p.rows) continue;
     view[half].load(p.visibility, static_cast<int64_t>(b) * p.rows + row[half], p.keys);
-    sink.mass[half] = p.mass + b * p.mass_stride_b + first_head * p.mass_stride_h + row[half] * p.mass_stride_r;
+    sink.mass[half] =
+        p.mass + b * p.mass_stride_b + first_head * p.mass_stride_h + row[half] * p.mass_stride_r;
   }
 
   const LeftView<D> left;
@@ -122,13 +129,14 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
       for (int half = 0; half < 2; half++) {
         const int64_t index = (static_cast<int64_t>(b) * p.query_heads + at.head) * p.rows + row[half];
         const float lse = row[half] < p.rows ? p.lse[index] : INFINITY;
-        lse_log2[half] = lse == -INFINITY ? INFINITY : lse * kLog2E;  // a row that sees no key has probabilities of 0
+        lse_log2[half] =
+            lse == -INFINITY ? INFINITY : lse * kLog2E;  // a row that sees no key has probabilities of 0
       }
     }
     const int tile = list.tile(at.index);
     float score[kKeys / 8][4] = {};
-    multiply_transposed<D, kKeys>(score, query_tiles + (at.head % kStages * kRows + warp * kWarpRows) * D, left,
-                                  key_tiles + at.number % kStages * kTile, right);
+    multiply_transposed<D, kKeys>(score, query_tiles + (at.head % kStages * kRows + warp * kWarpRows) * D,
+                                  left, key_tiles + at.number % kStages * kTile, right);
     if (!list.seen_by_all(tile)) hide_unseen<kKeys>(score, view, tile * kKeys);
     float part[2] = {0.f, 0.f};
 #pragma unroll
@@ -140,7 +148,8 @@ __global__ void __launch_bounds__(kThreads) frame_mass_replay(const __grid_const
       }
     }
     const int2 range = frame_range<kKeys>(frame_ranges, tile);
-    carried.template add_tile<kKeys>(frame_ids, tile * kKeys, range, first_frame, end_frame, score, part, sink);
+    carried.template add_tile<kKeys>(frame_ids, tile * kKeys, range, first_frame, end_frame, score, part,
+                                     sink);
     advance(at);
   }
   platform::wait_for_copies<0>();

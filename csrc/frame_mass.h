@@ -1,4 +1,5 @@
-// Parameters of frame_mass from a given log-sum-exp ("replay"). Strides count elements; letters as in attention_forward.h.
+// Parameters of frame_mass from a given log-sum-exp ("replay"). Strides count elements; letters as in
+// attention_forward.h.
 #pragma once
 #include <stdint.h>
 

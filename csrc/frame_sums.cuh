@@ -1,7 +1,8 @@
 // Sums over the keys of each frame, for the two rows of a lane, from fragments of 16 rows x kKeys keys.
 //
-// Frames may lie anywhere, but mostly a tile lies within one frame, and the next tile in the same: its sum is carried in
-// registers and handed on (flushed) when another frame comes. The order of additions depends on the row and its keys only.
+// Frames may lie anywhere, but mostly a tile lies within one frame, and the next tile in the same: its sum is
+// carried in registers and handed on (flushed) when another frame comes. The order of additions depends on
+// the row and its keys only.
 #pragma once
 #include <limits.h>
 
@@ -12,8 +13,8 @@ namespace appo {
 
 constexpr int kNoFrame = -1;
 
-// The smallest and largest id in a tile of kKeys keys, of a sequence's `ranges`. kKeys is 1 or 2 times kFrameTile, and `tile`
-// counts tiles of kKeys.
+// The smallest and largest id in a tile of kKeys keys, of a sequence's `ranges`. kKeys is 1 or 2 times
+// kFrameTile, and `tile` counts tiles of kKeys.
 template <int kKeys>
 __device__ __forceinline__ int2 frame_range(const int* ranges, int tile) {
   static_assert(kKeys == kFrameTile || kKeys == 2 * kFrameTile, "");
@@ -40,7 +41,8 @@ struct TileFrames {
       id[i][0] = two.x, id[i][1] = two.y;
     }
   }
-  // The smallest id in the tile that is greater than `after`, INT_MAX if there is none. The same for the whole warp.
+  // The smallest id in the tile that is greater than `after`, INT_MAX if there is none. The same for the
+  // whole warp.
   __device__ __forceinline__ int next(int after) const {
     int best = INT_MAX;
 #pragma unroll
@@ -52,7 +54,8 @@ struct TileFrames {
     best = min(best, __shfl_xor_sync(kAllLanes, best, 1));
     return min(best, __shfl_xor_sync(kAllLanes, best, 2));
   }
-  __device__ __forceinline__ void sum(int frame, const float (&weights)[kKeys / 8][4], float (&total)[2]) const {
+  __device__ __forceinline__ void sum(int frame, const float (&weights)[kKeys / 8][4],
+                                      float (&total)[2]) const {
     total[0] = total[1] = 0.f;
 #pragma unroll
     for (int i = 0; i < kKeys / 8; i++) {
@@ -65,7 +68,8 @@ struct TileFrames {
   }
 };
 
-// The frame whose sum is being carried. A sink has flush(frame, totals of the two rows in this lane); all lanes call it.
+// The frame whose sum is being carried. A sink has flush(frame, totals of the two rows in this lane); all
+// lanes call it.
 struct CarriedFrame {
   int frame = kNoFrame;
   float total[2] = {0.f, 0.f};
@@ -86,11 +90,13 @@ struct CarriedFrame {
       total[0] += part[0], total[1] += part[1];
     }
   }
-  // One tile, whose keys are those from first_key on, with ids in the given range. `weights` are those of its keys, 0 where a row
-  // does not see one; `row_total` their sums over this lane's columns. Frames outside [begin, end) are left out.
+  // One tile, whose keys are those from first_key on, with ids in the given range. `weights` are those of its
+  // keys, 0 where a row does not see one; `row_total` their sums over this lane's columns. Frames outside
+  // [begin, end) are left out.
   template <int kKeys, class Sink>
   __device__ __forceinline__ void add_tile(const int* ids, unsigned first_key, int2 range, int begin, int end,
-                                           const float (&weights)[kKeys / 8][4], const float (&row_total)[2], Sink& sink) {
+                                           const float (&weights)[kKeys / 8][4], const float (&row_total)[2],
+                                           Sink& sink) {
     if (range.x == range.y) {
       if (range.x >= begin && range.x < end) add(range.x, row_total, sink);
       return;

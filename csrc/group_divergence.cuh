@@ -1,6 +1,7 @@
-// group_divergence_from_logits: a block takes one slot and one chunk of the vocabulary, and goes through the logits of the
-// slot's members once. Each word is read twice by the same thread, the second time from L1: first for what the members have in
-// common, then for how each differs from it. No term is a difference of sums: members that agree give exactly 0.
+// group_divergence_from_logits: a block takes one slot and one chunk of the vocabulary, and goes through the
+// logits of the slot's members once. Each word is read twice by the same thread, the second time from L1:
+// first for what the members have in common, then for how each differs from it. No term is a difference of
+// sums: members that agree give exactly 0.
 #pragma once
 #include "group_divergence.h"
 #include "rows.cuh"
@@ -17,12 +18,14 @@ struct Members {
   const DivergenceParams& p;
   int64_t slot;
 
-  __device__ __forceinline__ int64_t position(int64_t member) const { return p.slots[slot * p.responses + member]; }
+  __device__ __forceinline__ int64_t position(int64_t member) const {
+    return p.slots[slot * p.responses + member];
+  }
   __device__ __forceinline__ const T* row(int64_t member, int64_t position) const {
     return static_cast<const T*>(p.logits) + member * p.logits_stride_g + position * p.logits_stride_n;
   }
-  // visit(log-probabilities of words word .. word + kWords - 1) for each member; missing ones too if there is a value
-  // that stands for them.
+  // visit(log-probabilities of words word .. word + kWords - 1) for each member; missing ones too if there is
+  // a value that stands for them.
   template <int kWords, class Visit>
   __device__ __forceinline__ void for_each(int64_t word, bool with_missing, Visit visit) const {
     for (int64_t member = 0; member < p.responses; member++) {
@@ -77,8 +80,9 @@ __device__ __forceinline__ float kl_terms(const Members<T>& members, int64_t wor
   return total;
 }
 
-// sum over the words of sum_i (exp(d_i) - d_i - 1), d_i = clamp(mean_i log p_i - log p_i). Differences are taken from the
-// first member's log p. log p = -inf is the limit of -x for a large x, the same for all members.
+// sum over the words of sum_i (exp(d_i) - d_i - 1), d_i = clamp(mean_i log p_i - log p_i). Differences are
+// taken from the first member's log p. log p = -inf is the limit of -x for a large x, the same for all
+// members.
 template <class T, int kWords>
 __device__ __forceinline__ float k3_terms(const Members<T>& members, int64_t word) {
   float first[kWords], mean[kWords] = {}, total = 0.f;
@@ -97,7 +101,8 @@ __device__ __forceinline__ float k3_terms(const Members<T>& members, int64_t wor
 #pragma unroll
     for (int i = 0; i < kWords; i++) {
       if (impossible[i] == members.p.responses) continue;
-      float d = impossible[i] ? (log_p[i] == -INFINITY ? kClamp : -kClamp) : mean[i] * share - (log_p[i] - first[i]);
+      float d = impossible[i] ? (log_p[i] == -INFINITY ? kClamp : -kClamp)
+                              : mean[i] * share - (log_p[i] - first[i]);
       d = fminf(fmaxf(d, -kClamp), kClamp);
       total += expm1f(d) - d;
     }
@@ -106,15 +111,18 @@ __device__ __forceinline__ float k3_terms(const Members<T>& members, int64_t wor
 }
 
 template <class T, int kWords>
-__device__ __forceinline__ float chunk_terms(const Members<T>& members, int64_t begin, int64_t end, float present) {
+__device__ __forceinline__ float chunk_terms(const Members<T>& members, int64_t begin, int64_t end,
+                                             float present) {
   float total = 0.f;
   for (int64_t word = begin + threadIdx.x * kWords; word < end; word += kDivergenceThreads * kWords)
     total += members.p.k3 ? k3_terms<T, kWords>(members, word) : kl_terms<T, kWords>(members, word, present);
   return total;
 }
 
+// Four blocks on a multiprocessor: left alone, the compiler aims at six and spills registers for it.
 template <class T>
-__global__ void __launch_bounds__(kDivergenceThreads, 4) divergence_chunks(const __grid_constant__ DivergenceParams p) {
+__global__ void __launch_bounds__(kDivergenceThreads, 4)
+    divergence_chunks(const __grid_constant__ DivergenceParams p) {
   APPO_SHARED_MEMORY(memory);
   constexpr int kSize = Vector<T>::kSize;
   const int64_t slot = blockIdx.x, chunk = blockIdx.y;

@@ -12,7 +12,8 @@ __global__ void __launch_bounds__(kHeadMeanThreads) head_mean(const __grid_const
   const int64_t element = static_cast<int64_t>(blockIdx.x) * kHeadMeanThreads + threadIdx.x;
   if (element >= elements) return;
   const int64_t f = element % p.frame_count, r = element / p.frame_count % p.rows;
-  const int64_t h = element / (p.frame_count * p.rows) % p.kept_heads, b = element / (p.frame_count * p.rows * p.kept_heads);
+  const int64_t h = element / (p.frame_count * p.rows) % p.kept_heads,
+                b = element / (p.frame_count * p.rows * p.kept_heads);
   const int64_t heads = p.query_heads / p.kept_heads;
   float total = 0.f;
   for (int64_t i = 0; i < heads; i++)

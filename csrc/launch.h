@@ -1,7 +1,7 @@
 // What every launcher shares: the C interface's conventions.
 //
-// A launcher takes a pointer to its operator's params struct, the size that the caller believes it has, and a stream. It
-// returns a CUDA error number, 0 for success; appo_error_text() tells what it means.
+// A launcher takes a pointer to its operator's params struct, the size that the caller believes it has, and a
+// stream. It returns a CUDA error number, 0 for success; appo_error_text() tells what it means.
 #pragma once
 #include <stddef.h>
 

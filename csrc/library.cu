@@ -8,4 +8,6 @@
 // Architectures, separated by spaces: "sm_80 sm_90a compute_80", or "emulation".
 APPO_EXPORT const char* appo_built_for() { return APPO_BUILT_FOR; }
 
-APPO_EXPORT const char* appo_error_text(int error) { return platform::error_text(static_cast<cudaError_t>(error)); }
+APPO_EXPORT const char* appo_error_text(int error) {
+  return platform::error_text(static_cast<cudaError_t>(error));
+}

@@ -11,8 +11,8 @@ __device__ __forceinline__ int64_t unaligned_head(const T* row, int64_t length) 
   return min(head, length);
 }
 
-// Calls visit(values, index of the first, how many) for all elements, shared out to the threads of the block in a fixed
-// order: vectors where the row is aligned, single elements before and after.
+// Calls visit(values, index of the first, how many) for all elements, shared out to the threads of the block
+// in a fixed order: vectors where the row is aligned, single elements before and after.
 template <class T, class Visit>
 __device__ __forceinline__ void for_each_vector(const T* row, int64_t length, Visit visit) {
   constexpr int kSize = Vector<T>::kSize;

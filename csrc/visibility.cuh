@@ -1,4 +1,5 @@
-// Which keys a row sees: first <= key <= last, or key < prefix; and which tiles of keys a block of rows must visit.
+// Which keys a row sees: first <= key <= last, or key < prefix; and which tiles of keys a block of rows must
+// visit.
 #pragma once
 #include <limits.h>
 #include <math.h>
@@ -17,12 +18,16 @@ struct RowView {
     prefix = v.prefix_keys ? min(v.prefix_keys[index], keys) : 0;
     if (first > last) first = INT_MAX, last = -1;
   }
-  __device__ __forceinline__ bool sees(int key) const { return (key >= first && key <= last) || key < prefix; }
+  __device__ __forceinline__ bool sees(int key) const {
+    return (key >= first && key <= last) || key < prefix;
+  }
 };
 
-// Gives the scores of keys that a lane's two rows do not see the probability 0. The tile's keys are those from first_key on.
+// Gives the scores of keys that a lane's two rows do not see the probability 0. The tile's keys are those
+// from first_key on.
 template <int kKeys>
-__device__ __forceinline__ void hide_unseen(float (&score)[kKeys / 8][4], const RowView (&view)[2], int first_key) {
+__device__ __forceinline__ void hide_unseen(float (&score)[kKeys / 8][4], const RowView (&view)[2],
+                                            int first_key) {
 #pragma unroll
   for (int i = 0; i < kKeys / 8; i++) {
 #pragma unroll
@@ -32,11 +37,13 @@ __device__ __forceinline__ void hide_unseen(float (&score)[kKeys / 8][4], const 
   }
 }
 
-// The tiles that some of a range of rows see: [0, prefix_end) and [begin, end). Every warp finds them for itself.
+// The tiles that some of a range of rows see: [0, prefix_end) and [begin, end). Every warp finds them for
+// itself.
 template <int kKeys>
 struct TileList {
   int prefix_end, begin, end;
-  int first_of_all, last_of_all, prefix_of_all;  // keys in [first_of_all, last_of_all] or below prefix_of_all: seen by every row
+  int first_of_all, last_of_all,
+      prefix_of_all;  // keys in [first_of_all, last_of_all] or below prefix_of_all: seen by every row
 
   // Rows first_row .. first_row + kListRows - 1 of sequence b, of R; all lanes of the warp take part.
   template <int kListRows>
@@ -64,7 +71,9 @@ struct TileList {
     end = max_last < 0 ? prefix_end : max(max_last / kKeys + 1, begin);
   }
   __device__ __forceinline__ int count() const { return prefix_end + end - begin; }
-  __device__ __forceinline__ int tile(int index) const { return index < prefix_end ? index : index - prefix_end + begin; }
+  __device__ __forceinline__ int tile(int index) const {
+    return index < prefix_end ? index : index - prefix_end + begin;
+  }
   // Whether each row sees each key of the tile: then nothing has to be masked.
   __device__ __forceinline__ bool seen_by_all(int tile) const {
     const int from = tile * kKeys, to = from + kKeys - 1;

@@ -1,4 +1,5 @@
-// C interface of logits_weighted_surrogate: appo_surrogate_rows (forward), appo_surrogate_gradient (backward).
+// C interface of logits_weighted_surrogate: appo_surrogate_rows (forward), appo_surrogate_gradient
+// (backward).
 #include "weighted_surrogate.cuh"
 
 #include "launch.h"
@@ -14,7 +15,8 @@ cudaError_t per_row(const SurrogateParams& params, cudaStream_t stream) {
   switch (params.element) {
     case kFloat32: return platform::launch(Kernel<float>::get(), grid, block, kShared, stream, params);
     case kFloat16: return platform::launch(Kernel<__half>::get(), grid, block, kShared, stream, params);
-    case kBfloat16: return platform::launch(Kernel<__nv_bfloat16>::get(), grid, block, kShared, stream, params);
+    case kBfloat16:
+      return platform::launch(Kernel<__nv_bfloat16>::get(), grid, block, kShared, stream, params);
     default: return cudaErrorInvalidValue;
   }
 }
@@ -36,7 +38,8 @@ APPO_EXPORT int appo_surrogate_rows(const appo::SurrogateParams* params, size_t 
   return appo::per_row<appo::Rows>(*params, stream);
 }
 
-APPO_EXPORT int appo_surrogate_gradient(const appo::SurrogateParams* params, size_t bytes, cudaStream_t stream) {
+APPO_EXPORT int appo_surrogate_gradient(const appo::SurrogateParams* params, size_t bytes,
+                                        cudaStream_t stream) {
   if (bytes != sizeof *params) return cudaErrorInvalidValue;
   return appo::per_row<appo::Gradient>(*params, stream);
 }

@@ -1,5 +1,6 @@
-// logits_weighted_surrogate: one block per row of logits. The forward kernel reads a row once, for log-probability and
-// entropy; the gradient kernel reads it once more and writes d loss / d logits, in place if asked.
+// logits_weighted_surrogate: one block per row of logits. The forward kernel reads a row once, for
+// log-probability and entropy; the gradient kernel reads it once more and writes d loss / d logits, in place
+// if asked.
 //
 //   z = softcap(logits) / temperature,  lse = log sum exp z,  logp = z[target] - lse,  H = -sum p log p
 //   d loss / d z_v = g (1[v = target] - p_v) - h p_v (log p_v + H),   g = d loss / d logp,  h = d loss / d H
@@ -56,13 +57,15 @@ __device__ __forceinline__ float scaled_logit(float x, const SurrogateParams& p)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSurrogateThreads) surrogate_rows(const __grid_constant__ SurrogateParams p) {
+__global__ void __launch_bounds__(kSurrogateThreads)
+    surrogate_rows(const __grid_constant__ SurrogateParams p) {
   const int64_t row = blockIdx.x;
   if (p.mask[row] == 0.f) {
     if (threadIdx.x == 0) p.logprobs[row] = p.entropy[row] = p.row_max[row] = p.log_sum[row] = 0.f;
     return;
   }
-  const T* logits = static_cast<const T*>(p.logits) + row / p.tokens * p.logits_stride_b + row % p.tokens * p.logits_stride_t;
+  const T* logits = static_cast<const T*>(p.logits) + row / p.tokens * p.logits_stride_b +
+                    row % p.tokens * p.logits_stride_t;
 
   OnlineSoftmax state;
   for_each_vector(logits, p.vocabulary, [&](const Vector<T>& values, int64_t, int count) {
@@ -96,7 +99,8 @@ __global__ void __launch_bounds__(kSurrogateThreads) surrogate_rows(const __grid
 }
 
 template <class T>
-__global__ void __launch_bounds__(kSurrogateThreads) surrogate_gradient(const __grid_constant__ SurrogateParams p) {
+__global__ void __launch_bounds__(kSurrogateThreads)
+    surrogate_gradient(const __grid_constant__ SurrogateParams p) {
   const int64_t row = blockIdx.x, b = row / p.tokens, t = row % p.tokens;
   T* gradient = static_cast<T*>(p.gradient) + b * p.gradient_stride_b + t * p.gradient_stride_t;
   const T* logits = static_cast<const T*>(p.logits) + b * p.logits_stride_b + t * p.logits_stride_t;
@@ -112,11 +116,13 @@ __global__ void __launch_bounds__(kSurrogateThreads) surrogate_gradient(const __
     });
     return;
   }
-  const float top = p.row_max[row], log_sum = p.log_sum[row], entropy = p.entropy[row], logp = p.logprobs[row];
+  const float top = p.row_max[row], log_sum = p.log_sum[row], entropy = p.entropy[row],
+              logp = p.logprobs[row];
   const int64_t target = p.targets[row];
   // 1 - p without cancellation where p is close to 1.
   const float at_target = -expm1f(logp) * g;
-  const bool aligned = (reinterpret_cast<uintptr_t>(gradient) - reinterpret_cast<uintptr_t>(logits)) % 16 == 0;
+  const bool aligned =
+      (reinterpret_cast<uintptr_t>(gradient) - reinterpret_cast<uintptr_t>(logits)) % 16 == 0;
 
   for_each_vector(logits, p.vocabulary, [&](const Vector<T>& values, int64_t first, int count) {
     Vector<T> result;
@@ -129,7 +135,8 @@ __global__ void __launch_bounds__(kSurrogateThreads) surrogate_gradient(const __
         uncapped_slope *= 1.f - tanh_x * tanh_x;
         x = p.softcap * tanh_x;
       }
-      const float log_p = x * p.inverse_temperature - top - log_sum, probability = platform::exp2(log_p * kLog2E);
+      const float log_p = x * p.inverse_temperature - top - log_sum,
+                  probability = platform::exp2(log_p * kLog2E);
       float dz = first + i == target ? at_target : -probability * g;
       if (h != 0.f && probability > 0.f) dz -= h * probability * (log_p + entropy);
       from_float(dz * uncapped_slope, result.element[i]);

@@ -3,7 +3,8 @@
 #include "sanitizers.h"
 
 #if defined(__x86_64__)
-// swapcontext() makes two system calls for the signal mask; this makes none, and a launch switches millions of times.
+// swapcontext() makes two system calls for the signal mask; this makes none, and a launch switches millions
+// of times.
 extern "C" void appo_emulation_switch(void** save, void* to);
 asm(R"(
 .text
@@ -38,7 +39,8 @@ constexpr unsigned kNoSynchronisation = 1;
 
 #if defined(__x86_64__)
 void make_context(Context& context, char* stack, size_t bytes, void (*entry)()) {
-  // What the first switch pops: six registers and the address of entry, which finds the stack as after a call.
+  // What the first switch pops: six registers and the address of entry, which finds the stack as after a
+  // call.
   auto** top = reinterpret_cast<void**>(stack + bytes - 64);
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
@@ -73,9 +75,11 @@ void Fiber::resume() {
     tsan_scheduler_ = __tsan_get_current_fiber();
     __tsan_switch_to_fiber(tsan_, kNoSynchronisation);
   }
-  if (__sanitizer_start_switch_fiber) __sanitizer_start_switch_fiber(&scheduler_fake_stack_, stack_, stack_bytes_);
+  if (__sanitizer_start_switch_fiber)
+    __sanitizer_start_switch_fiber(&scheduler_fake_stack_, stack_, stack_bytes_);
   switch_context(scheduler_, own_);
-  if (__sanitizer_finish_switch_fiber) __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
+  if (__sanitizer_finish_switch_fiber)
+    __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
 }
 
 void Fiber::started() {
@@ -86,7 +90,8 @@ void Fiber::started() {
 void Fiber::suspend(bool finished) {
   if (__tsan_switch_to_fiber) __tsan_switch_to_fiber(tsan_scheduler_, kNoSynchronisation);
   if (__sanitizer_start_switch_fiber)
-    __sanitizer_start_switch_fiber(finished ? nullptr : &fake_stack_, scheduler_stack_, scheduler_stack_bytes_);
+    __sanitizer_start_switch_fiber(finished ? nullptr : &fake_stack_, scheduler_stack_,
+                                   scheduler_stack_bytes_);
   switch_context(own_, scheduler_);
   if (__sanitizer_finish_switch_fiber)
     __sanitizer_finish_switch_fiber(fake_stack_, &scheduler_stack_, &scheduler_stack_bytes_);

@@ -15,7 +15,8 @@ using Context = ucontext_t;
 
 class Fiber {
  public:
-  // Makes the next resume() call entry() on the given stack. entry must end in suspend(true) and never return.
+  // Makes the next resume() call entry() on the given stack. entry must end in suspend(true) and never
+  // return.
   void prepare(char* stack, size_t bytes, void (*entry)());
   void resume();                // scheduler -> fiber; returns when the fiber suspends
   void started();               // first thing entry() must call

@@ -61,7 +61,8 @@ void complete_shuffle(void* const* slots, uint32_t mask) {
   for (int lane = 0; lane < kWarp; lane++) {
     if (!(mask >> lane & 1)) continue;
     auto* slot = static_cast<ShuffleSlot*>(slots[lane]);
-    if (!(mask >> slot->source & 1)) fail("__shfl_sync: source lane %d is not in mask %08x", slot->source, mask);
+    if (!(mask >> slot->source & 1))
+      fail("__shfl_sync: source lane %d is not in mask %08x", slot->source, mask);
     slot->result = static_cast<ShuffleSlot*>(slots[slot->source])->value;
   }
 }
@@ -172,8 +173,10 @@ void copy_async(void* destination, const void* source, int source_bytes) {
   const Unobserved scope;
   counters.async_copies++;
   count_shared_access(destination, 16);
-  Copy copy{static_cast<unsigned char*>(destination), static_cast<const unsigned char*>(source), source_bytes};
-  // Until it is waited for, the copy may have landed or not. NaN stands for "not": a reader that is too early is caught.
+  Copy copy{static_cast<unsigned char*>(destination), static_cast<const unsigned char*>(source),
+            source_bytes};
+  // Until it is waited for, the copy may have landed or not. NaN stands for "not": a reader that is too early
+  // is caught.
   if (random_schedule() && random_number() % 2) {
     land(copy);
   } else {

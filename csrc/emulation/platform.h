@@ -7,7 +7,9 @@
 namespace platform {
 
 inline void load_matrix_x4(uint32_t (&r)[4], const void* row) { emulation::ldmatrix(r, row, 4, false); }
-inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) { emulation::ldmatrix(r, row, 4, true); }
+inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  emulation::ldmatrix(r, row, 4, true);
+}
 
 inline void mma(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
   const uint32_t b[2] = {b0, b1};
@@ -51,11 +53,13 @@ inline void store_16_bytes(void* global, uint4 value) {
 }
 
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, const Params& params) {
+cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   const Params& params) {
   static thread_local void (*called)(Params);
   called = kernel;
   const auto call = [](const void* p) { called(*static_cast<const Params*>(p)); };
-  return emulation::launch(reinterpret_cast<const void*>(kernel), call, &params, sizeof params, grid, block, shared_bytes);
+  return emulation::launch(reinterpret_cast<const void*>(kernel), call, &params, sizeof params, grid, block,
+                           shared_bytes);
 }
 
 inline const char* error_text(cudaError_t) { return emulation::last_failure(); }

@@ -23,12 +23,14 @@ std::vector<Launch> launches;
 
 }  // namespace
 
-bool record_launch(const void* kernel, const void* params, size_t params_bytes, dim3 grid, dim3 block, size_t shared_bytes) {
+bool record_launch(const void* kernel, const void* params, size_t params_bytes, dim3 grid, dim3 block,
+                   size_t shared_bytes) {
   if (recording == kOff) return true;
   Dl_info info{};
   const bool named = dladdr(kernel, &info) && info.dli_sname && info.dli_saddr == kernel;
   const auto* bytes = static_cast<const unsigned char*>(params);
-  launches.push_back({named ? info.dli_sname : "?", {bytes, bytes + params_bytes}, grid, block, shared_bytes});
+  launches.push_back(
+      {named ? info.dli_sname : "?", {bytes, bytes + params_bytes}, grid, block, shared_bytes});
   return recording == kRecordAndRun;
 }
 

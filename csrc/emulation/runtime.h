@@ -1,11 +1,13 @@
 // The emulated GPU, as the stand-ins for CUDA's intrinsics see it.
 //
-// A launch runs block after block. The threads of a block are fibers that one OS thread switches between; a fiber runs until
-// it reaches a barrier or a warp collective. Shared memory is filled with NaN before each block. A seed other than 0 draws a
-// random schedule in which one warp runs far ahead of the others, and lets asynchronous copies land at random times: uniformly
-// random lane orders miss most missing barriers, a warp that runs ahead does not.
+// A launch runs block after block. The threads of a block are fibers that one OS thread switches between; a
+// fiber runs until it reaches a barrier or a warp collective. Shared memory is filled with NaN before each
+// block. A seed other than 0 draws a random schedule in which one warp runs far ahead of the others, and lets
+// asynchronous copies land at random times: uniformly random lane orders miss most missing barriers, a warp
+// that runs ahead does not.
 //
-// Misuse (deadlock, divergent collective, misaligned access, copies in flight at exit) ends the launch with a message.
+// Misuse (deadlock, divergent collective, misaligned access, copies in flight at exit) ends the launch with a
+// message.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -46,8 +48,10 @@ const char* last_failure();
 unsigned char* shared_memory();
 void barrier();
 
-// Lanes of `mask` meet; the last to arrive runs complete() over their slots. No memory ordering, as on the GPU.
-void warp_collective(const char* name, uint32_t mask, void* slot, void (*complete)(void* const* slots, uint32_t mask));
+// Lanes of `mask` meet; the last to arrive runs complete() over their slots. No memory ordering, as on the
+// GPU.
+void warp_collective(const char* name, uint32_t mask, void* slot,
+                     void (*complete)(void* const* slots, uint32_t mask));
 void syncwarp(uint32_t mask);
 uint32_t shuffle(uint32_t mask, uint32_t value, int source_lane);
 uint32_t ballot(uint32_t mask, bool vote);
@@ -56,7 +60,8 @@ enum class Format { kHalf, kBfloat16 };
 void ldmatrix(uint32_t* registers, const void* row, int matrices, bool transposed);
 void mma_m16n8k16(float* d, const uint32_t* a, const uint32_t* b, Format format);
 
-void copy_async(void* destination, const void* source, int source_bytes);  // 16 bytes, zero-filled beyond source_bytes
+void copy_async(void* destination, const void* source,
+                int source_bytes);  // 16 bytes, zero-filled beyond source_bytes
 void commit_copies();
 void wait_for_copies(int groups_left);
 size_t copies_in_flight();

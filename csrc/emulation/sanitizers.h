@@ -1,7 +1,8 @@
-// Entry points of ThreadSanitizer and AddressSanitizer, as weak symbols: null unless the process runs under one of them.
+// Entry points of ThreadSanitizer and AddressSanitizer, as weak symbols: null unless the process runs under
+// one of them.
 //
-// The runtime itself is never instrumented. It tells the sanitizers what the emulated hardware does, so that they see the
-// threads of a block as threads, and only the synchronisation that CUDA guarantees.
+// The runtime itself is never instrumented. It tells the sanitizers what the emulated hardware does, so that
+// they see the threads of a block as threads, and only the synchronisation that CUDA guarantees.
 #pragma once
 #include <cstddef>
 
@@ -16,8 +17,10 @@ void __tsan_read_range(void* address, unsigned long bytes) __attribute__((weak))
 void __tsan_write_range(void* address, unsigned long bytes) __attribute__((weak));
 void AnnotateIgnoreReadsBegin(const char* file, int line) __attribute__((weak));
 void AnnotateIgnoreReadsEnd(const char* file, int line) __attribute__((weak));
-void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t bytes) __attribute__((weak));
-void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* bytes) __attribute__((weak));
+void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, size_t bytes)
+    __attribute__((weak));
+void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, size_t* bytes)
+    __attribute__((weak));
 void __asan_loadN(void* address, size_t bytes) __attribute__((weak));
 void __asan_storeN(void* address, size_t bytes) __attribute__((weak));
 void __asan_unpoison_memory_region(const volatile void* address, size_t bytes) __attribute__((weak));
@@ -42,8 +45,9 @@ inline void declare_write(void* address, size_t bytes) {
   if (__asan_storeN) __asan_storeN(address, bytes);
 }
 
-// While one lives, TSan does not look: at the runtime's own bookkeeping, which all fibers share and one OS thread carries out.
-// It sees memcpy, malloc and free even where the caller is not instrumented. No fiber may be switched meanwhile.
+// While one lives, TSan does not look: at the runtime's own bookkeeping, which all fibers share and one OS
+// thread carries out. It sees memcpy, malloc and free even where the caller is not instrumented. No fiber may
+// be switched meanwhile.
 class Unobserved {
  public:
   Unobserved() {

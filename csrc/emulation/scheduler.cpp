@@ -90,19 +90,24 @@ void describe_deadlock() {
   for (auto& thread : threads) {
     if (thread.state == State::kFinished || thread.waiting_in == last) continue;
     last = thread.waiting_in;
-    length += std::snprintf(failure + length, sizeof failure - length, " from thread %d on in %s;", thread.index, last);
+    length += std::snprintf(failure + length, sizeof failure - length, " from thread %d on in %s;",
+                            thread.index, last);
     if (length >= static_cast<int>(sizeof failure) - 64) break;
   }
   failed = true;
 }
 
-// The next thread to run: round robin over the warps, or, in a random schedule, of the warp with the highest priority.
+// The next thread to run: round robin over the warps, or, in a random schedule, of the warp with the highest
+// priority.
 ThreadState& choose() {
   size_t chosen = next_warp;
   if (seed) {
-    if (random_number() % kPriorityChange == 0) warps[random_number() % warps.size()].priority = random_number();
+    if (random_number() % kPriorityChange == 0)
+      warps[random_number() % warps.size()].priority = random_number();
     for (size_t i = 0; i < warps.size(); i++)
-      if (!warps[i].ready.empty() && (warps[chosen].ready.empty() || warps[i].priority > warps[chosen].priority)) chosen = i;
+      if (!warps[i].ready.empty() &&
+          (warps[chosen].ready.empty() || warps[i].priority > warps[chosen].priority))
+        chosen = i;
     auto& ready = warps[chosen].ready;
     std::swap(ready.back(), ready[random_number() % ready.size()]);
   } else {
@@ -116,13 +121,15 @@ ThreadState& choose() {
 }
 
 char* map_memory(size_t bytes) {
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory =
+      mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) std::abort();
   return static_cast<char*>(memory);
 }
 
-// Stacks and shared memory of one block. Under TSan both are fresh mappings, whose shadow is empty, for each block: blocks
-// must not be ordered with one another, and memory that two of them use in turn would look like a race.
+// Stacks and shared memory of one block. Under TSan both are fresh mappings, whose shadow is empty, for each
+// block: blocks must not be ordered with one another, and memory that two of them use in turn would look like
+// a race.
 class Memory {
  public:
   Memory(size_t threads, size_t shared) : stack_bytes_(threads * kStackBytes), shared_bytes_(shared) {
@@ -157,8 +164,10 @@ class Memory {
     shared_ = static_cast<unsigned char*>(memory);
   }
   void free_shared() {
-    if (under_tsan() && shared_) munmap(shared_, shared_bytes_);
-    else std::free(shared_);
+    if (under_tsan() && shared_)
+      munmap(shared_, shared_bytes_);
+    else
+      std::free(shared_);
   }
 
   size_t stack_bytes_, shared_bytes_;
@@ -217,7 +226,8 @@ void fail(const char* format, ...) {
     std::abort();  // only kernels may fail; this would be a fault of the runtime
   }
   const dim3 b = current->block;
-  std::snprintf(failure, sizeof failure, "%s (block %u,%u,%u, thread %d)", message, b.x, b.y, b.z, current->index);
+  std::snprintf(failure, sizeof failure, "%s (block %u,%u,%u, thread %d)", message, b.x, b.y, b.z,
+                current->index);
   self().fiber.suspend(false);  // for good: the scheduler ends the launch
   std::abort();
 }
@@ -245,10 +255,11 @@ int launch(const void* kernel, Kernel call, const void* params, size_t params_by
   failed = false;
   if (!record_launch(kernel, params, params_bytes, grid, block, shared_bytes)) return 0;
   const size_t count = static_cast<size_t>(block.x) * block.y * block.z;
-  if (count == 0 || count > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535 ||
-      shared_bytes > kMaxSharedBytes) {
-    std::snprintf(failure, sizeof failure, "invalid launch: grid %u,%u,%u, block of %zu threads, %zu bytes shared", grid.x,
-                  grid.y, grid.z, count, shared_bytes);
+  if (count == 0 || count > 1024 || grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 ||
+      grid.z > 65535 || shared_bytes > kMaxSharedBytes) {
+    std::snprintf(failure, sizeof failure,
+                  "invalid launch: grid %u,%u,%u, block of %zu threads, %zu bytes shared", grid.x, grid.y,
+                  grid.z, count, shared_bytes);
     return kInvalidConfiguration;
   }
   kernel_call = call;
@@ -268,8 +279,8 @@ int launch(const void* kernel, Kernel call, const void* params, size_t params_by
     if (i) memory.next_block();
     shared_bytes_begin = memory.shared();
     const uint64_t b = order[i];
-    run_block(dim3(b % grid.x, b / grid.x % grid.y, b / (static_cast<uint64_t>(grid.x) * grid.y)), grid, block,
-              memory.stacks());
+    run_block(dim3(b % grid.x, b / grid.x % grid.y, b / (static_cast<uint64_t>(grid.x) * grid.y)), grid,
+              block, memory.stacks());
   }
   acquire(&end_event);
   return failed ? kLaunchFailure : 0;
@@ -293,7 +304,8 @@ void warp_collective(const char* name, uint32_t mask, void* slot, void (*complet
     warp.mask = mask;
     warp.collective = name;
   } else if (warp.collective != name || warp.mask != mask) {
-    fail("divergent warp collective: %s(%08x) while others are in %s(%08x)", name, mask, warp.collective, warp.mask);
+    fail("divergent warp collective: %s(%08x) while others are in %s(%08x)", name, mask, warp.collective,
+         warp.mask);
   }
   warp.slots[me.lane] = slot;
   warp.arrived |= 1u << me.lane;

@@ -1,4 +1,5 @@
-// Alignment, and the bank conflicts of shared memory: 32 banks of 4 bytes; a warp's access is served in phases of 128 bytes.
+// Alignment, and the bank conflicts of shared memory: 32 banks of 4 bytes; a warp's access is served in
+// phases of 128 bytes.
 #include <algorithm>
 #include <array>
 #include <deque>
@@ -11,8 +12,9 @@ namespace {
 
 constexpr int kWarp = 32, kBanks = 32;
 
-// The accesses of the lanes of a warp are matched by their order: the n-th of each lane belongs to one instruction.
-// That is exact while all lanes make the same accesses, and kernels in csrc/ do for those they declare.
+// The accesses of the lanes of a warp are matched by their order: the n-th of each lane belongs to one
+// instruction. That is exact while all lanes make the same accesses, and kernels in csrc/ do for those they
+// declare.
 struct Access {
   std::array<const void*, kWarp> address{};
   int lanes = 0, bytes = 0;
@@ -28,13 +30,15 @@ void account(const Access& access) {
   const int lanes_per_phase = 128 / access.bytes;
   counters.shared_accesses++;
   for (int lane = 0; lane < kWarp; lane += lanes_per_phase)
-    counters.bank_conflicts += phase_conflicts(access.address.data() + lane, std::min(lanes_per_phase, kWarp), access.bytes);
+    counters.bank_conflicts +=
+        phase_conflicts(access.address.data() + lane, std::min(lanes_per_phase, kWarp), access.bytes);
 }
 
 }  // namespace
 
 void check_aligned(const void* address, size_t bytes, const char* what) {
-  if (reinterpret_cast<uintptr_t>(address) % bytes) fail("misaligned address in %s: %p, %zu bytes", what, address, bytes);
+  if (reinterpret_cast<uintptr_t>(address) % bytes)
+    fail("misaligned address in %s: %p, %zu bytes", what, address, bytes);
 }
 
 // Extra cycles of one phase: the most distinct words that any bank must deliver, less one.
