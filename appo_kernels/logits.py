@@ -94,8 +94,16 @@ def tile_shape(rows: int, columns: int, weight: Tensor, *, tile_bytes: int | Non
     item = compute_dtype(weight.dtype).itemsize
     budget = tile_bytes or (GPU_TILE_BYTES if on_gpu else CPU_TILE_BYTES)
     tall = max(1, min(rows, GPU_TILE_ROWS if on_gpu else CPU_TILE_ROWS))
-    wide = max(64, budget // (tall * item))
-    return tall, max(1, min(columns, wide, convertible_columns(weight)))
+    wide = min(max(64, budget // (tall * item)), convertible_columns(weight))
+    return tall, whole_lines(columns, wide)
+
+
+def whole_lines(columns: int, most: int) -> int:
+    """Columns of a tile: all of them, or at most ``most`` (at least 64) so that rows of the tile start on a cache line.
+
+    Matrix products and kernels read such rows in 16-byte pieces, and all widths look alike to a kernel's compiler.
+    """
+    return max(1, columns) if columns <= most else most // 64 * 64
 
 
 def tiles(length: int, step: int) -> Iterator[slice]:

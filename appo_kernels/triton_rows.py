@@ -18,8 +18,13 @@ from torch import Tensor
 from appo_kernels.triton_launch import on_its_device
 
 FOLD_COLUMNS, GRADIENT_COLUMNS = 4096, 2048
+FEW_COLUMNS = 512  # for the last tile of a vocabulary, or a small one: at most two kernels for all widths
 # Rows of the state that ``fold`` keeps: largest logit, sum of e = exp(z - peak), sum of (z - peak) e, target's logit.
 PEAK, TOTAL, MOMENT, PICKED = range(4)
+
+
+# Read one number at a time: where they start, which slices of them decide, is no reason to compile another kernel.
+ROW_VECTORS = ("p_rows", "p_targets", "p_lse", "p_constant", "p_slope", "p_at_target")
 
 
 @triton.jit
@@ -56,7 +61,7 @@ def row_offset(p_rows, r, T, stride_b, stride_t, LISTED: tl.constexpr):
     return row // T * stride_b + row % T * stride_t
 
 
-@triton.jit(do_not_specialize=["first_column", "v", "T"])
+@triton.jit(do_not_specialize=["p_rows", "p_targets", "p_state", "stride_state", "T", "first_column", "v"])
 def fold_kernel(
     p_logits, p_rows, p_bias, p_targets, p_state, stride_b, stride_t, stride_state, T, first_column, v,
     cap, temperature, CAP: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr,
@@ -91,7 +96,7 @@ def fold_kernel(
         tl.store(p_state + 3 * stride_state + r, scaled(x, cap, temperature, CAP))
 
 
-@triton.jit(do_not_specialize=["first_column", "v", "T"])
+@triton.jit(do_not_specialize=[*ROW_VECTORS, "T", "first_column", "v"])
 def gradient_kernel(
     p_logits, p_out, p_rows, p_bias, p_targets, p_lse, p_constant, p_slope, p_at_target,
     stride_b, stride_t, stride_ob, stride_ot, T, first_column, v, cap, temperature,
@@ -144,14 +149,14 @@ def fold(
     logits: (m, v), or (B, T, v) with ``rows`` (m,) flat indices b T + t; raw, any float dtype, read once. bias (v,):
     the part that belongs to these columns. targets (m,): token ids, counted from the first column of the vocabulary.
     """
-    stride_b, stride_t, T, v = _layout(logits)
+    stride_b, stride_t, T, v = row_layout(logits)
     if not targets.shape[0] * v:
         return
     fold_kernel[(targets.shape[0],)](
         logits, targets if rows is None else rows, targets if bias is None else bias, targets, state,
         stride_b, stride_t, state.stride(0), T, first_column, v, softcap or 1.0, temperature,
         CAP=softcap is not None, BIAS=bias is not None, LISTED=rows is not None,
-        BLOCK=min(FOLD_COLUMNS, triton.next_power_of_2(v)), num_warps=8,
+        BLOCK=FOLD_COLUMNS if v > FEW_COLUMNS else FEW_COLUMNS, num_warps=8,
     )  # fmt: skip
 
 
@@ -183,12 +188,12 @@ def gradient(
     out: like ``logits``, or ``logits`` itself: each row in its place; or, for listed rows of (m, v) logits, another
     (k, v) tensor: one row after the other.
     """
-    stride_b, stride_t, T, v = _layout(logits)
-    stride_ob, stride_ot, _, _ = _layout(out)
+    stride_b, stride_t, T, v = row_layout(logits)
+    stride_ob, stride_ot, _, _ = row_layout(out)
     m = targets.shape[0]
     if not m * v:
         return
-    block = min(GRADIENT_COLUMNS, triton.next_power_of_2(v))
+    block = GRADIENT_COLUMNS if v > FEW_COLUMNS else FEW_COLUMNS
     gradient_kernel[(m, triton.cdiv(v, block))](
         logits, out, targets if rows is None else rows, targets if bias is None else bias, targets, lse, constant,
         slope, at_target, stride_b, stride_t, stride_ob, stride_ot, T, first_column, v, softcap or 1.0, temperature,
@@ -197,7 +202,7 @@ def gradient(
     )  # fmt: skip
 
 
-def _layout(tensor: Tensor) -> tuple[int, int, int, int]:
+def row_layout(tensor: Tensor) -> tuple[int, int, int, int]:
     """Strides of B and T, T, and v of a (B, T, v) or (m, v) tensor."""
     if tensor.dim() == 2:
         return 0, tensor.stride(0), max(1, tensor.shape[0]), tensor.shape[1]

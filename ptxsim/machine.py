@@ -15,6 +15,7 @@ from ptxsim.values import UNSIGNED, Array, decode, dtype, encode, is_float, resi
 
 RUNNING, CONVERGING, BARRIER, EXITED = range(4)
 STEP_LIMIT = 20_000_000  # instructions after which a kernel is taken to be in an endless loop
+GRID_LIMITS = (2**31 - 1, 65535, 65535)
 BATCH_THREADS = 4096  # blocks run in batches of about so many threads: they fit the caches of a CPU
 
 
@@ -41,6 +42,8 @@ def launch(
     """
     if len(arguments) > len(program.parameters):
         raise ValueError(f"{program.name} has {len(program.parameters)} parameters, got {len(arguments)} arguments")
+    if any(size > limit for size, limit in zip(grid, GRID_LIMITS, strict=True)):
+        raise ValueError(f"{program.name}: grid {tuple(grid)}, a GPU takes at most {GRID_LIMITS}")
     for instruction in program.instructions:
         instructions.check(instruction)
     pointers = [Pointer(a) if isinstance(a, np.ndarray) else a for a in arguments]

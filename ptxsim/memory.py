@@ -1,5 +1,6 @@
 """Global and shared memory: flat bytes, with every access checked for bounds and alignment."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from ptxsim.values import UNSIGNED, Array
 GLOBAL_BASE = 1 << 40
 SHARED_BASE = 1 << 60  # where the shared window lies in generic addresses
 GAP = 512  # bytes between two global allocations; also their alignment
+LARGE, PAGE = 1 << 28, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -44,32 +46,56 @@ def _same(a: Array, b: Array) -> bool:
 
 
 class GlobalMemory(_Memory):
-    """A heap of the arrays passed to the kernel, with unmapped gaps between them."""
+    """A heap of the arrays passed to the kernel, with unmapped gaps between them.
+
+    Arrays of LARGE bytes or more lie behind the others, and of these only the pages that a kernel touches are copied:
+    an array with strides beyond 31 bits costs what is used of it.
+    """
 
     def __init__(self, arrays: list[Array]) -> None:
         self.arrays: list[Array] = []
         starts, ends, position = [], [], GAP
-        for array in arrays:
+        for array in sorted(arrays, key=lambda array: array.nbytes >= LARGE):
             if any(_same(array, known) for known in self.arrays):
                 continue
             if not array.flags.c_contiguous:
                 raise ValueError("arrays must be contiguous; pass the whole storage and a Pointer into it")
+            unit = PAGE if array.nbytes >= LARGE else GAP
+            position = -(-position // unit) * unit
             self.arrays.append(array)
             starts.append(position)
             ends.append(position + array.nbytes)
-            position = -(-ends[-1] // GAP) * GAP + GAP
+            position = ends[-1] + GAP
         self.starts, self.ends = np.array(starts, np.int64), np.array(ends, np.int64)
-        super().__init__(position, 0xFF)
-        for array, start, end in zip(self.arrays, starts, ends, strict=True):
+        small = [array.nbytes < LARGE for array in self.arrays]
+        self.whole = sum(small)  # how many arrays are copied whole
+        self.border = -(-(ends[self.whole - 1] if self.whole else 0) // PAGE) * PAGE
+        super().__init__(self.border, 0xFF)
+        self.frames = np.full(max(0, position - self.border) // PAGE + 1, -1, np.int64)  # page -> where it is in bytes
+        for array, start, end in self._copied_whole():
             self.bytes[start:end] = array.reshape(-1).view(np.uint8)
+
+    def _copied_whole(self) -> Iterator[tuple[Array, int, int]]:
+        return zip(self.arrays[: self.whole], self.starts, self.ends, strict=False)
 
     def address(self, pointer: Pointer) -> int:
         index = next(i for i, array in enumerate(self.arrays) if _same(array, pointer.array))
         return GLOBAL_BASE + int(self.starts[index]) + pointer.offset
 
     def copy_back(self) -> None:
-        for array, start, end in zip(self.arrays, self.starts, self.ends, strict=True):
+        for array, start, end in self._copied_whole():
             array.reshape(-1).view(np.uint8)[:] = self.bytes[start:end]
+        for page in np.nonzero(self.frames >= 0)[0]:
+            part, place = self._page(int(page)), int(self.frames[page])
+            part[:] = self.bytes[place : place + part.size]
+
+    def _page(self, page: int) -> Array:
+        """The bytes of a large array that lie on ``page``."""
+        start = self.border + page * PAGE
+        index = int(np.searchsorted(self.starts, start, side="right")) - 1
+        offset = start - int(self.starts[index])
+        part: Array = self.arrays[index].reshape(-1).view(np.uint8)[offset : offset + PAGE]
+        return part
 
     def _offsets(self, addresses: Array, size: int) -> Array:
         _check_alignment(addresses, size, "global")
@@ -79,7 +105,18 @@ class GlobalMemory(_Memory):
         if wrong.any():
             first = int(offsets[wrong][0])
             raise IndexError(f"global memory out of bounds: {size} bytes at {first:#x}, {self._nearest(first)}")
-        return offsets
+        return offsets if self.whole == len(self.arrays) else self._in_frames(offsets)
+
+    def _in_frames(self, offsets: Array) -> Array:
+        """Where offsets are in ``bytes``; pages that are touched for the first time are copied."""
+        far = offsets >= self.border
+        pages = np.where(far, offsets - self.border, 0) // PAGE
+        for page in np.unique(pages[far]):
+            if self.frames[page] < 0:
+                self.frames[page] = self.bytes.size
+                part = self._page(int(page))
+                self.bytes = np.concatenate([self.bytes, part, np.full(PAGE - part.size, 0xFF, np.uint8)])
+        return np.where(far, self.frames[pages] + (offsets - self.border) % PAGE, offsets)
 
     def _nearest(self, offset: int) -> str:
         distances = np.maximum(self.starts - offset, offset - self.ends + 1)

@@ -87,7 +87,10 @@ def _places(matrix: str, k: int, packed: bool) -> Array:
 
 @opcode("mma", "sync aligned row col f32 f16 bf16 tf32", frozenset(SHAPES))
 def mma(machine: Machine, ins: Instruction, active: Array) -> None:
-    """D (16 x 8) = A (16 x k) B (k x 8) + C, products summed in float32."""
+    """D (16 x 8) = A (16 x k) B (k x 8) + C, summed in float64 and rounded once.
+
+    Sums of the products of half-precision numbers are exact there, so a row's bits do not depend on its place.
+    """
     k = next(SHAPES[shape] for shape in SHAPES if ins.has(shape))
     result_type, a_type, b_type, c_type = ins.modifiers[-4:]
     if a_type != b_type or (result_type, c_type) != ("f32", "f32"):
@@ -98,7 +101,8 @@ def mma(machine: Machine, ins: Instruction, active: Array) -> None:
     b = _matrix(machine, ins.operands[2], a_type, warps, _places("b", k, packed)).reshape(-1, k, 8)
     places = _places("c", k, packed)
     c = _matrix(machine, ins.operands[3], "f32", warps, places).reshape(-1, 16, 8)
-    d = (c + a @ b).reshape(-1, 128)[:, places].reshape(-1, 4, 32)
+    d = (c + a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32)
+    d = d.reshape(-1, 128)[:, places].reshape(-1, 4, 32)
     for index, operand in enumerate(items(ins.operands[0])):
         machine.write(operand, _spread(machine, d[:, index], active), "f32", active)
 

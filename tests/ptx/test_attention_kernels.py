@@ -114,11 +114,19 @@ def test_attention_without_bounds_and_with_weights():
 
 @pytest.mark.slow
 def test_equal_alone_and_left_padded():
-    """The bits of a sequence do not depend on the padding before it or on who else is in the batch."""
+    """The bits of a sequence do not depend on who else is in the batch, those of a row not on the padding before it."""
     layout = layouts.hostile()
     inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
+    grads = layouts.upstream(layout, inputs)
     with triton_device.simulated():
-        together = layouts.attention(layout, inputs, "triton", scale=SCALE)
+        together = layouts.attention(layout, inputs, "triton", scale=SCALE, grads=grads)
+    own = layouts.Layout(layout.frame_ids[1:], 6, *(bound[1:] for bound in layout.bounds), layout.rows)
+    with triton_device.simulated():
+        result = layouts.attention(
+            own, [t[1:] for t in inputs], "triton", scale=SCALE, grads=[grad[1:] for grad in grads]
+        )
+    for name, a, b in zip(layouts.NAMES, result, together, strict=True):
+        assert torch.equal(a, b[1:]), name
     pad, rows = 9, slice(2, 40)  # the first sequence sees nothing before key 9
     alone = layouts.Layout(
         layout.frame_ids[:1, pad:], 6, layout.first_key[:1, rows] - pad, layout.last_key[:1, rows] - pad, None, 38

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import ptxsim
+from ptxsim import memory
 
 HEADER = ".version 8.0\n.target sm_80\n.address_size 64\n"
 PROLOGUE = """
@@ -142,6 +143,34 @@ def test_pointers_into_one_array_see_each_other():
     np.testing.assert_array_equal(array[32:], np.arange(32) * np.float32(0.5))
     with pytest.raises(ValueError, match="contiguous"):
         ptxsim.launch(ptxsim.parse(text), (1, 1, 1), (32, 1, 1), [array[::2], array, 0.5])
+
+
+def test_large_arrays_are_copied_by_pages(monkeypatch):
+    """Two arrays that are too large to copy, beside one that is not: only what is touched moves, in both directions."""
+    monkeypatch.setattr(memory, "LARGE", 1 << 16)
+    source, size = np.arange(1 << 15, dtype="f4"), (1 << 15) * 4
+    body = (
+        "ld.global.f32 %f0, [%in+{0}]; add.f32 %f0, %f0, %f0; st.global.f32 [%in+{0}], %f0; st.global.f32 [%out], %f0;"
+    )
+    for far in (0, 4096 - 256, size - 512):  # at the start, across two pages, at the very end
+        values = source.copy()
+        want = 2 * source[far // 4 :][:128]
+        np.testing.assert_array_equal(run(body.format(far), values), want)
+        np.testing.assert_array_equal(values[far // 4 :][:128], want)
+        assert np.array_equal(
+            np.delete(values, slice(far // 4, far // 4 + 128)), np.delete(source, slice(far // 4, far // 4 + 128))
+        )
+    with pytest.raises(IndexError, match="out of bounds"):
+        run(body.format(size), source)
+    heap = memory.GlobalMemory([source, DATA, source.copy()])
+    assert heap.whole == 1 and heap.bytes.size == memory.PAGE
+
+
+def test_a_grid_that_no_gpu_takes_is_an_error():
+    text = f"{HEADER}.visible .entry k() {{ ret; }}"
+    ptxsim.launch(ptxsim.parse(text), (70_000, 1, 1), (32, 1, 1), [])
+    with pytest.raises(ValueError, match="grid"):
+        ptxsim.launch(ptxsim.parse(text), (1, 70_000, 1), (32, 1, 1), [])
 
 
 def test_parser_scopes_and_names():

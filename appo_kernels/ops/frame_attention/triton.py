@@ -13,8 +13,8 @@ from appo_kernels.ops.frame_mass import triton_replay
 from appo_kernels.tile_plan import key_plan, row_bounds, visitors, visits
 from appo_kernels.triton_launch import BACKWARD, FORWARD, architecture, on_its_device, padded_head_dim, tiling
 from appo_kernels.triton_launch import unsupported as _unsupported
+from appo_kernels.triton_tiles import LOG2_E
 
-LOG2_E = math.log2(math.e)
 # Row sums and maxima of all tiles, kept until the final normaliser is known. Longer inputs are taken in parts of rows.
 SCRATCH_BYTES = 256 << 20
 
@@ -84,7 +84,7 @@ def attend(
             *scratch, *query.stride()[:3], *key.stride()[:3], *value_or_any.stride()[:3], *out_or_any.stride()[:3],
             HKV, R, S, T, N, start, magnitude(scale),
             G=G, D=D, DP=padded_head_dim(D), BM=choice.rows, BN=choice.keys, BOUNDS=bounds is not None,
-            VALUE=value is not None, MASS=F > 0, NEGATIVE=scale < 0, num_warps=choice.warps, num_stages=choice.stages,
+            VALUE=value is not None, MASS=F > 0, NEGATIVE=scale < 0, **choice.options,
         )  # fmt: skip
         if F:
             forward_kernels.finish_kernel[(tiles, F, B)](
@@ -149,10 +149,12 @@ def attend_backward(
 ) -> None:
     """Writes the last three. ``grad_mass`` (B, 1 or Hq, R, F); lse contiguous; all other gradients in any strides."""
     (B, Hq, R, D), (HKV, S) = query.shape, key.shape[1:3]
-    for gradient in (grad_query, grad_key, grad_value):
-        if gradient is not None and (gradient is not grad_query or not S):
+    for gradient in (grad_key, grad_value):
+        if gradient is not None:
             gradient.zero_()  # keys that no row sees have no tile
     if not B * R * S:
+        if grad_query is not None:
+            grad_query.zero_()
         return
     G, F = Hq // HKV, 0 if grad_mass is None else grad_mass.shape[3]
     choice = tiling(BACKWARD, architecture(query.device), query.element_size(), D, G)
@@ -164,50 +166,56 @@ def attend_backward(
     lse = lse.contiguous()
     if grad_out is not None and grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
-    has_value, has_mass = value is not None and grad_out is not None, grad_mass is not None and F > 0
-    unused = lse  # a pointer for operands that a flag leaves out
-    outs = (out, grad_out) if has_value else (unused, unused)
-    grad_mass_or_any = grad_mass if has_mass and grad_mass is not None else unused
+    if value is None or grad_out is None:  # nothing reaches the values: dP is the gradient of the mass alone
+        value = grad_out = None
+    if not F:
+        grad_mass = frame_weights = None
     per_head = grad_mass is not None and (grad_mass.shape[1] != 1 or Hq == 1)
-    mass_strides = _head_strides(grad_mass, per_head) if has_mass and grad_mass is not None else (0, 0, 0, 0)
     factor = 1.0 if per_head else 1.0 / Hq
-    weights = unused if frame_weights is None else frame_weights
-    bounds_or_any = plan.order if bounds is None else bounds
-    out_strides = grad_out.stride()[:3] if has_value and grad_out is not None else (0, 0, 0)
     signed = math.copysign(magnitude(scale), scale)
+    query_strides, key_strides = query.stride()[:3], key.stride()[:3]
+    value_strides = key_strides if value is None else value.stride()[:3]
+    out_strides = (0, 0, 0) if grad_out is None else grad_out.stride()[:3]
+    lse_strides = (0, 0, 0) if grad_lse is None else grad_lse.stride()
+    mass_strides = (0, 0, 0, 0) if grad_mass is None else _head_strides(grad_mass, per_head)
+    # Kernels take a pointer for every operand, whatever their flags leave out.
+    grad_mass_or_any, weights_or_any = _or(grad_mass, lse), _or(frame_weights, lse)
+    bounds_or_any = _or(bounds, plan.order)
     common = {
         "G": G, "D": D, "DP": padded_head_dim(D), "BM": choice.rows, "BN": choice.keys, "BOUNDS": bounds is not None,
-        "MASS": has_mass, "WEIGHTED": frame_weights is not None and has_mass,
-        "num_warps": choice.warps, "num_stages": choice.stages,
+        "MASS": grad_mass is not None, "WEIGHTED": frame_weights is not None,
+        **choice.options,
     }  # fmt: skip
     delta = torch.empty_like(lse)
     backward_kernels.delta_kernel[(N, B * HKV)](
-        query, key, lse, *outs, unused if grad_lse is None else grad_lse, grad_mass_or_any, weights,
+        query, key, lse, _or(out, lse), _or(grad_out, lse), _or(grad_lse, lse), grad_mass_or_any, weights_or_any,
         plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small, bounds_or_any, delta,
-        *query.stride()[:3], *key.stride()[:3], *out_strides, *((0, 0, 0) if grad_lse is None else grad_lse.stride()),
-        *mass_strides, HKV, R, S, T, F, signed, factor, OUT=has_value, LSE=grad_lse is not None, **common,
+        *query_strides, *key_strides, *out_strides, *lse_strides, *mass_strides, HKV, R, S, T, F, signed, factor,
+        OUT=grad_out is not None, LSE=grad_lse is not None, **common,
     )  # fmt: skip
     operands = (
-        query, key, key if value is None else value, query if grad_out is None else grad_out, grad_mass_or_any,
-        weights, lse, delta,
+        query, key, _or(value, key), _or(grad_out, query), grad_mass_or_any, weights_or_any, lse, delta,
     )  # fmt: skip
     strides = (
-        *query.stride()[:3], *key.stride()[:3], *(key if value is None else value).stride()[:3], *out_strides,
-        *mass_strides, HKV, R, S, T, N, F, signed, factor,
+        *query_strides, *key_strides, *value_strides, *out_strides, *mass_strides, HKV, R, S, T, N, F, signed, factor,
     )  # fmt: skip
     if grad_query is not None:
         backward_kernels.query_kernel[(N, B * HKV)](
             *operands, grad_query, plan.order, plan.frames, plan.tiles, visit.tiles, visit.counts, bounds_or_any,
-            *strides, VALUE=has_value, **common,
+            *strides, VALUE=value is not None, **common,
         )  # fmt: skip
     if grad_key is not None or grad_value is not None:
         rows, counts = visitors(visit)
         grad_key = key.new_empty(key.shape) if grad_key is None else grad_key
-        grad_value = key.new_empty(key.shape if has_value else 1) if grad_value is None else grad_value
+        grad_value = key.new_empty(key.shape if value is not None else 1) if grad_value is None else grad_value
         backward_kernels.key_kernel[(T, B * HKV)](
             *operands, grad_key, grad_value, plan.order, plan.frames, plan.tiles, rows, counts, bounds_or_any,
-            *strides, VALUE=has_value, **common,
+            *strides, VALUE=value is not None, **common,
         )  # fmt: skip
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
 
 
 def _head_strides(grad_mass: Tensor, per_head: bool) -> tuple[int, ...]:

@@ -10,7 +10,8 @@ tile of one frame it is one number per row, which is taken off delta once per ti
 import triton
 import triton.language as tl
 
-from appo_kernels.ops.frame_mass.triton_replay import (
+from appo_kernels.triton_tiles import (
+    TO_BASE_E,
     load_bounds,
     load_keys,
     load_lse,
@@ -19,6 +20,9 @@ from appo_kernels.ops.frame_mass.triton_replay import (
     probabilities,
     visible,
 )
+
+# Strides of the gradient of the mass follow from the numbers of rows and frames: no reason to compile another kernel.
+UPSTREAM_STRIDES = ("stride_mb", "stride_mh", "stride_mr")
 
 
 @triton.jit
@@ -45,7 +49,10 @@ def frame_gradients(
     return g
 
 
-@triton.jit(do_not_specialize=["R", "S", "T", "F"])
+@triton.jit(
+    do_not_specialize=["R", "S", "T", "F", *UPSTREAM_STRIDES, "stride_lb", "stride_lh"],
+    do_not_specialize_on_alignment=["stride_mf", "stride_lr"],
+)
 def delta_kernel(
     p_query, p_key, p_lse, p_out, p_grad_out, p_grad_lse, p_grad_mass, p_weights,
     p_order, p_frames, p_tiles, p_frame_tiles, p_small, p_bounds, p_delta,
@@ -169,7 +176,9 @@ def query_step(
     return tl.dot(b_ds.to(b_key.dtype), b_key, b_dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["R", "S", "T", "N", "F"])
+@triton.jit(
+    do_not_specialize=["R", "S", "T", "N", "F", *UPSTREAM_STRIDES], do_not_specialize_on_alignment=["stride_mf"]
+)
 def query_kernel(
     p_query, p_key, p_value, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_grad_query,
     p_order, p_frames, p_tiles, p_visits, p_counts, p_bounds,
@@ -222,7 +231,7 @@ def query_kernel(
             scale, b_dq, D, DP, BM, BN, True, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
     d = tl.arange(0, DP)
-    b_dq = b_dq * (scale * 0.6931471805599453)
+    b_dq = b_dq * (scale * TO_BASE_E)
     tl.store(
         p_grad_query + flat[:, None] * D + d[None, :],
         b_dq.to(p_grad_query.dtype.element_ty),
@@ -275,7 +284,9 @@ def key_step(
     return b_dk, b_dv
 
 
-@triton.jit(do_not_specialize=["R", "S", "T", "N", "F"])
+@triton.jit(
+    do_not_specialize=["R", "S", "T", "N", "F", *UPSTREAM_STRIDES], do_not_specialize_on_alignment=["stride_mf"]
+)
 def key_kernel(
     p_query, p_key, p_value, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_grad_key, p_grad_value,
     p_order, p_frames, p_tiles, p_visitors, p_counts, p_bounds,
@@ -336,7 +347,7 @@ def key_kernel(
     d = tl.arange(0, DP)
     target = ((b64 * HKV + h64) * S + position)[:, None] * D + d[None, :]
     mask = inside[:, None] & (d < D)[None, :]
-    b_dk = b_dk * (scale * 0.6931471805599453)
+    b_dk = b_dk * (scale * TO_BASE_E)
     tl.store(p_grad_key + target, b_dk.to(p_grad_key.dtype.element_ty), mask=mask)
     if VALUE:
         tl.store(p_grad_value + target, b_dv.to(p_grad_value.dtype.element_ty), mask=mask)

@@ -9,7 +9,16 @@ shuffle or exponential is added to the loop. The mass of small frames, which sha
 import triton
 import triton.language as tl
 
-from appo_kernels.ops.frame_mass.triton_replay import load_bounds, load_keys, load_rows, packed_rows, visible
+from appo_kernels.triton_tiles import (
+    TO_BASE_2,
+    TO_BASE_E,
+    load_bounds,
+    load_keys,
+    load_rows,
+    packed_rows,
+    sum_heads,
+    visible,
+)
 
 
 @triton.jit
@@ -51,7 +60,7 @@ def online_step(
     return b_out, total, new_peak
 
 
-@triton.jit(do_not_specialize=["R", "S", "T", "N"])
+@triton.jit(do_not_specialize=["R", "S", "T", "N", "first_row_tile"])
 def online_kernel(
     p_query, p_key, p_value, p_out, p_lse, p_order, p_tiles, p_visits, p_counts, p_bounds, p_tile_sum, p_tile_max,
     stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
@@ -103,7 +112,7 @@ def online_kernel(
             D, DP, BM, BN, True, BOUNDS, VALUE, MASS, NEGATIVE,
         )  # fmt: skip
 
-    lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(total)) * 0.6931471805599453
+    lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(total)) * TO_BASE_E
     tl.store(p_lse + (b64 * HKV * G + head) * R + row, lse, mask=valid)
     if VALUE:
         b_out = b_out / tl.where(total == 0.0, 1.0, total)[:, None]
@@ -112,7 +121,10 @@ def online_kernel(
         tl.store(p + d[None, :], b_out.to(p_out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["R", "T", "N", "F"])
+@triton.jit(
+    do_not_specialize=["R", "T", "N", "F", "first_row_tile", "stride_ob", "stride_oh", "stride_or"],
+    do_not_specialize_on_alignment=["stride_of"],
+)
 def finish_kernel(
     p_tile_sum, p_tile_max, p_lse, p_kinds, p_frame_tiles, p_weights, p_out,
     stride_ob, stride_oh, stride_or, stride_of, HKV, R, T, N, F, first_row_tile, factor,
@@ -138,7 +150,7 @@ def finish_kernel(
     total = tl.zeros([BM], tl.float32)
     for kv_head in range(HKV):
         head = kv_head * G + head_in_group
-        lse = tl.load(p_lse + (b64 * HKV * G + head) * R + row, mask=valid, other=float("-inf")) * 1.4426950408889634
+        lse = tl.load(p_lse + (b64 * HKV * G + head) * R + row, mask=valid, other=float("-inf")) * TO_BASE_2
         base = ((b64 * HKV + kv_head) * tl.num_programs(0) + local_tile) * T * BM
         mass = tl.zeros([BM], tl.float32)
         for tile in range(tile_start, tile_stop):
@@ -148,13 +160,12 @@ def finish_kernel(
             mass += tl.where(known, tile_sum * tl.exp2(tile_max - lse), 0.0)
         if PER_HEAD:
             p = p_out + head.to(tl.int64) * stride_oh + row.to(tl.int64) * stride_or
-            tl.store(p, tl.load(p, mask=valid, other=0.0) + mass * factor, mask=valid)
+            tl.store(p, tl.fma(mass, factor, tl.load(p, mask=valid, other=0.0)), mask=valid)
         else:
             total += mass
     if not PER_HEAD:
-        r = tl.arange(0, ROWS)
-        member = (lane // G)[None, :] == r[:, None]
-        summed = tl.sum(tl.where(member, total[None, :], 0.0), 1)
+        r = tl.arange(0, ROWS)[:, None]
         inside = (r < BM // G) & (row_tile * (BM // G) + r < R)
         p = p_out + (row_tile * (BM // G) + r).to(tl.int64) * stride_or
-        tl.store(p, tl.load(p, mask=inside, other=0.0) + summed * factor, mask=inside)
+        summed = sum_heads(total[:, None], G, BM, ROWS, 1)
+        tl.store(p, tl.fma(summed, factor, tl.load(p, mask=inside, other=0.0)), mask=inside)

@@ -7,11 +7,12 @@ import triton
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
-from appo_kernels.logits import convertible_columns, operand, product, tiles
+from appo_kernels.logits import convertible_columns, operand, product, tiles, whole_lines
 from appo_kernels.ops.group_divergence.streaming import Selection, select
 from appo_kernels.ops.group_divergence.triton_fold import slots_kernel
 from appo_kernels.triton_launch import on_its_device
 from appo_kernels.triton_launch import unsupported as _unsupported
+from appo_kernels.triton_rows import row_layout
 
 TILE_BYTES = 64 << 20  # fp32 logits of the unique rows: few launches, and products that fill a GPU
 COLUMNS = 512  # of a slot's members that a program holds at a time
@@ -38,14 +39,14 @@ def forward(
         divergence.zero_()
         return
     rows = operand(hidden[selection.response, selection.position])  # (U, D)
-    wide = min(V, convertible_columns(weight), max(256, TILE_BYTES // (U * 4)))
+    wide = whole_lines(V, min(convertible_columns(weight), max(256, TILE_BYTES // (U * 4))))
     tile = torch.empty(U, wide, dtype=torch.float32, device=hidden.device)
     row_lse = lse[selection.response, selection.position].float()
     total = torch.zeros(len(selection.members), dtype=torch.float32, device=hidden.device)
     for columns in tiles(V, wide):
         logits = product(rows, operand(weight[columns]).t(), out=tile[:, : columns.stop - columns.start])
         _fold(
-            logits[None], None if bias is None else bias[columns], row_lse, selection.members, U, kind, V, total,
+            logits, None if bias is None else bias[columns], row_lse, selection.members, U, kind, V, total,
             temperature, softcap,
         )  # fmt: skip
     _finish(total, selection, kind, divergence)
@@ -82,16 +83,16 @@ def _fold(
     temperature: float,
     softcap: float | None,
 ) -> None:
-    """logits (B, T, v), any strides with a unit last one; lse of all B T rows; members (S, G) flat rows."""
+    """logits (B, T, v) or (m, v), any strides with a unit last one; lse of all rows; members (S, G) flat rows."""
     S, G = members.shape
-    v = logits.shape[2]
+    stride_b, stride_t, T, v = row_layout(logits)
     if not S:
         return
     slots_kernel[(S,)](
-        logits, members if bias is None else bias, lse, members.contiguous(), total, logits.stride(0), logits.stride(1),
-        logits.shape[1], missing, S, G, v, softcap or 1.0, temperature, -math.log(V),
+        logits, members if bias is None else bias, lse, members.contiguous(), total, stride_b, stride_t,
+        T, missing, S, G, v, softcap or 1.0, temperature, -math.log(V),
         KL=kind == "kl", CAP=softcap is not None, BIAS=bias is not None, GP=triton.next_power_of_2(G),
-        BLOCK=min(COLUMNS, triton.next_power_of_2(v)), num_warps=4,
+        BLOCK=COLUMNS, num_warps=4,
     )  # fmt: skip
 
 

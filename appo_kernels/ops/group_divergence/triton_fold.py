@@ -15,7 +15,7 @@ def exp_minus_line(d):
     return tl.where(tl.abs(d) < 0.5, series, tl.exp(d) - d - 1.0)
 
 
-@triton.jit(do_not_specialize=["S", "v", "T"])
+@triton.jit(do_not_specialize=["T", "missing", "S", "G", "v"])
 def slots_kernel(
     p_logits, p_bias, p_lse, p_members, p_total, stride_b, stride_t, T, missing, S, G, v, cap, temperature, log_uniform,
     KL: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr,
