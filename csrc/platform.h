@@ -115,7 +115,9 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return error;
   }
-  kernel<<<grid, block, shared_bytes, stream> > >(params);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, stream>>>(params);
+  // clang-format on
   return cudaGetLastError();
 }
 
