@@ -12,6 +12,7 @@ import functools
 import os
 from collections.abc import Collection
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -122,6 +123,15 @@ def call(op: str, launcher: str, params: ctypes.Structure, device: torch.device)
     if error:
         text = library.appo_error_text(error).decode()
         raise CudaKernelError(f"{op}: {launcher} failed: {text} (CUDA error {error})")
+
+
+def next_best(op: str, tensor: Tensor) -> ModuleType:
+    """Who serves, under backend "cuda", what an operator has no CUDA kernel for: Triton on GPUs if it can, or torch."""
+    problem = dispatch.Problem(op, tensor.device, tensor.dtype)
+    on_gpu = tensor.device.type == "cuda" and dispatch.why_not(problem, "triton") is None
+    module = dispatch.implementation(op, "triton" if on_gpu else "torch")
+    assert module is not None
+    return module
 
 
 def pointer(tensor: Tensor | None) -> int | None:

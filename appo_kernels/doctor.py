@@ -89,6 +89,10 @@ def library_lines() -> list[str]:
 
         forward, backward = (", ".join(map(str, d)) for d in (attention.HEAD_DIMS, attention.GRAD_HEAD_DIMS))
         lines.append(f"  attention: head sizes {forward} forward, {backward} backward; Triton serves the others")
+        lines.append(
+            "  logits: logits_weighted_surrogate and group_divergence_from_logits; Triton serves the forms that"
+        )
+        lines.append("  start from hidden states (linear_weighted_surrogate, group_divergence) and token_logprobs")
     emulated = cuda_library.emulation_path()
     if emulated:
         lines.append(f"  emulated on the CPU by {emulated} (APPO_EMULATION_LIBRARY; for tests)")

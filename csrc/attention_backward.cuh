@@ -89,11 +89,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   list.template find<kRows>(p.visibility, b, first_row, p.rows, p.keys);
   const int tile_count = list.count();
 
-  load_tile<D, kRows>(query_tile, query, p.query_stride_r, first_row, p.rows);
+  // Two rounds through the same code: the first, over the keys of frames, for their part of delta; the
+  // second, over all visible keys, for the gradient. Each has its own sequence of stages.
+  const int first_round = grad_mass ? 0 : 1, end_round = p.grad_query ? 2 : 1;
+  const bool any_round = first_round < end_round;  // else delta needs no keys, and only delta is wanted
+
+  if (any_round) load_tile<D, kRows>(query_tile, query, p.query_stride_r, first_row, p.rows);
   if constexpr (kWithValue) {
     const T* grad_out = static_cast<const T*>(p.grad_out) + b * p.grad_out_stride_b + h * p.grad_out_stride_h;
     const T* out = static_cast<const T*>(p.out) + b * p.out_stride_b + h * p.out_stride_h;
-    load_tile<D, kRows>(grad_out_tile, grad_out, p.grad_out_stride_r, first_row, p.rows);
+    if (any_round) load_tile<D, kRows>(grad_out_tile, grad_out, p.grad_out_stride_r, first_row, p.rows);
     row_dots<T, D>(grad_out, p.grad_out_stride_r, out, p.out_stride_r, first_row, p.rows, dots);
   }
 
@@ -127,14 +132,12 @@ __global__ void __launch_bounds__(kThreads, 2)
       view_row[3] = 0;
     }
   };
-  // Two rounds through the same code: the first, over the keys of frames, for their part of delta; the
-  // second, over all visible keys, for the gradient. Each has its own sequence of stages.
   const float unit = score_unit(p);
   const LeftView<D> left;
   const RightView<D> right;
   float result[D / 8][4] = {};
 #pragma unroll 1
-  for (int round = grad_mass ? 0 : 1; round < (p.grad_query ? 2 : 1); round++) {
+  for (int round = first_round; round < end_round; round++) {
     auto next_wanted = [&](int index) {
       while (round == 0 && index < tile_count && frame_range<kKeys>(frame_ranges, list.tile(index)).y < 0)
         index++;
@@ -205,7 +208,6 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
   if (!p.grad_query) {
     finish_delta();
-    platform::wait_for_copies<0>();
     return;
   }
   const float factor[2] = {p.scale / unit, p.scale / unit};
@@ -378,7 +380,9 @@ __global__ void __launch_bounds__(kThreads)
     multiply<D, kStepRows>(key_result, gradient, query_tile, left);
   }
   platform::wait_for_copies<0>();
-  __syncthreads();  // the key and value tiles, read by every warp's own rows only, become staging areas
+  // The key and value tiles, of which every warp reads its own rows only, become staging areas. The barrier
+  // is for blocks that no row sees: nobody has yet waited for what the other warps have copied there.
+  __syncthreads();
 
   const int64_t offset = (static_cast<int64_t>(b) * p.key_heads + key_head) * p.keys * D;
   const int warp_key = first_key + warp * kWarpRows;

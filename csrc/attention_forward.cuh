@@ -182,7 +182,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   if constexpr (kWithValue) {
     T* out = static_cast<T*>(p.out) + b * p.out_stride_b + h * p.out_stride_h;
-    __syncthreads();  // every warp has read its rows of the query tile, which is the staging area
+    // The query tile, of which every warp reads its own rows only, becomes the staging area. The barrier is
+    // for blocks that see no key: nobody has yet waited for what the other warps have copied there.
+    __syncthreads();
     store_rows<D>(out, p.out_stride_r, first_row + warp * kWarpRows, p.rows, result, inverse,
                   query_tile + warp * kWarpRows * D);
   }

@@ -132,6 +132,14 @@ PTX_FAULTS = [
         "ptx",
     ),
     Fault(
+        "operands of mma in the wrong order, fp16",
+        "frame_attention in fp16",
+        "platform.h",
+        """f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}""",
+        """f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %6, %5, %7}""",
+        "ptx",
+    ),
+    Fault(
         "halves of a packed pair exchanged",
         "frame_attention",
         "platform.h",
@@ -150,7 +158,7 @@ PTX_FAULTS = [
 ]
 
 
-def planted(fault: Fault | None, folder: Path) -> Path:
+def planted(fault: Fault | None, folder: Path, element: str = "__nv_bfloat16") -> Path:
     """A copy of csrc/ in ``folder``, with the fault.
 
     Attention is built for one element type and head size: enough to show a fault, and compiled in a fifth of the time.
@@ -160,10 +168,11 @@ def planted(fault: Fault | None, folder: Path) -> Path:
     launch = sources / "attention_launch.h"
     text = launch.read_text()
     begin, end = text.index("#define APPO_FOR_ELEMENT"), text.index("namespace appo {")
+    number = {"__nv_bfloat16": "kBfloat16", "__half": "kFloat16"}[element]
     only = (
         "#define APPO_FOR_HEAD_DIM(function, params, stream) \\\n"
-        "  ((params).head_dim == 64 && (params).element == appo::kBfloat16 \\\n"
-        "       ? function<__nv_bfloat16, 64>(params, stream) : cudaErrorInvalidValue)\n\n"
+        f"  ((params).head_dim == 64 && (params).element == appo::{number} \\\n"
+        f"       ? function<{element}, 64>(params, stream) : cudaErrorInvalidValue)\n\n"
     )
     launch.write_text(text[:begin] + only + text[end:])
     if fault is not None:

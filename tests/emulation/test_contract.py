@@ -2,12 +2,13 @@
 
 import importlib
 import itertools
+import types
 
 import pytest
 import torch
 from contract import may_refuse
 
-from appo_kernels import dispatch, doctor
+from appo_kernels import cuda_library, dispatch, doctor
 
 CPU = torch.device("cpu")
 ROWS = ("test_group_divergence", "test_logits_weighted_surrogate", "test_linear_weighted_surrogate")
@@ -20,6 +21,16 @@ def test_cuda_refuses_what_it_may_and_nothing_else(op: str) -> None:
         problem = dispatch.Problem(op, CPU, dtype, head_dim, needs_grad)
         reason = dispatch.why_not(problem, "cuda")
         assert (reason is not None) == may_refuse(problem, "cuda"), f"{problem}: {reason or 'served'}"
+
+
+@pytest.mark.parametrize("op", ["weighted_surrogate", "group_divergence"])
+def test_what_has_no_cuda_kernel_is_tritons_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert cuda_library.next_best(op, on_gpu) is dispatch.implementation(op, "triton")
+    on_gpu.dtype = torch.float64
+    assert cuda_library.next_best(op, on_gpu) is dispatch.implementation(op, "torch")
+    assert cuda_library.next_best(op, torch.zeros(1)) is dispatch.implementation(op, "torch")
 
 
 @pytest.mark.parametrize("module", ROWS)

@@ -171,6 +171,23 @@ def test_bitwise_equal_under_every_schedule(emulator: Emulator, head_dim: int, s
         assert torch.equal(a, b)
 
 
+# Blocks that visit no tile never wait for what they had begun to load. 256 is the size that keeps its queries there.
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_blocks_that_see_nothing(emulator: Emulator, head_dim: int) -> None:
+    example = case(batch=1, heads=(2, 1), rows=70, keys=70, head_dim=head_dim, layout="equal", visibility="causal")
+    blind = torch.full_like(example.bounds["last_key"], -1)
+    for seed in range(1, 7):
+        with emulator.schedule(seed):
+            results = attention_results(
+                frame_attention,
+                example._replace(bounds={"last_key": blind}).to(BF16),
+                gradients=head_dim == 64,
+                backend="cuda",
+            )
+        assert results.pop("lse").isneginf().all()
+        assert all(not tensor.any() for tensor in results.values())
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 def test_no_bank_conflicts(emulator: Emulator, head_dim: int) -> None:
     """Tiles are laid out so that ldmatrix and cp.async never wait for a bank, in any pass."""

@@ -3,6 +3,7 @@
 The emulation runs the same sources as C++ and so never sees the inline assembly of platform.h; this does.
 """
 
+import functools
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from ptxsim.parser import Program, parse
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc: install the CUDA toolkit")
 SOURCE = {
     "frame_attention": "frame_attention.cu",
+    "frame_attention in fp16": "frame_attention.cu",
     "frame_mass": "frame_mass.cu",
     "surrogate": "weighted_surrogate.cu",
     "divergence": "group_divergence.cu",
@@ -34,13 +36,13 @@ SOURCE = {
 }
 
 
-def run_attention() -> None:
+def run_attention(dtype: torch.dtype = torch.bfloat16) -> None:
     # A row and a key tile that are cut, one that is whole, and a second stage: what a block can meet, in two blocks.
     example = case(
         batch=1, heads=(2, 1), rows=20, keys=101, head_dim=64, layout="interleaved", visibility="left padding"
     )
     frame_attention(
-        *(t.bfloat16() for t in example[:3]), example.frame_ids, num_frames=FRAMES, backend="cuda", **example.bounds
+        *(t.to(dtype) for t in example[:3]), example.frame_ids, num_frames=FRAMES, backend="cuda", **example.bounds
     )
 
 
@@ -105,7 +107,12 @@ def differences(
     operator: str, sources: Path, emulator: Emulator, patch: Any, folder: Path, seed: int | None = 0
 ) -> list[float]:
     """Largest difference between compiled and emulated kernels, of each buffer that the operator's kernels write."""
-    run = {"frame_attention": run_attention, "backward": run_backward}.get(operator) or RUNS[operator]
+    mine = {
+        "frame_attention": run_attention,
+        "frame_attention in fp16": functools.partial(run_attention, torch.float16),
+        "backward": run_backward,
+    }
+    run = mine.get(operator) or RUNS[operator]
     with emulator.record() as launches:
         calls = record(run, patch)
     ptx = compiled(sources, SOURCE[operator], folder)
@@ -126,12 +133,15 @@ def differences(
 
 
 def difference(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], operator: str) -> float:
-    """Relative to the largest number; inf where one is not finite and the other is. Both as fp32, or else as bf16."""
+    """Relative to the largest number; inf where one is not finite and the other is. As fp32, or else as 16 bits."""
     views = []
     for data in (got, wanted):
         fp32 = data.view(np.float32).astype(np.float64) if data.size % 4 == 0 else None
-        bf16 = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-        views.append((fp32, bf16))
+        if operator.endswith("in fp16"):
+            half = data.view(np.float16).astype(np.float64)
+        else:
+            half = (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+        views.append((fp32, half))
     options = []
     for mine, theirs in zip(*views, strict=True):
         if mine is None or theirs is None:
@@ -157,13 +167,14 @@ TOLERANCE = 1e-2
     [
         "frame_attention",
         "surrogate",
+        "frame_attention in fp16",
         *(pytest.param(x, marks=pytest.mark.slow) for x in ("frame_mass", "divergence", "backward")),
     ],
 )
 def test_compiled_kernels_agree_with_the_emulation(
     operator: str, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sources = planted(None, tmp_path)
+    sources = planted(None, tmp_path, "__half" if operator.endswith("in fp16") else "__nv_bfloat16")
     assert max(differences(operator, sources, emulator, monkeypatch, tmp_path)) < TOLERANCE
 
 
@@ -173,7 +184,7 @@ def test_compiled_kernels_agree_with_the_emulation(
 def test_fault_of_the_assembly_is_caught(
     fault: Fault, emulator: Emulator, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    sources = planted(fault, tmp_path)
+    sources = planted(fault, tmp_path, "__half" if fault.operator.endswith("in fp16") else "__nv_bfloat16")
     try:
         found = max(differences(fault.operator, sources, emulator, monkeypatch, tmp_path))
     except IndexError as error:  # the simulator's word for an access outside of a buffer

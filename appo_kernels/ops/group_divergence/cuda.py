@@ -1,22 +1,20 @@
 """group_divergence, backend "cuda": csrc/group_divergence.
 
-``group_divergence_from_logits`` is one kernel. ``group_divergence`` spends its time in matrix products, which are the
-vendor's library either way: it is the torch backend's.
+``group_divergence_from_logits`` is one kernel. ``group_divergence`` is matrix products, the vendor's library either
+way, and passes between them, which are Triton's.
 """
 
 import ctypes
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from appo_kernels import cuda_library
 from appo_kernels.dispatch import Problem
-from appo_kernels.ops.group_divergence import streaming
 
 OP = "group_divergence_from_logits"
-
-forward = streaming.forward
 
 
 class DivergenceParams(cuda_library.Params):
@@ -44,6 +42,11 @@ CHUNK = 8192  # words per block: kDivergenceChunk
 
 def unsupported(problem: Problem) -> str | None:
     return cuda_library.why_not(problem, cuda_library.LOGITS)
+
+
+def forward(hidden: Tensor, *operands: Any) -> None:
+    """Arguments as of ``streaming.forward``."""
+    cuda_library.next_best("group_divergence", hidden).forward(hidden, *operands)
 
 
 def forward_from_logits(

@@ -1,10 +1,11 @@
 """weighted_surrogate, backend "cuda": csrc/weighted_surrogate.
 
 ``logits_weighted_surrogate`` is two kernels, each of which reads every row of logits once. The plain surrogate is a few
-operations on (B, T) numbers and the linear one three matrix products: both are the torch backend's.
+operations on (B, T) numbers, the torch backend's; the linear one is matrix products and passes between them, Triton's.
 """
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,6 @@ from appo_kernels.ops.weighted_surrogate.loss import MASK, SHARE, Settings, eval
 OP = "logits_weighted_surrogate"
 
 forward = streaming.forward
-linear_forward = streaming.linear_forward
 
 
 class SurrogateParams(cuda_library.Params):
@@ -47,6 +47,11 @@ class SurrogateParams(cuda_library.Params):
 
 def unsupported(problem: Problem) -> str | None:
     return cuda_library.why_not(problem, cuda_library.LOGITS)
+
+
+def linear_forward(hidden: Tensor, *operands: Any) -> None:
+    """Arguments as of ``streaming.linear_forward``."""
+    cuda_library.next_best("weighted_surrogate", hidden).linear_forward(hidden, *operands)
 
 
 def logits_forward(
