@@ -20,6 +20,7 @@ from torch import Tensor
 from appo_kernels import dispatch
 
 FILE_NAME = "libappo_cuda.so"
+DECISION_NAME = "cuda_build.txt"
 LEAST_CAPABILITY = (8, 0)
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/launch.h
 HALVES = (torch.float16, torch.bfloat16)
@@ -32,11 +33,21 @@ class CudaKernelError(RuntimeError):
 
 def path() -> Path | None:
     """Where the library for NVIDIA GPUs is, or None where it was not built."""
+    return _installed(FILE_NAME)
+
+
+def build_decision() -> str | None:
+    """What the install decided on the CUDA kernels, and why: one line; None where nothing was installed."""
+    file = _installed(DECISION_NAME)
+    return None if file is None else file.read_text().strip()
+
+
+def _installed(name: str) -> Path | None:
     import appo_kernels
 
     # An editable install has two directories of the package: the sources, and what was built.
     for folder in appo_kernels.__path__:
-        candidate = Path(folder) / FILE_NAME
+        candidate = Path(folder) / name
         if candidate.exists():
             return candidate
     return None

@@ -78,9 +78,9 @@ def library_lines() -> list[str]:
     lines = []
     built_for = cuda_library.built_for()
     if built_for is None:
+        lines.append(cuda_library.build_decision() or "CUDA kernels not built: the package was not installed with pip")
         lines.append(
-            "CUDA kernels: not built. Install again where nvcc is on PATH; with APPO_CUDA=ON the install then fails "
-            "and says why if they cannot be built. Triton needs no build."
+            "  Install again where nvcc is on PATH; APPO_CUDA=ON makes it an error where they cannot be built."
         )
     else:
         lines.append(f"CUDA kernels: {cuda_library.path()}")

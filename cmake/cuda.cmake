@@ -1,6 +1,13 @@
 # The CUDA library, where it can be built. Says in one line what was decided; with APPO_CUDA=ON, why it cannot be done is an
 # error that says what would help.
 
+# pip shows the line with -v only; `python -m appo_kernels.doctor` reads it from the package.
+function(say_and_install decision)
+  message(STATUS "appo: ${decision}")
+  file(WRITE ${CMAKE_CURRENT_BINARY_DIR}/cuda_build.txt "${decision}\n")
+  install(FILES ${CMAKE_CURRENT_BINARY_DIR}/cuda_build.txt DESTINATION appo_kernels)
+endfunction()
+
 # Sets `problem` in the caller to why the CUDA kernels cannot be built here, or to "".
 function(find_problem_with_cuda)
   include(CheckLanguage)
@@ -49,7 +56,7 @@ function(choose_architectures)
 endfunction()
 
 if(APPO_CUDA STREQUAL "OFF")
-  message(STATUS "appo: CUDA kernels not built (APPO_CUDA=OFF)")
+  say_and_install("CUDA kernels not built (APPO_CUDA=OFF)")
   return()
 endif()
 set(CMAKE_CUDA_ARCHITECTURES OFF)  # chosen below, as arguments
@@ -57,13 +64,13 @@ find_problem_with_cuda()
 if(problem AND APPO_CUDA STREQUAL "ON")
   message(FATAL_ERROR "appo: APPO_CUDA=ON, but ${problem}. With APPO_CUDA=AUTO the CUDA kernels would be left out.")
 elseif(problem)
-  message(STATUS "appo: CUDA kernels not built: ${problem}; Triton serves NVIDIA GPUs without them")
+  say_and_install("CUDA kernels not built: ${problem}; Triton serves NVIDIA GPUs without them")
   return()
 endif()
 
 enable_language(CUDA)
 choose_architectures()
-message(STATUS "appo: building CUDA kernels with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${arch_names}")
+say_and_install("CUDA kernels built with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${arch_names}")
 
 add_library(appo_cuda MODULE ${kernels})
 target_compile_options(appo_cuda PRIVATE ${arch_options} --threads=0 --expt-relaxed-constexpr -Xfatbin=-compress-all)

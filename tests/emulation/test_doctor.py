@@ -1,5 +1,7 @@
 """The doctor tells what is served here, and refusals in the backends' own words."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -20,6 +22,18 @@ def test_without_the_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("APPO_EMULATION_LIBRARY")
     lines = doctor.backend_lines("frame_mass", "cuda", torch.device("cpu"))
     assert lines == ["    cuda    no: its kernels run on NVIDIA GPUs and these are CPU tensors"]
+
+
+def test_why_the_kernels_were_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The line that CMake leaves in the package is told; without one, that nothing was installed."""
+    monkeypatch.setattr(cuda_library, "_installed", lambda name: None)
+    monkeypatch.setattr(cuda_library, "native", lambda: None)
+    assert "not installed with pip" in doctor.library_lines()[0]
+    decision = tmp_path / cuda_library.DECISION_NAME
+    decision.write_text("CUDA kernels not built: no nvcc found\n")
+    monkeypatch.setattr(cuda_library, "_installed", {cuda_library.DECISION_NAME: decision}.get)
+    told = doctor.library_lines()
+    assert told[0] == "CUDA kernels not built: no nvcc found" and "APPO_CUDA=ON" in told[1]
 
 
 def test_a_failed_launch_names_operator_and_cause() -> None:
