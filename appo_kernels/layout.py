@@ -112,7 +112,8 @@ class Rows:
     prefix: Tensor | None
 
     def hidden(self, tile: "KeyTile") -> bool | Tensor:
-        """False: every row sees every key of the tile. True: none sees any. Else (rows, keys of the tile) bool."""
+        """False: every row sees every key of the tile. True: none sees any. Else (rows, keys of the tile) int32, 1
+        where a key is hidden: comparisons are several times faster into integers than into bools."""
         if self.first is None and self.last is None:
             return False
         whole: Tensor | bool = True
@@ -128,14 +129,27 @@ class Rows:
         if bool(torch.as_tensor(apart).all()):
             return True
         keys = tile.positions
-        hidden = torch.zeros(self.stop - self.start, len(keys), dtype=torch.bool, device=keys.device)
+        hidden = torch.zeros(self.stop - self.start, len(keys), dtype=torch.int32, device=keys.device)
+        compared = torch.empty_like(hidden)
         if self.first is not None:
-            hidden |= keys < self.first[:, None]
+            hidden |= torch.lt(keys, self.first[:, None].int(), out=compared)
         if self.last is not None:
-            hidden |= keys > self.last[:, None]
+            hidden |= torch.gt(keys, self.last[:, None].int(), out=compared)
         if self.prefix is not None:
-            hidden &= keys >= self.prefix[:, None]
+            hidden &= torch.ge(keys, self.prefix[:, None].int(), out=compared)
         return hidden
+
+
+def hide(scores: Tensor, hidden: Tensor) -> None:
+    """Makes (..., rows, n) ``scores`` -inf where ``hidden``, (rows, n) int32, is 1, whatever stood there, NaN included.
+
+    On the bits, since masked_fill_ with a mask that is broadcast takes ten times as long on a CPU.
+    """
+    integers = {torch.float32: torch.int32, torch.float64: torch.int64}[scores.dtype]
+    minus_infinity = torch.full((), -torch.inf, dtype=scores.dtype, device=scores.device).view(integers)
+    bits, hidden = scores.view(integers), hidden.to(integers)
+    bits &= hidden - 1
+    bits |= hidden * minus_infinity
 
 
 def row_tiles(

@@ -17,6 +17,8 @@ LOG2_E = math.log2(math.e)
 MAX_KEYS = 512
 # Scores of a tile, over the query heads of one key head: they stay in a cache while they are exponentiated and summed.
 TILE_SCORES = 1 << 19
+# What is kept of all query heads while a tile of rows walks the keys: 4 Mi numbers are 16 MiB in fp32.
+STATE_NUMBERS = 4 << 20
 
 
 def base_two(scale: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -68,35 +70,31 @@ def attend(
     per_head: bool,
 ) -> None:
     """Writes ``lse``, and ``out`` if there is a value; adds to ``mass``, (B, Hq, R, F) when ``per_head``."""
-    batch, heads, rows, _ = query.shape
+    batch, heads, rows, head_dim = query.shape
     num_frames, group = mass.shape[-1], heads // key.shape[1]
     factor, log2_e = base_two(scale, lse.dtype)
+    most_rows = STATE_NUMBERS // (heads * (num_frames + head_dim + 3))
     for b in range(batch):
         tiles = layout.key_tiles(frame_ids[b], num_frames, MAX_KEYS, frames_only=False)
-        size = max(16, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
-        for part in layout.row_tiles(b, rows, size, first_key, last_key, prefix_keys):
+        size = min(most_rows, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
+        for part in layout.row_tiles(b, rows, max(16, size), first_key, last_key, prefix_keys):
             here = slice(part.start, part.stop)
-            total = query.new_zeros(part.stop - part.start, num_frames, dtype=lse.dtype)
-            for kv in range(key.shape[1]):
-                of_kv = slice(kv * group, (kv + 1) * group)
-                one_value = None if value is None else value[b, kv]
-                sums, peak, weighted = _online_softmax(
-                    query[b, of_kv, here], key[b, kv], one_value, tiles, part, factor, mass
-                )
-                denominator = sums.sum(-1)  # (g, rows)
-                lse[b, of_kv, here] = peak / log2_e + denominator.log()
-                inverse = torch.where(denominator == 0, 0, 1 / denominator)[..., None]
-                if out is not None and weighted is not None:
-                    out[b, of_kv, here] = weighted.mul_(inverse).to(out.dtype)
-                by_head = sums[..., :num_frames] * inverse
-                if frame_weights is not None:
-                    by_head *= frame_weights[b]
-                if per_head:
-                    mass[b, of_kv, here] += by_head
-                else:
-                    total += by_head.sum(0)
-            if not per_head:
-                mass[b, here] += total.mul_(1 / heads)
+            one_value = None if value is None else value[b]
+            sums, peak, weighted = _online_softmax(
+                query[b, :, here], key[b], one_value, tiles, part, factor, num_frames
+            )
+            denominator = sums.sum(-1)  # (Hq, rows)
+            lse[b, :, here] = peak / log2_e + denominator.log()
+            inverse = torch.where(denominator == 0, 0, 1 / denominator)[..., None]
+            if out is not None and weighted is not None:
+                out[b, :, here] = weighted.mul_(inverse).to(out.dtype)
+            by_head = sums[..., :num_frames].mul_(inverse)
+            if frame_weights is not None:
+                by_head *= frame_weights[b]
+            if per_head:
+                mass[b, :, here] += by_head
+            else:
+                mass[b, here] += by_head.sum(0).mul_(1 / heads)
 
 
 def _online_softmax(
@@ -106,38 +104,40 @@ def _online_softmax(
     tiles: list[layout.KeyTile],
     part: layout.Rows,
     factor: float,
-    mass: Tensor,
+    num_frames: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of the heads that share one key head: query (g, rows, d), key and value (S, d).
+    """Some rows of one sequence: query (Hq, rows, d), key and value (Hkv, S, d).
 
-    Returns the frame sums (g, rows, F + 1) and value product (g, rows, d) of exp2(factor query . key - peak), and the
-    peak (g, rows).
+    Returns the frame sums (Hq, rows, F + 1) and value product (Hq, rows, d) of exp2(factor query . key - peak), and the
+    peak (Hq, rows).
     """
-    group, rows, head_dim = query.shape
-    dtype = compute_dtype(query.dtype)
-    query = query.to(dtype).reshape(-1, head_dim)  # (g rows, d)
-    sums = query.new_zeros(group, rows, mass.shape[-1] + 1)
-    peak = query.new_full((group, rows, 1), -math.inf)
-    weighted = None if value is None else query.new_zeros(len(query), head_dim)
+    heads, rows, head_dim = query.shape
+    dtype, group = compute_dtype(query.dtype), heads // len(key)
+    queries = query.to(dtype).reshape(len(key), group * rows, head_dim)
+    sums = queries.new_zeros(len(key), group, rows, num_frames + 1)
+    peaks = queries.new_full((len(key), group, rows, 1), -math.inf)
+    weighted = None if value is None else torch.zeros_like(queries)
     for tile in tiles:
         hidden = part.hidden(tile)
         if hidden is True:
             continue
-        scores = query.new_empty(group, rows, len(tile))
-        flat = scores.view(len(query), -1)
-        # The same rounding as in the gradient, whose probabilities then add up to 1 with this lse.
-        torch.addmm(flat, query, tile.take(key, dtype).t(), beta=0, alpha=factor, out=flat)
-        if isinstance(hidden, Tensor):
-            scores.masked_fill_(hidden, -math.inf)
-        highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
-        finite = highest.masked_fill(torch.isneginf(highest), 0)  # a row that has seen no key yet
-        rescale = peak.sub_(finite).exp2_()
-        scores.sub_(finite).exp2_()
-        tile.add_frame_sums(scores, sums.mul_(rescale))
-        if weighted is not None and value is not None:
-            weighted.mul_(rescale.view(-1, 1)).addmm_(flat, tile.take(value, dtype))
-        peak = highest
-    return sums, peak[..., 0], None if weighted is None else weighted.view(group, rows, head_dim)
+        scores = queries.new_empty(group, rows, len(tile))
+        flat = scores.view(group * rows, -1)
+        for kv, peak in enumerate(peaks):
+            # The same rounding as in the gradient, whose probabilities then add up to 1 with this lse.
+            torch.addmm(flat, queries[kv], tile.take(key[kv], dtype).t(), beta=0, alpha=factor, out=flat)
+            if isinstance(hidden, Tensor):
+                layout.hide(scores, hidden)
+            highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
+            finite = highest.masked_fill(torch.isneginf(highest), 0)  # a row that has seen no key yet
+            rescale = (peak - finite).exp2_()
+            scores.sub_(finite).exp2_()
+            tile.add_frame_sums(scores, sums[kv].mul_(rescale))
+            if weighted is not None and value is not None:
+                weighted[kv].mul_(rescale.view(-1, 1)).addmm_(flat, tile.take(value[kv], dtype))
+            peak.copy_(highest)
+    shape = (heads, rows, -1)
+    return sums.view(shape), peaks.view(heads, rows), None if weighted is None else weighted.view(shape)
 
 
 def backward(
@@ -295,5 +295,5 @@ def _probabilities(query: Tensor, column: Tensor, shift: Tensor, hidden: bool | 
     torch.addmm(scores, query, column, beta=0, alpha=factor, out=scores)
     scores += shift[:, None]
     if isinstance(hidden, Tensor):
-        scores.masked_fill_(hidden, -math.inf)
+        layout.hide(scores, hidden)
     return scores.exp2_()

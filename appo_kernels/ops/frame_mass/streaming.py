@@ -90,7 +90,7 @@ def _add_tile(
         torch.mm(query[of_kv, here].to(column.dtype).flatten(0, 1), column, out=scores.view(group * rows, -1))
         torch.add(shift[of_kv, here, None], scores, alpha=factor, out=scores)
         if isinstance(hidden, Tensor):
-            scores.masked_fill_(hidden, -math.inf)
+            layout.hide(scores, hidden)
         scores.exp2_()
         if per_head:
             _add_sums(scores, tile, weights, mass[of_kv, here])
