@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   // To be called once, when this lane's part of the sum over keys of frames is complete.
   auto finish_delta = [&] {
-    if constexpr (kWithValue) __syncthreads();  // `dots` are written
+    if constexpr (kWithValue) __syncwarp();  // a row's `dots` are written and read in one warp
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       delta[half] = quad_sum(delta[half]);

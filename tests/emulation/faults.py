@@ -10,7 +10,7 @@ from pathlib import Path
 
 from library import SOURCES
 
-FORWARD, TILES = "attention_forward.cuh", "attention_tiles.cuh"
+FORWARD, BACKWARD, TILES = "attention_forward.cuh", "attention_backward.cuh", "attention_tiles.cuh"
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,32 @@ FAULTS = [
         "message", "deadlock",
     ),
     Fault(
+        "missing barrier before a stage of the pass over keys is read",
+        "backward", BACKWARD,
+        "advance(at)) {\n    platform::wait_for_copies<kStages - 2>();\n    __syncthreads();\n",
+        "advance(at)) {\n    platform::wait_for_copies<kStages - 2>();\n",
+        "schedule",
+    ),
+    Fault(
+        "too weak a wait in the pass over rows",
+        "backward", BACKWARD,
+        "kStages - 2>();\n      __syncthreads();\n      start_stage();",
+        "kStages - 1>();\n      __syncthreads();\n      start_stage();",
+        "result",
+    ),
+    Fault(
+        "a lane's dot read by another without a barrier",
+        "backward", BACKWARD,
+        "    if constexpr (kWithValue) __syncwarp();  // a row's `dots`", "    // a row's `dots`",
+        "race",
+    ),
+    Fault(
+        "one thread too many in the mean over heads",
+        "frame_attention", "head_mean.cu",
+        "if (element >= elements) return;", "if (element > elements) return;",
+        "address",
+    ),
+    Fault(
         "race on a stage",
         "frame_attention", FORWARD,
         "    __syncthreads();\n    start_stage(index", "    start_stage(index",
@@ -186,6 +212,7 @@ def planted(fault: Fault | None, folder: Path, element: str = "__nv_bfloat16") -
 
 
 LATER = (
+    "too weak a wait in the pass over rows",
     "tiles without permuted chunks",
     "stage overwritten while it is read",
     "missing __syncwarp between the writes and reads of a staging area",

@@ -14,6 +14,7 @@ from appo_kernels import frame_attention, frame_mass, group_divergence_from_logi
 KERNELS = {
     "frame_attention": ("frame_attention.cu", "head_mean.cu", "library.cu"),
     "frame_mass": ("frame_mass.cu", "head_mean.cu", "library.cu"),
+    "backward": ("frame_attention.cu", "head_mean.cu", "attention_backward.cu", "library.cu"),
     "surrogate": ("weighted_surrogate.cu", "library.cu"),
     "divergence": ("group_divergence.cu", "library.cu"),
 }
@@ -39,6 +40,17 @@ def run_frame_mass() -> None:
     frame_mass(query, key, example.frame_ids, num_frames=FRAMES, lse=lse, backend="cuda")
 
 
+def run_backward() -> None:
+    # Two blocks of rows and two of keys, both cut; grouped heads; without a gradient of the mass, then with one.
+    example = case(
+        batch=1, heads=(2, 1), rows=70, keys=101, head_dim=64, layout="interleaved", visibility="left padding"
+    )
+    example = example.to(torch.bfloat16)
+    output = frame_attention(*example[:4], num_frames=FRAMES, backend="cuda", **example.bounds)
+    torch.autograd.grad(output.out.float().sum(), example[:3], retain_graph=True)
+    (output.out.float().sum() + output.lse[..., 4:].sum() + output.mass[..., 0].sum()).backward()
+
+
 def run_surrogate() -> None:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(1, 3, 1003, generator=generator).bfloat16().requires_grad_()  # rows at odd addresses
@@ -56,6 +68,7 @@ def run_divergence() -> None:
 RUNS = {
     "frame_attention": run_frame_attention,
     "frame_mass": run_frame_mass,
+    "backward": run_backward,
     "surrogate": run_surrogate,
     "divergence": run_divergence,
 }
@@ -100,7 +113,7 @@ def test_fault_is_caught(calls: list[Call], fault: Fault, tmp_path: Path) -> Non
 def test_no_false_alarm(calls: list[Call], operator: str, tmp_path: Path) -> None:
     result = outcome(None, operator, "schedule", calls, tmp_path)
     assert result.returncode == 0 and not result.failures, result.output
-    if operator.startswith("frame"):
+    if operator.startswith(("frame", "backward")):
         assert result.counters["bank_conflicts"] == 0
 
 
@@ -108,6 +121,6 @@ def test_no_false_alarm(calls: list[Call], operator: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize("kind", ["address", "race"])
 @pytest.mark.parametrize(("calls", "operator"), [(name, name) for name in RUNS], indirect=["calls"])
 def test_sanitizers_find_nothing(calls: list[Call], operator: str, kind: str, tmp_path: Path) -> None:
-    """AddressSanitizer with UBSan, and ThreadSanitizer, over every kernel of the forward passes."""
+    """AddressSanitizer with UBSan, and ThreadSanitizer, over every kernel."""
     result = outcome(None, operator, kind, calls, tmp_path)
     assert result.returncode == 0 and not result.failures and "Sanitizer" not in result.output, result.output

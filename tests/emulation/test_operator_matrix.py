@@ -114,12 +114,13 @@ def test_out_accumulates_layers(per_head: bool) -> None:
     layers[1] = layers[1]._replace(query=layers[1].query[:, :7], key=layers[1].key[:, :1])
     run = functools.partial(frame_mass, num_frames=FRAMES, per_head=per_head, backend="cuda")
     single = [run(x.query, x.key, x.frame_ids, **x.bounds) for x in layers]
-    wide = torch.zeros(*single[0].shape[:-1], FRAMES + 3)
-    out = wide[..., :FRAMES]  # rows apart in memory, as a slice of a larger buffer
+    # Rows apart in memory, as a slice of a larger buffer, of which nothing else may be touched.
+    wide = torch.full((3, *single[0].shape[1:-1], FRAMES + 3), 7.0)
+    out = wide[:2, ..., :FRAMES].zero_()
     for layer in layers:
         run(layer.query, layer.key, layer.frame_ids, **layer.bounds, out=out)
     torch.testing.assert_close(out, single[0] + single[1], atol=1e-6, rtol=0)
-    assert not wide[..., FRAMES:].any()
+    assert bool((wide[2:] == 7.0).all() and (wide[..., FRAMES:] == 7.0).all())
 
 
 @pytest.mark.parametrize("result", ["out", "lse", "mass"])
