@@ -13,6 +13,7 @@ from .types import Group
 
 
 def measure_groups(meter: Meter, groups: Sequence[Group]) -> None:
+    """Rewards and lengths of all groups; entropy, weights and frames of those that were scored."""
     for group in groups:
         meter.add("reward", group.rewards.mean())
         meter.add("accuracy", group.accuracy.mean())
@@ -23,7 +24,8 @@ def measure_groups(meter: Meter, groups: Sequence[Group]) -> None:
         meter.add("length/mean", lengths.mean())
         meter.maximum("length/max", lengths.max())
         meter.add("length/clipped", 1 - group.finished.float().mean())
-        meter.add("entropy", group.entropy[group.mask].mean(), group.tokens)
+        if group.scored:
+            meter.add("entropy", group.entropy[group.mask].mean(), group.tokens)
         if group.target_frames is not None and group.weights is not None and group.mass is not None:
             weights = group.weights[group.mask]
             meter.add("weight/mean", weights.mean(), group.tokens)

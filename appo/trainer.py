@@ -128,8 +128,10 @@ class Trainer:
         with self.timed("rollout"):
             groups = self.rollout(number)
         self.build_prompt.prefetch(self.sampler.peek(len(groups)))  # the next step's clips, while this one computes
+        # Groups whose rewards are all equal move nothing: they count in the loss's denominator, and cost no forward.
+        groups.sort(key=self.has_gradient, reverse=True)
         with self.timed("score"):
-            for micro in self.micro_batches(groups):
+            for micro in self.micro_batches([group for group in groups if self.has_gradient(group)] or groups[:1]):
                 self.score(micro)
         self.policy.train()
         with self.timed("update"):
@@ -272,7 +274,7 @@ class Trainer:
     # loss -> update
 
     def update(self, groups: Sequence[Group], rate: float) -> None:
-        """``updates_per_step`` optimizer steps, each on its own share of the groups.
+        """``updates_per_step`` optimizer steps, each on its own share of the groups (which come with signal first).
 
         The loss of a share is divided by its number of tokens over all processes, so that micro-batches and processes
         add up to the gradient of one large batch.
@@ -283,11 +285,12 @@ class Trainer:
             return
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
-        updates = min(config.updates_per_step, int(accelerator.gather(self.tensor([len(groups)])).min()))
+        scored = self.tensor([sum(group.scored for group in groups)])
+        updates = min(config.updates_per_step, int(accelerator.gather(scored).min()))
         for number in range(updates):
             share = groups[number::updates]
             tokens, responses = self.total(sum(g.tokens for g in share)), self.total(len(share) * config.group_size)
-            parts = list(self.micro_batches([g for g in share if self.has_gradient(g)] or share[:1]))
+            parts = list(self.micro_batches([g for g in share if g.scored]))
             for index, part in enumerate(parts):
                 last = index == len(parts) - 1
                 with nullcontext() if last else accelerator.no_sync(self.policy):

@@ -25,7 +25,7 @@ class Group:
     rewards_by_name: dict[str, Tensor]  # (G,) each; NaN where a reward does not apply
     advantages: Tensor  # (G,) fp32
 
-    # Filled in by scoring.
+    # Filled in by scoring, which leaves out groups without signal.
     old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # (G, N) fp32
     ref_logprobs: Tensor | None = None  # (G, N) fp32, with beta > 0
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))  # (G, N) fp32
@@ -38,6 +38,10 @@ class Group:
     def informative(self) -> bool:
         """Whether the rewards differ, so that some advantage is not zero."""
         return bool(self.advantages.abs().max() > 0)
+
+    @property
+    def scored(self) -> bool:
+        return self.old_logprobs.numel() > 0
 
     @property
     def tokens(self) -> int:
