@@ -81,8 +81,8 @@ class Tiling:
 
 
 # Attention kernels: {(at least this architecture, bytes of an element, at most this padded head size): tiling}.
-# Chosen so that nothing spills and two blocks fit a multiprocessor where the tiles allow it; `python -m
-# benchmarks.static` prints what the choices cost. fp32 products are not tensor-core instructions: their operands lie in
+# Chosen so that nothing spills and the mass adds at most a twentieth to the main loop; `python -m benchmarks.static`
+# prints what the choices cost. fp32 products are not tensor-core instructions: their operands lie in
 # registers, so tiles are small, keys are not loaded ahead (what is ahead would be held in registers as well), and
 # without a number of registers the assembler spills one or two for the sake of occupancy.
 FORWARD = {
@@ -90,14 +90,16 @@ FORWARD = {
     (80, 2, 128): Tiling(128, 32, 8, 2),
     (80, 2, 256): Tiling(64, 32, 8, 2),
     (80, 4, 64): Tiling(32, 32, 8, 1, 255),
-    (80, 4, 128): Tiling(32, 32, 8, 1, 255),
+    (80, 4, 128): Tiling(32, 16, 8, 1, 255),
     (80, 4, 256): Tiling(16, 16, 8, 1, 255),
+    (90, 2, 32): Tiling(128, 64, 8, 2),
     (90, 2, 64): Tiling(128, 64, 8, 3),
     (90, 2, 128): Tiling(128, 64, 8, 3),
     (90, 2, 256): Tiling(128, 32, 8, 2),
     (100, 2, 256): Tiling(64, 64, 8, 2),
 }
 BACKWARD = {
+    (80, 2, 32): Tiling(32, 32, 8, 2),
     (80, 2, 64): Tiling(64, 32, 8, 2),
     (80, 2, 128): Tiling(64, 32, 8, 2),
     (80, 2, 256): Tiling(32, 32, 8, 1),
@@ -113,16 +115,17 @@ def padded_head_dim(head_dim: int) -> int:
 
 
 def tiling(table: dict[tuple[int, int, int], Tiling], arch: int, element: int, head_dim: int, group: int) -> Tiling:
-    """The entry of the newest architecture not beyond ``arch`` and the smallest head size that fits.
+    """The entry of the smallest head size that fits, of the newest architecture not beyond ``arch``.
 
     group: query heads per key/value head; a row tile holds at least one row of each. Compute capability 12.x has the
     shared memory and the tensor-core instructions of 8.6 and 8.9, so it takes what they take.
     """
     arch = 80 if arch >= 120 else arch
     fits = [
-        (-least, widest, choice)
-        for (least, size, widest), choice in table.items()
+        (widest, -least)
+        for least, size, widest in table
         if least <= arch and size == element and padded_head_dim(head_dim) <= widest
     ]
-    _, _, choice = min(fits, key=lambda entry: entry[:2])
+    widest, minus_least = min(fits)
+    choice = table[-minus_least, element, widest]
     return replace(choice, rows=max(choice.rows, 1 << (group - 1).bit_length()))

@@ -1,7 +1,8 @@
 """What the Triton kernels cost before they run: python -m benchmarks.static [--arch 80 90 100] [--markdown FILE].
 
 Compiles each kernel with its default configuration and prints registers, spills, shared memory, blocks per
-multiprocessor and the instructions of its main loop. Needs no GPU. These are facts about the code, not measured times.
+multiprocessor and the instructions of its main loop (of all of it where it has no loop). Needs no GPU, and about half
+an hour of one core for everything. These are facts about the code, not measured times.
 Exits with 1 when a kernel spills, exceeds the shared memory of its architecture, or when the frame mass costs the main
 loop of attention more than it may.
 """
@@ -17,23 +18,26 @@ import triton
 
 from appo_kernels.ops.frame_attention import triton as frame_attention
 from appo_kernels.ops.frame_mass import triton as frame_mass
+from appo_kernels.ops.group_divergence import group_divergence_from_logits
+from appo_kernels.triton_rows import fold, gradient, new_state
 from benchmarks import sass
 from ptxsim import triton_device
 
 ARCHITECTURES = (80, 90, 100)
-# Head sizes of Qwen2.5-VL and Qwen3-VL (128), of small models (64), and the largest; 80 and 96 use the tiles of 128.
-HEAD_DIMS = (64, 128, 256)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Head sizes of Qwen2.5-VL and Qwen3-VL (128), of small models (64), padded ones (80, 96), the smallest and the largest.
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RESULT = Path(__file__).parent / "results" / "static.md"
 MASS_BUDGET = 1.05  # main-loop instructions of attention with the mass against without it
 HEADS, KEY_HEADS, ROWS, KEYS, FRAMES = 28, 4, 64, 256, 2
+VOCABULARY, GROUP = 8192, 8  # two blocks of columns at least; the responses of a group
 
 
 @dataclass(frozen=True)
 class Entry:
     kernel: str
     dtype: str
-    head_dim: int
+    head_dim: int | None  # None: a kernel on logits
     arch: int
     tile: str
     warps: int
@@ -41,12 +45,15 @@ class Entry:
     code: sass.Code
 
     def faults(self) -> list[str]:
-        name = f"{self.kernel} {self.dtype} d={self.head_dim} sm_{self.arch}"
+        head_dim = "" if self.head_dim is None else f" d={self.head_dim}"
+        name = f"{self.kernel} {self.dtype}{head_dim} sm_{self.arch}"
         limit, found = sass.LIMITS[self.arch][0], []
         if self.code.spills:
             found.append(f"{name}: {self.code.spills} instructions spill registers")
         if self.shared_bytes > limit:
             found.append(f"{name}: {self.shared_bytes} bytes of shared memory, the limit is {limit}")
+        if not self.code.occupancy(self.arch, 32 * self.warps, self.shared_bytes):
+            found.append(f"{name}: no block fits a multiprocessor")
         return found
 
 
@@ -75,9 +82,42 @@ def attention_entries(head_dim: int, dtype: str, arch: int, *, gradients: bool =
         if name in seen or "BN" not in launch.constants:  # the rest only combines sums
             continue
         seen.add(name)
-        tile = f"{launch.constants['BM']}x{launch.constants['BN']}"
-        code = sass.read(launch.cubin)
-        yield Entry(name, dtype, head_dim, arch, tile, launch.num_warps, launch.shared_bytes, code)
+        yield _entry(launch, name, dtype, head_dim, arch, f"{launch.constants['BM']}x{launch.constants['BN']}")
+
+
+def logits_entries(arch: int) -> Iterator[Entry]:
+    """The passes over logits: fp32 tiles, plain and with bias and soft cap, and bf16 logits as a model gives them."""
+    rows = torch.zeros(GROUP, dtype=torch.int64)
+    zeros, bias = torch.zeros(GROUP), torch.zeros(VOCABULARY, dtype=torch.bfloat16)
+    with triton_device.simulated(arch=arch, execute=False) as device:
+        for dtype, head in (
+            (torch.float32, {}),
+            (torch.float32, {"bias": bias, "softcap": 30.0}),
+            (torch.bfloat16, {}),
+        ):
+            logits = torch.zeros(GROUP, VOCABULARY, dtype=dtype)
+            fold(logits, rows, new_state(GROUP, zeros), **head)
+            gradient(logits, rows, *[zeros] * 4, logits, **head)
+        gradient(logits.float(), rows, *[zeros] * 4, logits)
+        slots = torch.zeros(1, GROUP, GROUP, dtype=torch.int64)
+        for kind in ("kl", "k3"):
+            for held in (logits.float(), logits):
+                group_divergence_from_logits(
+                    held.expand(GROUP, -1, -1), torch.zeros(GROUP, GROUP), slots, kind=kind, backend="triton"
+                )
+    for launch in device.launches:
+        flags, types = launch.constants, [name.removeprefix("*") for name in launch.dtypes]
+        name = launch.name.removesuffix("_kernel")
+        if name == "slots":
+            name += " of " + ("kl" if flags["KL"] else "k3")
+        elif name == "gradient" and types[0] != types[1]:
+            name += f" to {types[1]}"
+        name += " with bias and cap" if flags["BIAS"] else ""
+        yield _entry(launch, name, types[0], None, arch, f"{flags.get('GP', 1)}x{flags['BLOCK']}")
+
+
+def _entry(launch: triton_device.Launch, name: str, dtype: str, head_dim: int | None, arch: int, tile: str) -> Entry:
+    return Entry(name, dtype, head_dim, arch, tile, launch.num_warps, launch.shared_bytes, sass.read(launch.cubin))
 
 
 def _label(launch: triton_device.Launch) -> str:
@@ -110,7 +150,7 @@ def table(entries: list[Entry]) -> str:
     for e in entries:
         loop = e.code.loop
         cells = [
-            e.kernel, e.dtype, e.head_dim, e.arch, e.tile, e.warps, e.code.registers, e.code.spills,
+            e.kernel, e.dtype, e.head_dim or "", e.arch, e.tile, e.warps, e.code.registers, e.code.spills,
             f"{e.shared_bytes / 1024:.0f}", e.code.occupancy(e.arch, 32 * e.warps, e.shared_bytes),
             *(loop[k] for k in ("all", "tensor", "exp", "shuffle", "fp32", "load", "store")),
         ]  # fmt: skip
@@ -122,7 +162,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, choices=ARCHITECTURES)
     parser.add_argument("--head-dim", type=int, nargs="+", default=HEAD_DIMS)
-    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=list(DTYPES))
     parser.add_argument("--markdown", type=Path, help=f"write the table to this file as well, such as {RESULT.name}")
     options = parser.parse_args()
     entries = [
@@ -132,6 +172,7 @@ def main() -> int:
         for head_dim in options.head_dim
         for entry in attention_entries(head_dim, dtype, arch)
     ]
+    entries += [entry for arch in options.arch for entry in logits_entries(arch)]
     lines = [table(entries), ""]
     faults = [fault for entry in entries for fault in entry.faults()]
     for entry, ratio, over in mass_overhead(entries):
@@ -144,7 +185,8 @@ def main() -> int:
     print(text)
     if options.markdown:
         heading = (
-            f"# Static figures of the Triton kernels\n\n`python -m benchmarks.static`, Triton {triton.__version__}"
+            f"# Static figures of the Triton kernels\n\n`python -m benchmarks.static`, Triton {triton.__version__}.\n\n"
+            "Counts are those of the main loop, of the whole kernel where it has none."
         )
         options.markdown.write_text(f"{heading}\n\n{text}\n")
     for fault in faults:
