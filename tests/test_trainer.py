@@ -142,6 +142,41 @@ def test_groups_without_signal_are_replaced_and_too_few_make_no_update(tmp_path)
     assert all(torch.equal(p, trainer.model.state_dict()[n]) for n, p in before.state_dict().items())
 
 
+def test_groups_without_signal_are_not_scored_but_count_in_the_mean(tmp_path):
+    def gradient(score_all):
+        model, processor = training.tiny()
+        trainer = Trainer(
+            model, processor, training.records(), config=training.config(tmp_path, micro_groups=1, sample_every=0)
+        )
+        rollout, score, update, scored, gradients = trainer.rollout, trainer.score, trainer.update, [], []
+
+        def without_signal(number):
+            groups = rollout(1)  # all four have signal there
+            for group in groups[:2]:
+                group.advantages.zero_()
+            return groups
+
+        def record(groups):
+            scored.extend(groups)
+            score(groups)
+
+        def update_all(groups, rate):
+            score(groups[2:])
+            update(groups, rate)
+
+        trainer.rollout, trainer.score = without_signal, record
+        if score_all:
+            trainer.update = update_all
+        trainer.optimizer.step = lambda: gradients.extend(p.grad.clone() for p in trainer.policy.parameters())
+        trainer.step(2)
+        assert len(scored) == 2 and all(group.informative for group in scored)
+        return torch.cat([part.flatten() for part in gradients])
+
+    alone, among_all = gradient(False), gradient(True)
+    assert alone.norm() > 0
+    torch.testing.assert_close(alone, among_all, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
+
+
 def test_lora_and_gradient_checkpointing_train_adapters_only(tmp_path):
     before, _ = training.tiny()
     changes = {"lora_rank": 2, "gradient_checkpointing": True, "freeze_vision": True, "beta": 0.1, "max_steps": 2}
