@@ -72,9 +72,6 @@ enable_language(CUDA)
 choose_architectures()
 say_and_install("CUDA kernels built with nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${arch_names}")
 
-add_library(appo_cuda MODULE ${kernels})
-target_compile_options(appo_cuda PRIVATE ${arch_options} --threads=0 --expt-relaxed-constexpr -Xfatbin=-compress-all)
-target_compile_definitions(appo_cuda PRIVATE APPO_BUILT_FOR="${arch_names}")
-set_target_properties(appo_cuda PROPERTIES
-  CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static CUDA_ARCHITECTURES OFF)
-install(TARGETS appo_cuda LIBRARY DESTINATION appo_kernels)
+# A directory of its own, so that the next install compiles only what changed: each `pip install` has another build environment,
+# for which scikit-build-core removes CMakeFiles/ of the top directory, and what has been compiled with it.
+add_subdirectory(csrc)
