@@ -54,6 +54,7 @@ $(BENCH)/.installed: pyproject.toml
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks
 	$(BENCH)/bin/python -m benchmarks.whole_model
+	$(BENCH)/bin/python -m benchmarks.training_step
 	$(BENCH)/bin/python -m benchmarks.growth
 	$(BENCH)/bin/python -m benchmarks.page
 

@@ -14,7 +14,7 @@ FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
 
 class Meter:
-    """Numbers of a step, over micro-batches and processes: weighted means, and maxima."""
+    """Numbers of a step, over micro-batches and processes: weighted means, totals (over micro-batches), and maxima."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}  # name -> [sum of value x weight, sum of weights]
@@ -27,6 +27,10 @@ class Meter:
             entry = self._sums.setdefault(name, [0.0, 0.0])
             entry[0] += value * weight
             entry[1] += weight
+
+    def total(self, name: str, value: float) -> None:
+        """Enter a value into the sum of this process; over processes it is a mean."""
+        self._sums.setdefault(name, [0.0, 1.0])[0] += value
 
     def maximum(self, name: str, value: float | Tensor) -> None:
         self._maxima[name] = max(float(value), self._maxima.get(name, -math.inf))

@@ -293,7 +293,7 @@ class Trainer:
             parts = list(self.micro_batches([g for g in share if g.scored]))
             for index, part in enumerate(parts):
                 last = index == len(parts) - 1
-                with nullcontext() if last else accelerator.no_sync(self.policy):
+                with self.timed("loss"), nullcontext() if last else accelerator.no_sync(self.policy):
                     loss = self.loss(part, tokens, responses)
                     accelerator.backward(loss * accelerator.num_processes)  # processes are averaged, shares are summed
             norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
@@ -396,7 +396,7 @@ class Trainer:
         yield
         if self.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        self.meter.add(f"time/{phase}", time.perf_counter() - start)
+        self.meter.total(f"time/{phase}", time.perf_counter() - start)
 
 
 def _due(step: int, every: int) -> bool:

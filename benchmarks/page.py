@@ -91,9 +91,27 @@ def section(title: str, name: str, write: Any) -> list[str]:
     return lines
 
 
+def training_step(content: dict[str, Any]) -> list[str]:
+    device = content["environment"]["device"]
+    phases = [name for name in content["rows"][0] if name not in ("variant", "step")]
+    lines = [
+        "", f"![seconds of each phase](../benchmarks/results/training-step-{device}.png)", "",
+        "16 prompts x 8 responses of 24 tokens, the tiny model of `make demo`; medians of seconds. Scoring is without "
+        "weights, and update (clipping, optimizer) without the loss and its backward.", "",
+        f"| | step | {' | '.join(phases)} |", f"|---|---|{'---|' * len(phases)}",
+    ]  # fmt: skip
+    for row in content["rows"]:
+        lines.append(f"| {row['variant']} | {row['step']:.2f} | {' | '.join(f'{row[p]:.2f}' for p in phases)} |")
+    return lines
+
+
 def growth(content: dict[str, Any]) -> list[str]:
     device = content["environment"]["device"]
     lines = ["", f"![time and memory against size](../benchmarks/results/growth-{device}.png)", ""]
+    lines += [
+        "Ranges start where the operators' tiles, of a fixed size, are full: below, memory grows only until they are. An "
+        "exponent of memory below 1 is a fixed tile beside a result that grows.", "",
+    ]  # fmt: skip
     lines += ["| operator | against | with | exponent of time | of memory | most memory |", "|---|---|---|---|---|---|"]
     for fit in content["fits"]:
         rows = [row for row in content["rows"] if (row["op"], row["axis"]) == (fit["op"], fit["axis"])]
@@ -143,6 +161,7 @@ def text() -> str:
     lines = [INTRODUCTION]
     lines += section("Operators", "operators", contest)
     lines += section("Whole models: what recording costs", "whole-model", contest)
+    lines += section("A training step: where the time goes", "training-step", training_step)
     lines += section("Growth", "growth", growth)
     return "\n".join([*lines, *learning(), COST_MODEL, *plans()]).rstrip() + "\n"
 

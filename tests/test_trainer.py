@@ -47,6 +47,8 @@ def test_a_step_leaves_its_numbers_and_moves_the_model(tmp_path):
         "reward/length_parity",
     }
     assert named <= metrics.keys()
+    parts = [metrics[f"time/{phase}"] for phase in ("decode", "generate", "score", "update")]
+    assert 0.9 < sum(parts) / metrics["time/step"] <= 1 and metrics["time/loss"] < metrics["time/update"]
     assert 0 < metrics["mass/frames"] < 1 and metrics["length/clipped"] > 0
     assert metrics["grad_norm"] > 0 and metrics["weight/max"] > 1 and metrics["entropy"] > 0
     moved = [n for n, p in before.state_dict().items() if not torch.equal(p, trainer.model.state_dict()[n])]
