@@ -109,8 +109,8 @@ def growth(content: dict[str, Any]) -> list[str]:
     device = content["environment"]["device"]
     lines = ["", f"![time and memory against size](../benchmarks/results/growth-{device}.png)", ""]
     lines += [
-        "Ranges start where the operators' tiles, of a fixed size, are full: below, memory grows only until they are. An "
-        "exponent of memory below 1 is a fixed tile beside a result that grows.", "",
+        "Ranges start where the operators' tiles, of a fixed size, are full: below, memory grows only until they are. "
+        "An exponent of memory below 1 is a fixed tile beside a result that grows.", "",
     ]  # fmt: skip
     lines += ["| operator | against | with | exponent of time | of memory | most memory |", "|---|---|---|---|---|---|"]
     for fit in content["fits"]:
