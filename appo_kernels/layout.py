@@ -5,6 +5,7 @@ Shapes: B sequences, Hq/Hkv query/key heads, R query rows, S keys, d head size, 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +54,26 @@ def check_attention(
         op, "query", query,
         key=key, frame_ids=frame_ids, first_key=first_key, last_key=last_key, prefix_keys=prefix_keys,
     )  # fmt: skip
+
+
+class Layout(NamedTuple):
+    """What the backends of both operators are told of keys and rows, checked and in the dtypes they read.
+
+    frame_ids (B, S) int32, -1 for none. first_key, last_key, prefix_keys (B, R) int32, or None for 0, S - 1 and 0;
+    first_key may be negative. frame_weights (B, F), what multiplies each frame's sum, or None for ones. scale: of the
+    scores. Tensors may have any strides.
+    """
+
+    frame_ids: Tensor
+    first_key: Tensor | None
+    last_key: Tensor | None
+    prefix_keys: Tensor | None
+    frame_weights: Tensor | None
+    scale: float
+
+    @property
+    def bounds(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.first_key, self.last_key, self.prefix_keys
 
 
 def unit_last_stride(tensor: Tensor) -> Tensor:
@@ -156,16 +177,13 @@ def row_tiles(
     sequence: int,
     rows: int,
     size: int,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
+    bounds: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Iterator[Rows]:
     """The rows of one sequence in tiles of at most ``size``, as equal as they can be."""
     tiles = -(-rows // size)
     for number in range(tiles):
         start, stop = number * rows // tiles, (number + 1) * rows // tiles
-        bounds = (None if b is None else b[sequence, start:stop] for b in (first_key, last_key, prefix_keys))
-        yield Rows(start, stop, *bounds)
+        yield Rows(start, stop, *(None if bound is None else bound[sequence, start:stop] for bound in bounds))
 
 
 @dataclass(frozen=True)

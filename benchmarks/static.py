@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
+from appo_kernels.layout import Layout
 from appo_kernels.ops.frame_attention import triton as frame_attention
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence_from_logits
@@ -65,17 +66,16 @@ def attention_entries(head_dim: int, dtype: str, arch: int, *, gradients: bool =
         lse, mass = torch.zeros(1, HEADS, ROWS), torch.zeros(1, ROWS, FRAMES)
         ids = (torch.arange(KEYS) // (KEYS // FRAMES))[None].int()
         last = (torch.arange(ROWS) + KEYS - ROWS)[None].int()
-        bounds = (None, last, None)
-        frame_attention.forward(query, key, value, ids, *bounds, None, 0.1, out, lse, mass)
-        none = torch.full_like(ids, -1)
-        frame_attention.forward(query, key, value, none, *bounds, None, 0.1, out, lse, mass[..., :0])
-        frame_mass.forward(query, key, ids, lse, *bounds, None, 0.1, False, mass, None)
-        frame_mass.forward(query, key, ids, None, *bounds, None, 0.1, False, mass, lse)
+        layout = Layout(ids, None, last, None, None, 0.1)
+        frame_attention.forward(query, key, value, layout, out, lse, mass)
+        without_frames = layout._replace(frame_ids=torch.full_like(ids, -1))
+        frame_attention.forward(query, key, value, without_frames, out, lse, mass[..., :0])
+        frame_mass.forward(query, key, layout, lse, False, mass, None)
+        frame_mass.forward(query, key, layout, None, False, mass, lse)
         if gradients:
             frame_attention.backward(
-                query, key, value, ids, *bounds, None, 0.1, out, lse, grad_out, lse, mass,
-                grad_query, grad_key, grad_value,
-            )  # fmt: skip
+                query, key, value, layout, out, lse, grad_out, lse, mass, grad_query, grad_key, grad_value
+            )
     seen = set()
     for launch in device.launches:
         name = _label(launch)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from appo_kernels import dispatch, testing
+from appo_kernels import dispatch, layout, testing
 from appo_kernels.ops.frame_attention import reference
 
 
@@ -21,6 +21,10 @@ class Layout:
     @property
     def bounds(self):
         return self.first_key, self.last_key, self.prefix_keys
+
+    def told(self, scale: float, weights: torch.Tensor | None = None) -> layout.Layout:
+        """As backends take it."""
+        return layout.Layout(self.frame_ids, *self.bounds, weights, scale)
 
 
 def runs(keys: int, *spans: tuple[int, int, int]) -> torch.Tensor:
@@ -87,7 +91,7 @@ def attention(layout: Layout, inputs, backend: str, *, scale: float, grads=None,
     out = torch.full(query.shape, math.nan, dtype=query.dtype, device=device)
     lse = torch.full(query.shape[:3], math.nan, dtype=compute, device=device)
     mass = torch.zeros(query.shape[0], query.shape[2], layout.num_frames, dtype=compute, device=device)
-    common = (*inputs, layout.frame_ids, *layout.bounds, weights, scale)
+    common = (*inputs, layout.told(scale, weights))
     module.forward(*common, out, lse, mass)
     if grads is None:
         return out, lse, mass

@@ -38,7 +38,7 @@ def test_frame_mass(per_head):
     results = []
     for module, given in ((streaming, lse), (frame_mass, lse), (frame_mass, None)):
         mass, new_lse = torch.zeros(shape), torch.full_like(lse, float("nan")) if given is None else None
-        module.forward(query, key, layout.frame_ids, given, *layout.bounds, None, SCALE, per_head, mass, new_lse)
+        module.forward(query, key, layout.told(SCALE), given, per_head, mass, new_lse)
         results.append(mass)
     for got in results[1:]:
         testing.assert_as_good_as(got, results[0].double(), results[0], atol=3e-6, name="mass")

@@ -56,7 +56,7 @@ def run_mass(module, layout, query, key, lse, *, per_head=False, weights=None):
     shape = (layout.num_frames, B, Hq, R) if per_head else (layout.num_frames, B, R)
     mass = torch.ones(shape).movedim(0, -1)
     new_lse = torch.full((B, Hq, R), float("nan")) if lse is None else None
-    module.forward(query, key, layout.frame_ids, lse, *layout.bounds, weights, SCALE, per_head, mass, new_lse)
+    module.forward(query, key, layout.told(SCALE, weights), lse, per_head, mass, new_lse)
     return mass - 1, new_lse
 
 

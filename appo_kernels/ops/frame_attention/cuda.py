@@ -12,6 +12,7 @@ from torch import Tensor
 
 from appo_kernels import cuda_library
 from appo_kernels.dispatch import Problem
+from appo_kernels.layout import Layout
 
 OP = "frame_attention"
 HEAD_DIMS = (64, 80, 96, 128, 256)
@@ -136,21 +137,12 @@ def stride_fields(name: str, dimensions: str, tensor: Tensor | None) -> dict[str
     return {f"{name}_stride_{d}": s for d, s in zip(dimensions, values, strict=False)}
 
 
-def operands(
-    query: Tensor,
-    key: Tensor,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    scale: float,
-    frame_count: int,
-) -> Operands:
-    keys = key.shape[2]
+def operands(query: Tensor, key: Tensor, layout: Layout, frame_count: int) -> Operands:
+    keys, scale = key.shape[2], layout.scale
     padding = -keys % KEY_TILE
-    ids = torch.nn.functional.pad(frame_ids, (0, padding), value=-1).contiguous()
+    ids = torch.nn.functional.pad(layout.frame_ids, (0, padding), value=-1).contiguous()
     tiles = ids.view(len(ids), -1, FRAME_TILE)
-    bounds = tuple(None if b is None else b.contiguous() for b in (first_key, last_key, prefix_keys))
+    bounds = tuple(None if b is None else b.contiguous() for b in layout.bounds)
     if scale <= 0.0:  # the kernels look for a row's largest score before they scale it
         query, scale = (-query, -scale) if scale < 0.0 else (torch.zeros_like(query), 1.0)
     return Operands(
@@ -216,12 +208,7 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor,
     lse: Tensor,
     mass: Tensor,
@@ -233,20 +220,15 @@ def forward(
         out.zero_()
         lse.fill_(-math.inf)
         return
-    common = operands(query, key, frame_ids, first_key, last_key, prefix_keys, scale, mass.shape[-1])
-    attend(OP, "appo_frame_attention_forward", common, aligned(value), frame_weights, out, lse, mass, False)
+    common, values = operands(query, key, layout, mass.shape[-1]), aligned(value)
+    attend(OP, "appo_frame_attention_forward", common, values, layout.frame_weights, out, lse, mass, False)
 
 
 def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor | None,
@@ -257,20 +239,19 @@ def backward(
     grad_value: Tensor | None,
 ) -> None:
     """Arguments as of ``streaming.backward``."""
-    bounds = (first_key, last_key, prefix_keys)
     head_mass = None
     if grad_mass is not None:
         head_mass = (
             grad_mass / query.shape[1]
-            if frame_weights is None
-            else grad_mass * (frame_weights[:, None] / query.shape[1])
+            if layout.frame_weights is None
+            else grad_mass * (layout.frame_weights[:, None] / query.shape[1])
         )
         head_mass = head_mass[:, None]
     if grad_value is not None and grad_out is None:
         grad_value.zero_()
     attend_backward(
-        OP, query, key, value if grad_out is not None else None, frame_ids, bounds, scale, out, lse, grad_out, grad_lse,
-        head_mass, grad_query, grad_key, grad_value,
+        OP, query, key, value if grad_out is not None else None, layout, out, lse, grad_out, grad_lse, head_mass,
+        grad_query, grad_key, grad_value,
     )  # fmt: skip
 
 
@@ -279,9 +260,7 @@ def attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    frame_ids: Tensor,
-    bounds: tuple[Tensor | None, Tensor | None, Tensor | None],
-    scale: float,
+    layout: Layout,
     out: Tensor | None,
     lse: Tensor,
     grad_out: Tensor | None,
@@ -302,7 +281,7 @@ def attend_backward(
             gradient.zero_()
         return
     frame_count = 0 if grad_mass is None else grad_mass.shape[-1]
-    common = operands(query, key, frame_ids, *bounds, scale, frame_count)
+    common = operands(query, key, layout, frame_count)
     padded = rows + -rows % ROW_PADDING
     mass_gradient = None
     if grad_mass is not None and frame_count:
@@ -337,9 +316,9 @@ def attend_backward(
         scale=common.scale,
     )
     cuda_library.call(op, "appo_attention_backward", params, lse.device)
-    if scale <= 0.0:  # the kernels saw `operands`' query: the negative of this one, or 0
+    if layout.scale <= 0.0:  # the kernels saw `operands`' query: the negative of this one, or 0
         for gradient in (g for g in (grad_query,) if g is not None):
-            gradient.mul_(-1.0 if scale < 0.0 else 0.0)
+            gradient.mul_(-1.0 if layout.scale < 0.0 else 0.0)
 
 
 def score_unit(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor | None:

@@ -2,18 +2,15 @@
 
 A backend has
 
-    forward(query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse, mass)
+    forward(query, key, value, layout, out, lse, mass)
         writes ``out`` and ``lse`` and adds to ``mass``, which comes in as zeros
-    backward(query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse,
-             grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value)
+    backward(query, key, value, layout, out, lse, grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value)
         writes the last three where they are not None, whatever was in the buffers before; grad_out, grad_lse and
         grad_mass are None where that result was not used
 
     query      (B, Hq, R, d), key and value (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides,
                unit last one
-    frame_ids  (B, S) int32, -1 for none; any strides
-    first_key, last_key, prefix_keys   (B, R) int32 or None (0, S - 1, 0); any strides; first_key may be negative
-    frame_weights  (B, F) fp32 that multiplies each frame's sum, or None for ones
+    layout     which keys are of which frame, and which rows see which keys: ``appo_kernels.layout.Layout``
     out        (B, Hq, R, d) like query; lse (B, Hq, R) fp32, natural log; mass (B, R, F) fp32: contiguous
     grad_out, grad_lse, grad_mass: like the results, any strides; grad_query, grad_key, grad_value: like the inputs,
                contiguous
@@ -164,7 +161,8 @@ def forward_op(
         layout.check_values(OP, key.shape[2], frame_ids, mass.shape[-1], last_key, prefix_keys)
     module = dispatch.implementation(OP, backend)
     assert module is not None
-    module.forward(query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse, mass)
+    told = layout.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    module.forward(query, key, value, told, out, lse, mass)
 
 
 @torch.library.custom_op("appo::frame_attention_backward", mutates_args=("grad_query", "grad_key", "grad_value"))
@@ -190,10 +188,8 @@ def backward_op(
 ) -> None:
     module = dispatch.implementation(OP, backend)
     assert module is not None
-    module.backward(
-        query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse,
-        grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value,
-    )  # fmt: skip
+    told = layout.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    module.backward(query, key, value, told, out, lse, grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value)
 
 
 @forward_op.register_fake

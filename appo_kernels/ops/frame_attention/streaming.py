@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from appo_kernels import dispatch, layout
+from appo_kernels import dispatch
+from appo_kernels.layout import KeyTile, Layout, Rows, hide, key_tiles, row_tiles
 from appo_kernels.logits import compute_dtype
 
 LOG2_E = math.log2(math.e)
@@ -39,30 +40,19 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor,
     lse: Tensor,
     mass: Tensor,
 ) -> None:
-    bounds = (first_key, last_key, prefix_keys)
-    attend(query, key, value, frame_ids, *bounds, frame_weights, scale, out, lse, mass, per_head=False)
+    attend(query, key, value, layout, out, lse, mass, per_head=False)
 
 
 def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor | None,
     lse: Tensor,
     mass: Tensor,
@@ -72,12 +62,12 @@ def attend(
     """Writes ``lse``, and ``out`` if there is a value; adds to ``mass``, (B, Hq, R, F) when ``per_head``."""
     batch, heads, rows, head_dim = query.shape
     num_frames, group = mass.shape[-1], heads // key.shape[1]
-    factor, log2_e = base_two(scale, lse.dtype)
+    factor, log2_e = base_two(layout.scale, lse.dtype)
     most_rows = STATE_NUMBERS // (heads * (num_frames + head_dim + 3))
     for b in range(batch):
-        tiles = layout.key_tiles(frame_ids[b], num_frames, MAX_KEYS, frames_only=False)
+        tiles = key_tiles(layout.frame_ids[b], num_frames, MAX_KEYS, frames_only=False)
         size = min(most_rows, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
-        for part in layout.row_tiles(b, rows, max(16, size), first_key, last_key, prefix_keys):
+        for part in row_tiles(b, rows, max(16, size), layout.bounds):
             here = slice(part.start, part.stop)
             one_value = None if value is None else value[b]
             sums, peak, weighted = _online_softmax(
@@ -89,8 +79,8 @@ def attend(
             if out is not None and weighted is not None:
                 out[b, :, here] = weighted.mul_(inverse).to(out.dtype)
             by_head = sums[..., :num_frames].mul_(inverse)
-            if frame_weights is not None:
-                by_head *= frame_weights[b]
+            if layout.frame_weights is not None:
+                by_head *= layout.frame_weights[b]
             if per_head:
                 mass[b, :, here] += by_head
             else:
@@ -101,8 +91,8 @@ def _online_softmax(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    tiles: list[layout.KeyTile],
-    part: layout.Rows,
+    tiles: list[KeyTile],
+    part: Rows,
     factor: float,
     num_frames: int,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -127,7 +117,7 @@ def _online_softmax(
             # The same rounding as in the gradient, whose probabilities then add up to 1 with this lse.
             torch.addmm(flat, queries[kv], tile.take(key[kv], dtype).t(), beta=0, alpha=factor, out=flat)
             if isinstance(hidden, Tensor):
-                layout.hide(scores, hidden)
+                hide(scores, hidden)
             highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
             finite = highest.masked_fill(torch.isneginf(highest), 0)  # a row that has seen no key yet
             rescale = (peak - finite).exp2_()
@@ -144,12 +134,7 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor | None,
@@ -160,8 +145,8 @@ def backward(
     grad_value: Tensor | None,
 ) -> None:
     attend_backward(
-        query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse,
-        grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value, per_head=False,
+        query, key, value, layout, out, lse, grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value,
+        per_head=False,
     )  # fmt: skip
 
 
@@ -169,12 +154,7 @@ def attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor | None,
     lse: Tensor,
     grad_out: Tensor | None,
@@ -191,11 +171,11 @@ def attend_backward(
     batch, heads, rows, _ = query.shape
     group = heads // key.shape[1]
     num_frames = 0 if grad_mass is None else grad_mass.shape[-1]
-    factor, log2_e = base_two(scale, dtype)
+    factor, log2_e = base_two(layout.scale, dtype)
     for b in range(batch):
         # Without a gradient of the mass all frames are as no frame.
-        ids = frame_ids[b] if grad_mass is not None else torch.full_like(frame_ids[b], -1)
-        tiles = layout.key_tiles(ids, num_frames, MAX_KEYS, frames_only=False)
+        ids = layout.frame_ids[b] if grad_mass is not None else torch.full_like(layout.frame_ids[b], -1)
+        tiles = key_tiles(ids, num_frames, MAX_KEYS, frames_only=False)
         size = max(16, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
         shift = torch.where(
             torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype)
@@ -203,13 +183,13 @@ def attend_backward(
         for kv in range(key.shape[1]):
             dkey = torch.zeros_like(key[b, kv], dtype=dtype)
             dvalue = torch.zeros_like(dkey)
-            for part in layout.row_tiles(b, rows, size, first_key, last_key, prefix_keys):
+            for part in row_tiles(b, rows, size, layout.bounds):
                 here = slice(part.start, part.stop)
                 of_kv = slice(kv * group, (kv + 1) * group)
                 frame_grad = None
                 if grad_mass is not None:
                     chosen = grad_mass[b, of_kv, here] if per_head else grad_mass[b, None, here] / heads
-                    chosen = chosen if frame_weights is None else chosen * frame_weights[b]
+                    chosen = chosen if layout.frame_weights is None else chosen * layout.frame_weights[b]
                     frame_grad = torch.nn.functional.pad(chosen.to(dtype), (0, 1)).expand(group, -1, -1)  # none: F
                 delta = query.new_zeros(group, part.stop - part.start, dtype=dtype)
                 if grad_out is not None and out is not None:
@@ -222,7 +202,7 @@ def attend_backward(
                     None if value is None else value[b, kv],
                     shift[of_kv, here],
                     None if grad_out is None else grad_out[b, of_kv, here].to(dtype),
-                    frame_grad, delta, tiles, part, scale, factor, dkey, dvalue,
+                    frame_grad, delta, tiles, part, layout.scale, factor, dkey, dvalue,
                 )  # fmt: skip
                 if grad_query is not None:
                     grad_query[b, of_kv, here] = dquery.to(query.dtype)
@@ -240,8 +220,8 @@ def _rows_backward(
     grad_out: Tensor | None,
     frame_grad: Tensor | None,
     delta: Tensor,
-    tiles: list[layout.KeyTile],
-    part: layout.Rows,
+    tiles: list[KeyTile],
+    part: Rows,
     scale: float,
     factor: float,
     dkey: Tensor,
@@ -295,5 +275,5 @@ def _probabilities(query: Tensor, column: Tensor, shift: Tensor, hidden: bool | 
     torch.addmm(scores, query, column, beta=0, alpha=factor, out=scores)
     scores += shift[:, None]
     if isinstance(hidden, Tensor):
-        layout.hide(scores, hidden)
+        hide(scores, hidden)
     return scores.exp2_()

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
+from appo_kernels.layout import Layout
 from appo_kernels.ops.frame_attention import triton_backward as backward_kernels
 from appo_kernels.ops.frame_attention import triton_forward as forward_kernels
 from appo_kernels.ops.frame_mass import triton_replay
@@ -27,19 +28,12 @@ def forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor,
     lse: Tensor,
     mass: Tensor,
 ) -> None:
-    attend(
-        query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse, mass[:, None]
-    )  # fmt: skip
+    attend(query, key, value, layout, out, lse, mass[:, None])
 
 
 @on_its_device
@@ -47,12 +41,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor | None,
     lse: Tensor,
     mass: Tensor,
@@ -60,6 +49,7 @@ def attend(
     """Writes ``out`` (with ``value``) and ``lse`` (contiguous), adds to ``mass`` (B, 1 or Hq, R, F), any strides."""
     (B, Hq, R, D), (HKV, S) = query.shape, key.shape[1:3]
     F, per_head = mass.shape[3], mass.shape[1] != 1 or Hq == 1
+    scale, frame_weights = layout.scale, layout.frame_weights
     if not B * R:
         return
     if not S:
@@ -69,8 +59,8 @@ def attend(
         return
     choice = tiling(FORWARD, architecture(query.device), query.element_size(), D, Hq // HKV)
     G, T_bytes = Hq // HKV, 2 * 4 * choice.rows
-    bounds = row_bounds(B, R, S, first_key, last_key, prefix_keys)
-    plan = key_plan(frame_ids, F, bounds, choice.keys)
+    bounds = row_bounds(B, R, S, *layout.bounds)
+    plan = key_plan(layout.frame_ids, F, bounds, choice.keys)
     visit = visits(plan, F, bounds, R, choice.rows // G, choice.keys)
     N, T = visit.tiles.shape[1:]
     part = min(N, max(1, SCRATCH_BYTES // (B * HKV * T * T_bytes)))
@@ -106,12 +96,7 @@ def backward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor,
     lse: Tensor,
     grad_out: Tensor | None,
@@ -122,8 +107,8 @@ def backward(
     grad_value: Tensor | None,
 ) -> None:
     attend_backward(
-        query, key, value, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, out, lse,
-        grad_out, grad_lse, None if grad_mass is None else grad_mass[:, None], grad_query, grad_key, grad_value,
+        query, key, value, layout, out, lse, grad_out, grad_lse, None if grad_mass is None else grad_mass[:, None],
+        grad_query, grad_key, grad_value,
     )  # fmt: skip
 
 
@@ -132,12 +117,7 @@ def attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    frame_ids: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
+    layout: Layout,
     out: Tensor | None,
     lse: Tensor,
     grad_out: Tensor | None,
@@ -158,8 +138,8 @@ def attend_backward(
         return
     G, F = Hq // HKV, 0 if grad_mass is None else grad_mass.shape[3]
     choice = tiling(BACKWARD, architecture(query.device), query.element_size(), D, G)
-    bounds = row_bounds(B, R, S, first_key, last_key, prefix_keys)
-    ids = torch.full_like(frame_ids, -1) if not F else frame_ids
+    bounds = row_bounds(B, R, S, *layout.bounds)
+    ids = torch.full_like(layout.frame_ids, -1) if not F else layout.frame_ids
     plan = key_plan(ids, F, bounds, choice.keys)
     visit = visits(plan, F, bounds, R, choice.rows // G, choice.keys)
     N, T = visit.tiles.shape[1:]
@@ -168,11 +148,12 @@ def attend_backward(
         grad_out = grad_out.contiguous()
     if value is None or grad_out is None:  # nothing reaches the values: dP is the gradient of the mass alone
         value = grad_out = None
+    frame_weights = layout.frame_weights if F else None
     if not F:
-        grad_mass = frame_weights = None
+        grad_mass = None
     per_head = grad_mass is not None and (grad_mass.shape[1] != 1 or Hq == 1)
     factor = 1.0 if per_head else 1.0 / Hq
-    signed = math.copysign(magnitude(scale), scale)
+    signed = math.copysign(magnitude(layout.scale), layout.scale)
     query_strides, key_strides = query.stride()[:3], key.stride()[:3]
     value_strides = key_strides if value is None else value.stride()[:3]
     out_strides = (0, 0, 0) if grad_out is None else grad_out.stride()[:3]

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from appo_kernels import cuda_library
 from appo_kernels.dispatch import Problem
+from appo_kernels.layout import Layout
 from appo_kernels.ops.frame_attention import cuda as attention
 
 OP = "frame_mass"
@@ -36,13 +37,8 @@ def unsupported(problem: Problem) -> str | None:
 def forward(
     query: Tensor,
     key: Tensor,
-    frame_ids: Tensor,
+    layout: Layout,
     lse: Tensor | None,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
     per_head: bool,
     mass: Tensor,
     new_lse: Tensor | None,
@@ -54,17 +50,17 @@ def forward(
         if new_lse is not None:
             new_lse.fill_(-math.inf)
         return
-    common = attention.operands(query, key, frame_ids, first_key, last_key, prefix_keys, scale, frame_count)
+    common = attention.operands(query, key, layout, frame_count)
     if lse is None:
         assert new_lse is not None
         attention.attend(
-            OP, "appo_frame_mass_one_pass", common, None, frame_weights, None, new_lse, mass, per_head
+            OP, "appo_frame_mass_one_pass", common, None, layout.frame_weights, None, new_lse, mass, per_head
         )  # fmt: skip
         return
     if not frame_count:
         return
     mass_BHRF = mass if per_head else mass[:, None]
-    weights = None if frame_weights is None else frame_weights.contiguous()
+    weights = None if layout.frame_weights is None else layout.frame_weights.contiguous()
     lse = lse.contiguous()
     params = FrameMassParams(
         **common.fields(),
@@ -83,13 +79,8 @@ def forward(
 def backward(
     query: Tensor,
     key: Tensor,
-    frame_ids: Tensor,
+    layout: Layout,
     lse: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
     per_head: bool,
     grad_mass: Tensor,
     grad_query: Tensor | None,
@@ -97,12 +88,11 @@ def backward(
 ) -> None:
     """Arguments as of ``streaming.backward``."""
     head_mass = grad_mass if per_head else grad_mass[:, None] / query.shape[1]
-    if frame_weights is not None:
-        head_mass = head_mass * frame_weights[:, None, None]
+    if layout.frame_weights is not None:
+        head_mass = head_mass * layout.frame_weights[:, None, None]
     attention.attend_backward(
-        OP, query, key, None, frame_ids, (first_key, last_key, prefix_keys), scale, None, lse, None, None,
-        head_mass, grad_query, grad_key, None,
-    )  # fmt: skip
+        OP, query, key, None, layout, None, lse, None, None, head_mass, grad_query, grad_key, None
+    )
 
 
 def frames_per_block(blocks: int, frame_count: int, device: torch.device) -> int:

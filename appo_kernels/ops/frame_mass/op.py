@@ -2,18 +2,15 @@
 
 A backend has
 
-    forward(query, key, frame_ids, lse, first_key, last_key, prefix_keys, frame_weights, scale, per_head, mass, new_lse)
+    forward(query, key, layout, lse, per_head, mass, new_lse)
         adds to ``mass``; exactly one of ``lse`` (given) and ``new_lse`` (to be written) is a tensor
-    backward(query, key, frame_ids, lse, first_key, last_key, prefix_keys, frame_weights, scale, per_head,
-             grad_mass, grad_query, grad_key)
+    backward(query, key, layout, lse, per_head, grad_mass, grad_query, grad_key)
         writes the gradients that are not None, whatever was in the buffers before
 
     query, key     (B, Hq, R, d) and (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides, unit last
-    frame_ids      (B, S) int32, -1 for none; any strides
+    layout         which keys are of which frame, and which rows see which keys: ``appo_kernels.layout.Layout``
     lse, new_lse   (B, Hq, R) fp32, natural log; lse -inf (also +inf) only in rows that see no key
-    first_key, last_key, prefix_keys   (B, R) int32 or None (0, S - 1, 0); any strides; first_key may be negative
-    frame_weights  (B, F) fp32 that multiplies each frame's sum, or None for ones
-    scale          float; per_head: bool
+    per_head       bool
     mass           (B, R, F), or (B, Hq, R, F) when per_head, fp32; any strides
     grad_mass      like mass, any strides; grad_query, grad_key: contiguous, of the dtype of query and key, or None
 
@@ -177,9 +174,8 @@ def forward_op(
             _check_lse(lse, layout.sees_any(key.shape[2], first_key, last_key, prefix_keys))
     module = dispatch.implementation(OP, backend)
     assert module is not None
-    module.forward(
-        query, key, frame_ids, lse, first_key, last_key, prefix_keys, frame_weights, scale, per_head, mass, new_lse
-    )
+    told = layout.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    module.forward(query, key, told, lse, per_head, mass, new_lse)
 
 
 def _check_lse(lse: Tensor, sees: Tensor | bool) -> None:
@@ -216,10 +212,8 @@ def backward_op(
 ) -> None:
     module = dispatch.implementation(OP, backend)
     assert module is not None
-    module.backward(
-        query, key, frame_ids, lse, first_key, last_key, prefix_keys, frame_weights, scale, per_head,
-        grad_mass, grad_query, grad_key,
-    )  # fmt: skip
+    told = layout.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    module.backward(query, key, told, lse, per_head, grad_mass, grad_query, grad_key)
 
 
 @forward_op.register_fake

@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from appo_kernels import dispatch, layout
+from appo_kernels import dispatch
+from appo_kernels.layout import KeyTile, Layout, Rows, hide, key_tiles, row_tiles
 from appo_kernels.logits import compute_dtype
 from appo_kernels.ops.frame_attention import streaming as attention
 
@@ -28,41 +29,33 @@ def unsupported(problem: dispatch.Problem) -> str | None:
 def forward(
     query: Tensor,
     key: Tensor,
-    frame_ids: Tensor,
+    layout: Layout,
     lse: Tensor | None,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
     per_head: bool,
     mass: Tensor,
     new_lse: Tensor | None,
 ) -> None:
-    bounds = (first_key, last_key, prefix_keys)
     if lse is None:
         assert new_lse is not None
-        attention.attend(
-            query, key, None, frame_ids, *bounds, frame_weights, scale, None, new_lse, mass, per_head=per_head
-        )
+        attention.attend(query, key, None, layout, None, new_lse, mass, per_head=per_head)
         return
     dtype = compute_dtype(query.dtype)
     batch, _, rows, head_dim = query.shape
     num_frames, group = mass.shape[-1], query.shape[1] // key.shape[1]
     if not mass.numel():
         return
-    factor, log2_e = attention.base_two(scale, dtype)
+    factor, log2_e = attention.base_two(layout.scale, dtype)
     keys = max(MIN_KEYS, min(MAX_KEYS, KEY_NUMBERS // (key.shape[1] * head_dim)))
     for b in range(batch):
         # An empty row's lse of -inf or +inf becomes +inf, and exp(score - inf) the 0 it must be.
         shift = torch.where(torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype))  # (Hq, R)
-        for tile in layout.key_tiles(frame_ids[b], num_frames, keys, frames_only=True):
+        for tile in key_tiles(layout.frame_ids[b], num_frames, keys, frames_only=True):
             columns = [tile.take(key_Sd, dtype).t() for key_Sd in key[b]]  # Hkv of (d, n)
-            for part in layout.row_tiles(b, rows, max(16, TILE_SCORES // (group * len(tile))), *bounds):
+            for part in row_tiles(b, rows, max(16, TILE_SCORES // (group * len(tile))), layout.bounds):
                 hidden = part.hidden(tile)
                 if hidden is True:
                     continue
-                weights = None if frame_weights is None else frame_weights[b]
+                weights = None if layout.frame_weights is None else layout.frame_weights[b]
                 _add_tile(query[b], columns, shift, tile, part, hidden, weights, factor, per_head, mass[b])
 
 
@@ -70,8 +63,8 @@ def _add_tile(
     query: Tensor,
     columns: list[Tensor],
     shift: Tensor,
-    tile: layout.KeyTile,
-    part: layout.Rows,
+    tile: KeyTile,
+    part: Rows,
     hidden: bool | Tensor,
     weights: Tensor | None,
     factor: float,
@@ -90,7 +83,7 @@ def _add_tile(
         torch.mm(query[of_kv, here].to(column.dtype).flatten(0, 1), column, out=scores.view(group * rows, -1))
         torch.add(shift[of_kv, here, None], scores, alpha=factor, out=scores)
         if isinstance(hidden, Tensor):
-            layout.hide(scores, hidden)
+            hide(scores, hidden)
         scores.exp2_()
         if per_head:
             _add_sums(scores, tile, weights, mass[of_kv, here])
@@ -100,7 +93,7 @@ def _add_tile(
         _add_sums(total.mul_(1 / heads), tile, weights, mass[here])
 
 
-def _add_sums(probabilities: Tensor, tile: layout.KeyTile, weights: Tensor | None, mass: Tensor) -> None:
+def _add_sums(probabilities: Tensor, tile: KeyTile, weights: Tensor | None, mass: Tensor) -> None:
     sums = torch.zeros_like(mass)
     tile.add_frame_sums(probabilities, sums)
     mass += sums if weights is None else sums * weights
@@ -109,19 +102,13 @@ def _add_sums(probabilities: Tensor, tile: layout.KeyTile, weights: Tensor | Non
 def backward(
     query: Tensor,
     key: Tensor,
-    frame_ids: Tensor,
+    layout: Layout,
     lse: Tensor,
-    first_key: Tensor | None,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-    frame_weights: Tensor | None,
-    scale: float,
     per_head: bool,
     grad_mass: Tensor,
     grad_query: Tensor | None,
     grad_key: Tensor | None,
 ) -> None:
     attention.attend_backward(
-        query, key, None, frame_ids, first_key, last_key, prefix_keys, frame_weights, scale, None, lse,
-        None, None, grad_mass, grad_query, grad_key, None, per_head=per_head,
-    )  # fmt: skip
+        query, key, None, layout, None, lse, None, None, grad_mass, grad_query, grad_key, None, per_head=per_head
+    )
