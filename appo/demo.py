@@ -83,19 +83,25 @@ def stage(name: str, folder: Path, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-def make_clips(folder: Path, seed: int) -> None:
+def make_clips(folder: Path, seed: int, **options: Any) -> None:
+    """options: of `appo.tasks.make_task`."""
     from .tasks import make_task
 
     with console.status("rendering and encoding clips"):
-        make_task(folder, seed=seed)
+        make_task(folder, seed=seed, **options)
 
 
-def warm_start(folder: Path, clips: Path, seed: int) -> None:
-    """A tiny Qwen2.5-VL that has learned the answer format on the easy split, saved as transformers saves models."""
+def warm_start(
+    folder: Path, clips: Path, seed: int, *, model_options: dict[str, Any] | None = None, **options: Any
+) -> None:
+    """A tiny Qwen2.5-VL that has learned the answer format on the easy split, saved as transformers saves models.
+
+    model_options: of `appo.tiny.build_tiny`. options: of `appo.warmup.warm_up`.
+    """
     from .tiny import build_tiny
     from .warmup import warm_up
 
-    model, processor = build_tiny(seed)
+    model, processor = build_tiny(seed, **(model_options or {}))
     builder = PromptBuilder(processor, model.config, APPOConfig.from_dict(SETTINGS))
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
         records = load_records(clips / "warmup.json")
@@ -109,7 +115,7 @@ def warm_start(folder: Path, clips: Path, seed: int) -> None:
         def show(step: int, loss: float, moments: float) -> None:
             progress.update(teaching, completed=step, description=f"warm start, loss {loss:.2f}")
 
-        warm_up(model, processor, prompts, seed=seed, progress=show)
+        warm_up(model, processor, prompts, seed=seed, progress=show, **options)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 

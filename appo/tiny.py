@@ -23,7 +23,7 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from appo.tasks.questions import DIRECTIONS, KINDS, NUMBERS
+from appo.tasks.questions import DIRECTIONS, NUMBERS
 from appo.tasks.render import COLOURS, SHAPES
 
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -38,6 +38,9 @@ SPECIAL = (
     "<|video_pad|>",
 )
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<time>", "</time>")
+# The place of a word is its id, and the number of words decides what a seed draws: to keep models as they are, a new
+# word takes the place of one that no text uses.
+TASKS = ("colour", "order", "count", "direction", "blink")
 WORDS = [
     "a", "all", "and", "answer", "are", "assistant", "at", "between", "blink", "both", "bright",
     "by", "change", "choose", "clip", "colour", "comes", "count", "dark", "data", "do", "each",
@@ -46,7 +49,7 @@ WORDS = [
     "moment", "more", "no", "nothing", "object", "objects", "of", "on", "one", "only", "option",
     "options", "or", "order", "question", "reason", "same", "second", "seconds", "see", "seen",
     "shape", "shapes", "short", "show", "shows", "so", "step", "system", "tags", "than", "that",
-    "the", "then", "there", "these", "they", "think", "this", "thought", "time", "to", "twice",
+    "the", "then", "there", "these", "they", "think", "this", "thought", "time", "to", "cue",
     "two", "user", "video", "was", "watch", "way", "were", "what", "when", "where", "which",
     "while", "white", "who", "why", "with", "within", "you", "your", "black", "grey",
 ]  # fmt: skip
@@ -91,7 +94,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     Tags are ordinary tokens, so that decoding with ``skip_special_tokens`` keeps them:
     ``<think> at step two i see red so the colour is red</think><answer>A</answer>`` comes back as it is.
     """
-    words = [*KINDS, *COLOURS, *NUMBERS, *DIRECTIONS, *SHAPES, *WORDS]
+    words = [*TASKS, *COLOURS, *NUMBERS, *DIRECTIONS, *SHAPES, *WORDS]
     pieces = ["<unk>", "\n", *TAGS, *string.ascii_uppercase, *string.digits, *".,:;?!()<>-'\"", *words]
     pieces += [word.capitalize() for word in words if len(word) > 1]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}

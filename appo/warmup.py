@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from appo.data import Record
 from appo.prompts import Prompt, collate
 from appo.tasks import response_text, think_text
+from appo.tasks.questions import NUMBERS
 
 NOTHING = "nothing"
 
@@ -91,21 +92,37 @@ def warm_up(
 
 
 def target(prompt: Prompt, rng: random.Random, label_noise: float) -> str:
-    """The response to learn: what happened and when or, in a share ``label_noise``, an answer drawn at random."""
+    """The response to learn: what happened and when or, in a share ``label_noise``, an answer drawn at random.
+
+    For a record that says what is seen when (the kind "cue"), the time is drawn, and the answer is what is seen then:
+    right or wrong, a response reports what it looked at.
+    """
     record = prompt.record
-    steps = [_nearest(prompt, start, end) for start, end in record.time_spans]
-    index = _answer(record)
+    task, steps = record.meta["task"], [_nearest(prompt, start, end) for start, end in record.time_spans]
+    index, seen = _answer(record), record.meta.get("seen")
+    if seen:  # the time is told by its number, not by a grid step
+        steps = [time_marked(record)]
     if rng.random() < label_noise:
-        index = rng.randrange(len(record.options))
-        if record.meta["task"] == "count":  # as many moments as the answer says
+        if seen:  # any time, and then the colour that is shown there
+            steps = [rng.randrange(len(seen))]
+            index = [option.split(". ", 1)[1] for option in record.options].index(seen[steps[0]][2])
+        else:
+            index = rng.randrange(len(record.options))
+        if task == "count":  # as many moments as the answer says
             steps = sorted(rng.sample(range(prompt.num_frames), index + 1))
     letter, text = record.options[index].split(". ", 1)
-    return response_text(think_text(record.meta["task"], steps, text), letter)
+    return response_text(think_text(task, steps, text), letter)
 
 
 def words_seen(prompt: Prompt) -> list[str]:
-    """A word for each temporal grid step: what happens in a video frame sampled for it, or "nothing"."""
+    """A word for each temporal grid step: what happens in a video frame sampled for it, or "nothing".
+
+    Where the record says what is shown when, it is what is shown in the middle of the step.
+    """
     record = prompt.record
+    if "seen" in record.meta:
+        middles = [sum(times) / 2 for times in prompt.frame_times]
+        return [next(word for _, end, word in record.meta["seen"] if middle < end) for middle in middles]
     answer = record.options[_answer(record)].split(". ", 1)[1]
     words = [NOTHING] * prompt.num_frames
     for number, (start, end) in enumerate(record.time_spans):
@@ -118,10 +135,19 @@ def words_seen(prompt: Prompt) -> list[str]:
     return words
 
 
+def time_marked(record: Record) -> int:
+    """Which of the times in the record's ``seen`` the mark of the kind "cue" points at, from 0; -1 without a mark."""
+    starts = [start for start, _, _ in record.meta.get("seen", ())]
+    return starts.index(record.time_spans[0][0]) if starts else -1
+
+
 def _looking(
     model: Any, tokenizer: Any, prompts: Sequence[Prompt], features: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of the word for each grid step, events weighing as much as quiet; and the share of events named."""
+    """Cross-entropy of the word for each grid step, events weighing as much as quiet; and the share of events named.
+
+    Where clips have a mark, also that of the time it points at, read off every step.
+    """
     words = [word for prompt in prompts for word in words_seen(prompt)]
     labels = torch.tensor(tokenizer.convert_tokens_to_ids(words))
     steps = [part.view(prompt.num_frames, -1, part.shape[-1]) for prompt, part in zip(prompts, features, strict=True)]
@@ -129,7 +155,13 @@ def _looking(
     logits = model.get_output_embeddings()(model.base_model.language_model.norm(pooled))
     quiet = labels == tokenizer.convert_tokens_to_ids(NOTHING)
     losses = cross_entropy(logits, labels, reduction="none")
-    loss = (losses[quiet].mean() + losses[~quiet].mean()) / 2
+    sides = [losses[side].mean() for side in (quiet, ~quiet) if side.any()]
+    loss = sum(sides, torch.zeros(())) / len(sides)
+    marked = torch.tensor([time for prompt in prompts for time in [time_marked(prompt.record)] * prompt.num_frames])
+    if (marked >= 0).any():
+        # Every frame of a clip with a mark shows two things: its own colour, and which time the mark points at.
+        numbers = tokenizer.convert_tokens_to_ids(NUMBERS)
+        loss = loss + cross_entropy(logits[:, numbers], marked, ignore_index=-1)
     return loss, (logits.argmax(-1) == labels)[~quiet].float().mean()
 
 

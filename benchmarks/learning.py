@@ -1,9 +1,17 @@
-"""Does it learn better? python -m benchmarks.learning [--seeds 12 --steps 12 --jobs 2 --work runs/learning]
+"""Does it learn better? python -m benchmarks.learning [--task moment --seeds 12 --steps 12 --jobs 2]
 
-GRPO, DAPO, APPO with each way of choosing frames, and controls that take away one thing at a time, on the bundled task:
+GRPO, DAPO, APPO with each way of choosing frames, and controls that take away one thing at a time, on a bundled task:
 same clips, same warm start, same order of prompts, same number of sampled responses, one training seed for all of them.
 Each run is a process with one thread; runs that are done are not run again, so an interrupted benchmark goes on. When
-all are done, the means and 95% intervals of the paired differences to GRPO go to results/learning.*
+all are done, the means and 95% intervals of the paired differences to GRPO go to results/learning.* (of the task "cue":
+results/learning-cue.*).
+
+Tasks:
+  moment  One short moment of a clip shows the answer (the demo's clips); right and wrong responses mostly look at
+          the same frames.
+  cue     Every time of a clip shows another colour, and a mark that is hard to read says which time is meant. A
+          response writes a time, and that decides where it looks for the colour: right and wrong responses look at
+          different frames, which is what `hard`, the paper's difference of sets, goes by.
 
 Clips and warm starts are of seeds that no setting was chosen on; nothing is chosen on the held-out splits here.
 """
@@ -18,6 +26,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +106,40 @@ VARIANTS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
 SPLITS = ("validation", "ood")
 
 
-def prepare(work: Path, number: int) -> tuple[Path, Path]:
+@dataclass(frozen=True)
+class Task:
+    """clips: of `make_task`. warm: of `warm_start`. settings: what differs from those of the demo."""
+
+    clips: dict[str, Any] = field(default_factory=dict)
+    warm: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+TASKS = {
+    "moment": Task(),
+    "cue": Task(
+        clips={"kinds": ("cue",)},
+        warm={"model_options": {"num_hidden_layers": 2}, "looking_steps": 40, "steps": 200, "label_noise": 0.4},
+        # The look-up is one token's and happens in the first layer: every layer counts, and the one largest mass.
+        settings={"layers": 2, "top_tokens": 1},
+    ),
+}
+
+
+def prepare(work: Path, task: str, number: int) -> tuple[Path, Path]:
     """Clips and warm start ``number``; made once."""
-    seed = FIRST_CLIP_SEED + number
-    clips = stage("clips", work / f"clips-{number}", lambda folder: make_clips(folder, seed))
-    warm = stage("warm start", work / f"warm-{number}", lambda folder: warm_start(folder, clips, seed))
+    seed, options = FIRST_CLIP_SEED + number, TASKS[task]
+    clips = stage("clips", work / f"clips-{number}", lambda folder: make_clips(folder, seed, **options.clips))
+    warm = stage("warm start", work / f"warm-{number}", lambda folder: warm_start(folder, clips, seed, **options.warm))
     return clips, warm
 
 
-def run_one(work: Path, variant: str, seed: int, warm_starts: int, steps: int) -> None:
+def run_one(work: Path, task: str, variant: str, seed: int, warm_starts: int, steps: int) -> None:
     """One training run and its held-out accuracy, in ``work``/<variant>-<seed>.json."""
-    clips, warm = prepare(work, seed % warm_starts)
+    clips, warm = prepare(work, task, seed % warm_starts)
     trainer_class, changes = VARIANTS[variant]
     output = work / f"{variant}-{seed}"
-    settings = SETTINGS | {"preset": "paper"} | changes
+    settings = SETTINGS | TASKS[task].settings | {"preset": "paper"} | changes
     settings |= {"seed": seed, "max_steps": steps, "output": str(output), "model": str(warm), "tensorboard": False}
     settings |= {"data": str(clips / "train.json"), "eval_every": steps, "save_every": 0}
     config = APPOConfig.from_dict(settings)
@@ -118,7 +147,7 @@ def run_one(work: Path, variant: str, seed: int, warm_starts: int, steps: int) -
     model, processor = load_model(config)
     start = time.perf_counter()
     trainer_class(model, processor, load_records(config.data), config=config, eval_dataset=held_out).train()
-    result = {"variant": variant, "seed": seed, "steps": steps, "seconds": time.perf_counter() - start}
+    result = {"task": task, "variant": variant, "seed": seed, "steps": steps, "seconds": time.perf_counter() - start}
     for line in (output / "eval.jsonl").read_text().splitlines():
         entry = json.loads(line)
         moment = "before" if entry["step"] == 0 else "after"
@@ -135,8 +164,6 @@ def run_one(work: Path, variant: str, seed: int, warm_starts: int, steps: int) -
 
 def run_all(options: argparse.Namespace, variants: Sequence[str]) -> None:
     """What is missing, ``options.jobs`` at a time; seeds in turn, so that an early end leaves whole seeds."""
-    for number in range(min(options.warm_starts, options.seeds)):
-        prepare(options.work, number)
     missing = [
         (variant, seed)
         for seed in range(options.seeds)
@@ -144,30 +171,23 @@ def run_all(options: argparse.Namespace, variants: Sequence[str]) -> None:
         if not (options.work / f"{variant}-{seed}.json").is_file()
     ]
 
-    def start(task: tuple[str, int]) -> None:
-        variant, seed = task
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.learning",
-            "--work",
-            str(options.work),
-            "--run",
-            variant,
-            str(seed),
-        ]
+    def start(name: str, *arguments: object) -> None:
+        command = [sys.executable, "-m", "benchmarks.learning", *map(str, arguments), "--task", options.task]
+        command += ["--work", str(options.work.parent)]
         command += ["--warm-starts", str(options.warm_starts), "--steps", str(options.steps)]
-        log = options.work / f"{variant}-{seed}.log"
+        log = options.work / f"{name}.log"
         with log.open("w") as file:
             code = subprocess.run(
                 command, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}
             ).returncode
         if code:
-            raise SystemExit(f"{variant}, seed {seed}: ended with {code}; see {log}")
-        print(f"{variant} {seed}", flush=True)
+            raise SystemExit(f"{name}: ended with {code}; see {log}")
+        print(name, flush=True)
 
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(start, missing))
+        numbers = range(min(options.warm_starts, options.seeds))
+        list(pool.map(lambda number: start(f"prepare-{number}", "--prepare", number), numbers))
+        list(pool.map(lambda run: start(f"{run[0]}-{run[1]}", "--run", *run), missing))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -183,13 +203,13 @@ def summarise(results: list[dict[str, Any]], variants: Sequence[str], seeds: int
     table = {(result["variant"], result["seed"]): result for result in results}
     rows = []
     for variant in variants:
-        row: dict[str, Any] = {"variant": variant, "seeds": seeds}
+        row: dict[str, Any] = {"task": table[variant, 0]["task"], "variant": variant, "seeds": seeds}
         for split in SPLITS:
             after = [table[variant, seed][f"{split}/after"] for seed in range(seeds)]
             base = [table["grpo", seed][f"{split}/after"] for seed in range(seeds)]
             difference, width = interval([a - b for a, b in zip(after, base, strict=True)])
             row |= {f"{split}": statistics.fmean(after), f"{split}-grpo": difference, f"{split} 95%": width}
-        for name in ("frames/precision", "frames/recall", "weight/share"):
+        for name in ("frames/empty", "frames/precision", "frames/recall", "weight/share"):
             values = [table[variant, seed].get(f"train/{name}") for seed in range(seeds)]
             known = [value for value in values if value is not None]
             row[name] = statistics.fmean(known) if known else None
@@ -199,17 +219,26 @@ def summarise(results: list[dict[str, Any]], variants: Sequence[str], seeds: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="folder of clips, models and runs")
+    parser.add_argument("--task", choices=list(TASKS), default="moment", help="which clips; described above")
+    parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="a task's clips and runs: WORK/TASK")
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--warm-starts", type=int, default=3, help="seeds take these in turn")
     parser.add_argument("--steps", type=int, default=12, help="training steps of a run")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help="one run, in this process")
-    parser.add_argument("--name", default="learning", help="of the result files; '-': none")
+    parser.add_argument("--name", help="of the result files (default: learning, or learning-cue); '-': none")
+    parser.add_argument("--prepare", type=int, metavar="NUMBER", help="one warm start, in this process")
     options = parser.parse_args()
+    options.name = options.name or ("learning" if options.task == "moment" else f"learning-{options.task}")
+    options.work = options.work / options.task
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.prepare is not None:
+        prepare(options.work, options.task, options.prepare)
+        return
     if options.run:
-        run_one(options.work, options.run[0], int(options.run[1]), options.warm_starts, options.steps)
+        variant, seed = options.run
+        run_one(options.work, options.task, variant, int(seed), options.warm_starts, options.steps)
         return
     variants = list(dict.fromkeys(["grpo", *options.variants]))
     start = time.perf_counter()

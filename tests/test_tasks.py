@@ -10,9 +10,10 @@ import torch
 
 from appo.data import check_media, load_records
 from appo.tasks import DIFFICULTIES, KINDS, Difficulty, make_task, response_text, think_text
-from appo.tasks.questions import DIRECTIONS, NUMBERS
+from appo.tasks.questions import DIRECTIONS, MARK, NUMBERS
 from appo.tasks.render import COLOURS, NEUTRAL
 from appo.video import read_video
+from appo.warmup import time_marked
 
 # Every kind four times, on the easiest split and the hardest. Distractors would fool the simple rules used
 # here.
@@ -52,7 +53,7 @@ def oracle(record):
     difference = (frames[inside].mean(0) - frames[~inside].mean(0)).mean(0)  # (H, W) brightness
     grid = torch.linspace(-1, 1, len(difference))
     task = record.meta["task"]
-    if task == "colour":
+    if task in ("colour", "cue"):
         return colour_of(frames[inside], frames[~inside])
     if task == "order":
         start, end = record.time_spans[0]
@@ -84,11 +85,33 @@ def test_the_answer_is_in_the_pixels(folder, split):
 
 def test_outside_its_moments_a_clip_shows_no_change(folder):
     for record in load_records(folder / "warmup.json"):
+        if record.meta["task"] == "cue":
+            continue  # its shape changes all the time
         frames, _, inside = decoded(record)
         # 8 grey levels of noise, of which averaging over cells and colours leaves little.
         change = torch.nn.functional.avg_pool2d(frames, 8)
         change = (change - change[~inside].median(0).values).abs().amax((1, 2, 3))
         assert change[~inside].max() < 18 < 28 < change[inside].min(), record.id
+
+
+@pytest.mark.parametrize("split", SIZES)
+def test_a_cue_points_at_its_time_and_every_time_shows_its_colour(folder, split):
+    records = [r for r in load_records(folder / f"{split}.json") if r.meta["task"] == "cue"]
+    assert records
+    for record in records:
+        frames, times, _ = decoded(record)
+        # Brightness of each column near the lower edge, where nothing is but the mark: in every frame of the clip.
+        columns = frames[:, :, 50:53].mean((1, 2))  # (T, W)
+        columns = torch.nn.functional.avg_pool1d(columns.view(8, -1, 56).mean(1), 5, 1)
+        places = ((columns.argmax(1) + 2.5) / 56 - 0.5) / MARK[1] + 1.5
+        assert [round(place) for place in places.tolist()] == [time_marked(record)] * 8, record.id
+        start, end, word = record.meta["seen"][time_marked(record)]
+        assert record.time_spans == ((start, end),)
+        assert word == record.options["ABCD".index(record.answer)][3:]
+        assert sorted(word for _, _, word in record.meta["seen"]) == sorted(COLOURS)
+        for start, end, word in record.meta["seen"]:
+            inside = (times >= start - 1e-6) & (times < end - 1e-6)
+            assert colour_of(frames[inside], frames[~inside]) == word
 
 
 def test_records_are_loaded_and_spans_are_known(folder):
@@ -114,7 +137,8 @@ def test_every_answer_occurs():
         counts = np.bincount([q.answer for q in questions], minlength=len(questions[0].options))
         expected = 200 / len(questions[0].options)
         assert (np.abs(counts - expected) < 5 * expected**0.5).all(), (kind, counts)
-        assert len({q.spans[0][0] for q in questions}) > 10, f"{kind}: moments must not always come at the same time"
+        starts = {q.spans[0][0] for q in questions}
+        assert len(starts) > 10 or (kind == "cue" and starts == {0.0, 1.0, 2.0, 3.0}), f"{kind}: always at one time"
 
 
 def files(root):
@@ -154,6 +178,7 @@ def test_shuffled_options_keep_their_meaning(tmp_path):
 def test_response_texts():
     think = think_text("order", [1, 4], "red")
     assert think == "i see red at step two then five so the order is red"
+    assert think_text("cue", [2], "red") == "i see at time three red so the cue is red"
     assert response_text(think, "A") == f"<think> {think}</think><answer>A</answer>"
 
 

@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 
 import numpy as np
 import pytest
@@ -19,8 +20,9 @@ from appo.prompts import PromptBuilder, collate
 from appo.rewards import combine
 from appo.rollout import TransformersRollout
 from appo.tasks import KINDS, Difficulty, make_task, response_text, think_text
+from appo.tasks.questions import NUMBERS
 from appo.tiny import build_tiny, build_tokenizer
-from appo.warmup import target, warm_up, words_seen
+from appo.warmup import target, time_marked, warm_up, words_seen
 
 CONFIG = APPOConfig(fps=4.0, max_frames=16, max_pixels=28 * 28, instructions=False)
 
@@ -109,6 +111,8 @@ def test_targets_say_what_happened_and_when(prompts):
         assert combine({"accuracy": 1.0, "format": 1.0}, [text], [record]).total.item() == 2.0
         # The half second that holds the middle of the moment, the earlier one where it is on the border.
         steps = [math.ceil((start + end) / 2 / 0.5) - 1 for start, end in record.time_spans]
+        if record.meta["task"] == "cue":  # four times of a second each
+            steps = [int(record.time_spans[0][0])]
         option = record.options["ABCD".index(record.answer)][3:]
         assert text == response_text(think_text(record.meta["task"], steps, option), record.answer)
 
@@ -127,10 +131,30 @@ def test_noisy_targets_are_consistent_and_spread_over_the_options(prompts):
                 assert text.count("then") == "ABCD".index(letter)
 
 
+def test_a_target_reports_what_is_shown_at_the_time_it_names(prompts):
+    rng, times = random.Random(1), set()
+    for prompt in prompts:
+        if prompt.record.meta["task"] != "cue":
+            continue
+        words = words_seen(prompt)
+        for _ in range(200):
+            found = re.match(r"<think> i see at time (\w+) (\w+) so the cue is (\w+)</think>", target(prompt, rng, 0.8))
+            time = NUMBERS.index(found[1])
+            times.add(time)
+            assert found[2] == found[3] == words[2 * time] == words[2 * time + 1]
+    assert times == {0, 1, 2, 3}
+
+
 def test_words_seen_follow_the_spans(prompts):
     for prompt in prompts:
         words = words_seen(prompt)
         assert len(words) == prompt.num_frames
+        if prompt.record.meta["task"] == "cue":
+            assert words == [word for _, _, word in prompt.record.meta["seen"] for _ in range(2)]
+            assert [words[frame] for frame in prompt.crucial_frames()] == [
+                prompt.record.meta["seen"][time_marked(prompt.record)][2]
+            ] * 2
+            continue
         events = [index for index, word in enumerate(words) if word != "nothing"]
         # A moment of half a second touches one or two steps of half a second, and each span is found.
         assert len(prompt.record.time_spans) <= len(events) <= 2 * len(prompt.record.time_spans)

@@ -49,7 +49,8 @@ def make_task(
 
     Records are in the Video-R1 format (SPEC section 8), with ``path`` relative to DIR, and have besides:
     ``time_spans`` [[start, end]] in seconds, the moments that decide the question; ``duration`` in seconds;
-    ``task``, the question kind. Returns the path of each split's records.
+    ``task``, the question kind; and those of the kind "cue" ``seen`` [[start, end, word]], what is shown when.
+    Returns the path of each split's records.
 
     A clip depends on the seed, its split and its number only: the same arguments give the same bytes, and a
     larger size keeps the smaller one's clips. Raises ValueError for an unknown kind or split, or sizes that
@@ -82,9 +83,12 @@ def make_task(
 def think_text(task: str, steps: Sequence[int], answer: str) -> str:
     """What a response of the warm start says before its answer: when it looked, and what it saw.
 
-    steps: temporal grid step of each moment, from 0. answer: the text of the chosen option.
+    steps: temporal grid step of each moment, from 0. answer: the text of the chosen option. For the task "cue"
+    the step comes first: what was written there decides where to look for what comes next.
     """
     when = " then ".join(NUMBERS[step] for step in steps)
+    if task == "cue":
+        return f"i see at time {when} {answer} so the {task} is {answer}"
     return f"i see {answer} at step {when} so the {task} is {answer}"
 
 
@@ -106,6 +110,7 @@ def _record(question: Question, name: str, path: str, duration: float) -> dict[s
         "task": question.kind,
         "time_spans": [list(span) for span in question.spans],
         "duration": duration,
+        **({"seen": [list(moment) for moment in question.seen]} if question.seen else {}),
     }
 
 

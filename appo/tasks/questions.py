@@ -1,5 +1,6 @@
 """The kinds of questions: each builds a scene in which one short moment decides the answer."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -30,7 +31,8 @@ class Question:
     """A scene and what is asked about it.
 
     answer: index into ``options``. spans: (start, end) in seconds of each moment that decides it, in the
-    order of time.
+    order of time. seen: (start, end, word) of what can be seen when, for a kind in which a response first
+    says when it looks: what a wrong one has to say depends on where it looked.
     """
 
     kind: str
@@ -39,9 +41,11 @@ class Question:
     options: tuple[str, ...]
     answer: int
     spans: tuple[tuple[float, float], ...]
+    seen: tuple[tuple[float, float, str], ...] = ()
 
 
 NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight")
+MARK = (0.92, 0.12, 0.06)  # height of the mark of "cue", distance between its places, its radius; in sides
 DIRECTIONS = {"left": (0.0, -1.0), "right": (0.0, 1.0), "up": (-1.0, 0.0), "down": (1.0, 0.0)}
 
 
@@ -105,12 +109,36 @@ def blink(rng: np.random.Generator, level: Difficulty, duration: float, fps: flo
     return Question("blink", scene, "Which object is the blink?", options, answer, spans)
 
 
+def cue(rng: np.random.Generator, level: Difficulty, duration: float, fps: float) -> Question:
+    """A shape takes each colour in turn, plain to see. A mark below it, all the time, says which time is meant.
+
+    The mark's place from left to right is the place in time, and that is what is hard to see. Whoever misreads it
+    looks at another time, and reports the colour that is shown then. ``length`` does not matter.
+    """
+    names, total = tuple(COLOURS), round(duration * fps)
+    count = len(names)
+    edges = [round(total * time / count) / fps for time in range(count + 1)]
+    times, shown = list(itertools.pairwise(edges)), rng.permutation(count).tolist()
+    where = int(rng.integers(count))
+    moments = tuple(Moment(*time, colour=COLOURS[names[which]]) for time, which in zip(times, shown, strict=True))
+    shape = _shape(rng, level, moments=moments, around=(0.4, 0.5), spread=0.08)
+    light = (round(level.background + level.contrast * (WHITE[0] - level.background)),) * 3
+    place = (MARK[0], 0.5 + MARK[1] * (where - (count - 1) / 2))
+    mark = Shape(SHAPES[1], place, MARK[2], moments=(Moment(0.0, duration, colour=light),))
+    seen = tuple((*time, names[which]) for time, which in zip(times, shown, strict=True))
+    return Question(
+        "cue", _scene(rng, level, [shape, mark]), "Which colour is at the cue?", names, shown[where],
+        (times[where],), seen,
+    )  # fmt: skip
+
+
 KINDS: dict[str, Callable[[np.random.Generator, Difficulty, float, float], Question]] = {
     "colour": colour,
     "order": order,
     "count": count,
     "direction": direction,
     "blink": blink,
+    "cue": cue,
 }
 
 
