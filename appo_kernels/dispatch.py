@@ -17,7 +17,7 @@ import torch
 
 logger = logging.getLogger("appo_kernels")
 
-# Fastest first: the order in which "auto" asks.
+# Fastest first: the order in which "auto" asks, but for `_order`.
 MODULES = {"cuda": "cuda", "triton": "triton", "torch": "streaming"}
 CHOICES = ("auto", "torch", "triton", "cuda")
 
@@ -48,10 +48,20 @@ def why_not(problem: Problem, backend: str) -> str | None:
     return module.unsupported(problem)
 
 
+def _order(problem: Problem) -> tuple[str, ...]:
+    """The kernels in csrc multiply with mma.sync. On sm_90 and sm_100 Triton has instructions of larger tiles, and its
+    attention loops need fewer of them (docs/cuda.md has the counts; no GPU has been asked yet)."""
+    if problem.head_dim and problem.device.type == "cuda":
+        major, _ = torch.cuda.get_device_capability(problem.device)
+        if major in (9, 10):
+            return "triton", "cuda", "torch"
+    return tuple(MODULES)
+
+
 @functools.cache
 def _automatic(problem: Problem) -> str:
     refused: list[str] = []
-    for backend in MODULES:
+    for backend in _order(problem):
         reason = why_not(problem, backend)
         if reason is None and backend != "torch" and problem.device.type == "cpu":
             reason = "on the CPU it is only emulated, for tests; name it to have that"
