@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from appo.architectures import ARCHITECTURES, Architecture, find_architecture, from_config
 from appo.config import ConfigError
 from appo.plan import GIB, Plan, Workload
-from appo_kernels import dispatch, frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
+from appo_kernels import frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
 from appo_kernels.ops.frame_mass import op as frame_mass_op
 from appo_kernels.ops.group_divergence import op as group_divergence_op
 from appo_kernels.ops.token_logprobs import op as token_logprobs_op
@@ -141,14 +141,12 @@ def test_flops_of_the_vision_tower(name: str) -> None:
 
 
 def test_flops_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Custom operators hide their products from the counter: here their implementations are called directly."""
-
-    def opened(op: str, function: str) -> Any:
-        return lambda *operands: getattr(dispatch.implementation(op, operands[-1]), function)(*operands[:-1])
-
-    monkeypatch.setattr(frame_mass_op, "forward_op", opened("frame_mass", "forward"))
-    monkeypatch.setattr(group_divergence_op, "forward_op", opened("group_divergence", "forward"))
-    monkeypatch.setattr(token_logprobs_op, "forward_op", opened("token_logprobs", "forward"))
+    """Custom operators hide their products from the counter: here the functions behind them are called."""
+    modules = (frame_mass_op, group_divergence_op, token_logprobs_op)
+    for module, name in (
+        *((module, "forward_op") for module in modules), (surrogate_op, "linear_weighted_surrogate_forward"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, getattr(module, name)._init_fn)
     sizes = replace(small("Qwen2.5-VL-7B"), vocabulary=3000)
     work = Workload(frames=4, frame_tokens=32, text=32, response=64, prompts=1, target_frames=2, slots=24)
     plan, G, N = Plan(sizes, work), work.responses, work.response
@@ -178,12 +176,6 @@ def test_flops_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     found = counted(lambda: group_divergence(hidden, weight, lse, slots, backend="torch"))
     assert found == pytest.approx(plan.divergence_flop(), rel=WITHIN)
 
-    def opened_surrogate(*operands: Any) -> None:
-        settings = surrogate_op.Settings(*operands[10:18])
-        module = dispatch.implementation("weighted_surrogate", operands[-1])
-        module.linear_forward(*operands[:5], settings, *operands[5:10])
-
-    monkeypatch.setattr(surrogate_op, "linear_weighted_surrogate_forward", opened_surrogate)
     hidden.requires_grad_()
     weight.requires_grad_()
     old = (
