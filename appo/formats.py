@@ -48,7 +48,7 @@ def _video_r1(reader: "_Reader") -> Record:
     if len(solution) != 1 or not solution[0].strip():
         reader.fail("solution", "one <answer>...</answer> with text in it", reader.raw["solution"])
     answer = solution[0].strip()
-    meta = {key: reader.raw[key] for key in ("task", "seen") if key in reader.raw}
+    meta: dict[str, Any] = {key: reader.raw[key] for key in ("task", "seen") if key in reader.raw}
     if reader.flag("grounding"):
         meta["grounding"] = True
     spans = reader.spans("time_spans", required=bool(meta.get("grounding")))
