@@ -2,7 +2,7 @@
 
 GRPO, DAPO, APPO with each way of choosing frames, and controls that take away one thing at a time, on a bundled task:
 same clips, same warm start, same order of prompts, same number of sampled responses, one training seed for all of them.
-Each run is a process with one thread; runs that are done are not run again, so an interrupted benchmark goes on. When
+Each seed is a process with one thread; runs that are done are not run again, so an interrupted benchmark goes on. When
 all are done, the means and 95% intervals of the paired differences to GRPO go to results/learning.* (of the task "cue":
 results/learning-cue.*).
 
@@ -13,6 +13,10 @@ Tasks:
           response writes a time, and that decides where it looks for the colour: right and wrong responses look at
           different frames, which is what `hard`, the paper's difference of sets, goes by.
 
+Time: a warm start with its clips takes two to three minutes of a core, a run 20 to 30 seconds (less for "cue"), so the
+default of 12 seeds x 10 variants takes about half an hour on two cores. With less time take fewer --seeds, not fewer
+--steps: the differences are paired by seed.
+
 Clips and warm starts are of seeds that no setting was chosen on; nothing is chosen on the held-out splits here.
 """
 
@@ -20,6 +24,7 @@ import argparse
 import json
 import math
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -36,6 +41,7 @@ from torch import Tensor
 from appo.config import APPOConfig
 from appo.data import load_records
 from appo.demo import SETTINGS, make_clips, stage, warm_start
+from appo.evaluate import evaluate
 from appo.selection import perception_slots
 from appo.setup import load_model
 from appo.trainer import Trainer
@@ -141,39 +147,48 @@ def run_one(work: Path, task: str, variant: str, seed: int, warm_starts: int, st
     output = work / f"{variant}-{seed}"
     settings = SETTINGS | TASKS[task].settings | {"preset": "paper"} | changes
     settings |= {"seed": seed, "max_steps": steps, "output": str(output), "model": str(warm), "tensorboard": False}
-    settings |= {"data": str(clips / "train.json"), "eval_every": steps, "save_every": 0}
+    settings |= {"data": str(clips / "train.json"), "save_every": 0}
     config = APPOConfig.from_dict(settings)
-    held_out = {split: load_records(clips / f"{split}.json") for split in SPLITS}
+    shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
     model, processor = load_model(config)
+    trainer = trainer_class(model, processor, load_records(config.data), config=config)
+    held_out = {split: load_records(clips / f"{split}.json") for split in SPLITS}
+
+    def measure(moment: str) -> dict[str, float]:
+        values = {
+            split: evaluate(trainer.model, processor, records, config, builder=trainer.build_prompt)
+            for split, records in held_out.items()
+        }
+        return {f"{split}/{moment}": value["accuracy"] for split, value in values.items()}
+
+    result = {"task": task, "variant": variant, "seed": seed, "steps": steps}
     start = time.perf_counter()
-    trainer_class(model, processor, load_records(config.data), config=config, eval_dataset=held_out).train()
-    result = {"task": task, "variant": variant, "seed": seed, "steps": steps, "seconds": time.perf_counter() - start}
-    for line in (output / "eval.jsonl").read_text().splitlines():
-        entry = json.loads(line)
-        moment = "before" if entry["step"] == 0 else "after"
-        result[f"{entry['split']}/{moment}"] = entry["accuracy"]
+    if variant == "grpo":  # all variants of a seed start from the same model
+        result |= measure("before")
+    trainer.train()
+    result |= measure("after") | {"seconds": time.perf_counter() - start}
     history = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    for name in ("reward", "frames/precision", "frames/recall", "frames/empty", "weight/share"):
+    for name in ("reward", "frames/empty", "frames/precision", "frames/recall", "weight/share"):
         values = [entry[name] for entry in history if name in entry]
         if values:
             result[f"train/{name}"] = statistics.fmean(values)
     path = work / f"{variant}-{seed}.json"
     path.with_suffix(".partial").write_text(json.dumps(result) + "\n")
     path.with_suffix(".partial").rename(path)
+    print(variant, seed, flush=True)
 
 
-def run_all(options: argparse.Namespace, variants: Sequence[str]) -> None:
-    """What is missing, ``options.jobs`` at a time; seeds in turn, so that an early end leaves whole seeds."""
-    missing = [
-        (variant, seed)
-        for seed in range(options.seeds)
-        for variant in variants
-        if not (options.work / f"{variant}-{seed}.json").is_file()
-    ]
+def missing(options: argparse.Namespace, seed: int) -> list[str]:
+    """The variants of a seed that have no result yet."""
+    return [name for name in options.variants if not (options.work / f"{name}-{seed}.json").is_file()]
+
+
+def run_all(options: argparse.Namespace) -> None:
+    """What is missing, ``options.jobs`` processes at a time: first the warm starts, then a process for each seed."""
 
     def start(name: str, *arguments: object) -> None:
         command = [sys.executable, "-m", "benchmarks.learning", *map(str, arguments), "--task", options.task]
-        command += ["--work", str(options.work.parent)]
+        command += ["--work", str(options.work.parent), "--variants", *options.variants]
         command += ["--warm-starts", str(options.warm_starts), "--steps", str(options.steps)]
         log = options.work / f"{name}.log"
         with log.open("w") as file:
@@ -186,8 +201,9 @@ def run_all(options: argparse.Namespace, variants: Sequence[str]) -> None:
 
     with ThreadPoolExecutor(options.jobs) as pool:
         numbers = range(min(options.warm_starts, options.seeds))
-        list(pool.map(lambda number: start(f"prepare-{number}", "--prepare", number), numbers))
-        list(pool.map(lambda run: start(f"{run[0]}-{run[1]}", "--run", *run), missing))
+        list(pool.map(lambda number: start(f"warm-start-{number}", "--prepare", number), numbers))
+        seeds = [seed for seed in range(options.seeds) if missing(options, seed)]
+        list(pool.map(lambda seed: start(f"seed-{seed}", "--run", seed), seeds))
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -226,7 +242,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="training steps of a run")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--run", nargs=2, metavar=("VARIANT", "SEED"), help="one run, in this process")
+    parser.add_argument("--run", type=int, metavar="SEED", help="the variants of one seed, in this process")
     parser.add_argument("--name", help="of the result files (default: learning, or learning-cue); '-': none")
     parser.add_argument("--prepare", type=int, metavar="NUMBER", help="one warm start, in this process")
     options = parser.parse_args()
@@ -236,13 +252,13 @@ def main() -> None:
     if options.prepare is not None:
         prepare(options.work, options.task, options.prepare)
         return
-    if options.run:
-        variant, seed = options.run
-        run_one(options.work, options.task, variant, int(seed), options.warm_starts, options.steps)
+    options.variants = variants = list(dict.fromkeys(["grpo", *options.variants]))
+    if options.run is not None:
+        for variant in missing(options, options.run):
+            run_one(options.work, options.task, variant, options.run, options.warm_starts, options.steps)
         return
-    variants = list(dict.fromkeys(["grpo", *options.variants]))
     start = time.perf_counter()
-    run_all(options, variants)
+    run_all(options)
     results = [
         json.loads((options.work / f"{variant}-{seed}.json").read_text())
         for variant in variants
