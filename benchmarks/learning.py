@@ -1,4 +1,4 @@
-"""Does it learn better? python -m benchmarks.learning [--task moment --seeds 12 --steps 12 --jobs 2]
+"""Does it learn better? python -m benchmarks.learning [--task moment --seeds 12 --steps 10 --jobs 2]
 
 GRPO, DAPO, APPO with each way of choosing frames, and controls that take away one thing at a time, on a bundled task:
 same clips, same warm start, same order of prompts, same number of sampled responses, one training seed for all of them.
@@ -13,7 +13,7 @@ Tasks:
           response writes a time, and that decides where it looks for the colour: right and wrong responses look at
           different frames, which is what `hard`, the paper's difference of sets, goes by.
 
-Time: a warm start with its clips takes two to three minutes of a core, a run 20 to 30 seconds (less for "cue"), so the
+Time: a warm start with its clips takes two to three minutes of a core, a run 20 to 25 seconds (less for "cue"), so the
 default of 12 seeds x 10 variants takes about half an hour on two cores. With less time take fewer --seeds, not fewer
 --steps: the differences are paired by seed.
 
@@ -42,6 +42,7 @@ from appo.config import APPOConfig
 from appo.data import load_records
 from appo.demo import SETTINGS, make_clips, stage, warm_start
 from appo.evaluate import evaluate
+from appo.prompts import PromptBuilder
 from appo.selection import perception_slots
 from appo.setup import load_model
 from appo.trainer import Trainer
@@ -126,8 +127,8 @@ TASKS = {
     "cue": Task(
         clips={"kinds": ("cue",)},
         warm={"model_options": {"num_hidden_layers": 2}, "looking_steps": 40, "steps": 200, "label_noise": 0.4},
-        # The look-up is one token's and happens in the first layer: every layer counts, and the one largest mass.
-        settings={"layers": 2, "top_tokens": 1},
+        # The look-up is one token's and may happen in the first layer: every layer counts, and the one largest mass.
+        settings={"layers": 2, "top_tokens": 1, "top_frames": 1},
     ),
 }
 
@@ -140,8 +141,13 @@ def prepare(work: Path, task: str, number: int) -> tuple[Path, Path]:
     return clips, warm
 
 
-def run_one(work: Path, task: str, variant: str, seed: int, warm_starts: int, steps: int) -> None:
-    """One training run and its held-out accuracy, in ``work``/<variant>-<seed>.json."""
+def run_one(
+    work: Path, task: str, variant: str, seed: int, warm_starts: int, steps: int, builder: PromptBuilder | None
+) -> PromptBuilder:
+    """One training run and its held-out accuracy, in ``work``/<variant>-<seed>.json.
+
+    builder: of an earlier run of the seed, whose clips are decoded already; returns that of this run.
+    """
     clips, warm = prepare(work, task, seed % warm_starts)
     trainer_class, changes = VARIANTS[variant]
     output = work / f"{variant}-{seed}"
@@ -152,6 +158,7 @@ def run_one(work: Path, task: str, variant: str, seed: int, warm_starts: int, st
     shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
     model, processor = load_model(config)
     trainer = trainer_class(model, processor, load_records(config.data), config=config)
+    trainer.build_prompt = builder or trainer.build_prompt
     held_out = {split: load_records(clips / f"{split}.json") for split in SPLITS}
 
     def measure(moment: str) -> dict[str, float]:
@@ -176,6 +183,7 @@ def run_one(work: Path, task: str, variant: str, seed: int, warm_starts: int, st
     path.with_suffix(".partial").write_text(json.dumps(result) + "\n")
     path.with_suffix(".partial").rename(path)
     print(variant, seed, flush=True)
+    return trainer.build_prompt
 
 
 def missing(options: argparse.Namespace, seed: int) -> list[str]:
@@ -239,7 +247,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/learning"), help="a task's clips and runs: WORK/TASK")
     parser.add_argument("--seeds", type=int, default=12)
     parser.add_argument("--warm-starts", type=int, default=3, help="seeds take these in turn")
-    parser.add_argument("--steps", type=int, default=12, help="training steps of a run")
+    parser.add_argument("--steps", type=int, default=10, help="training steps of a run")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--run", type=int, metavar="SEED", help="the variants of one seed, in this process")
@@ -254,8 +262,11 @@ def main() -> None:
         return
     options.variants = variants = list(dict.fromkeys(["grpo", *options.variants]))
     if options.run is not None:
+        builder = None
         for variant in missing(options, options.run):
-            run_one(options.work, options.task, variant, options.run, options.warm_starts, options.steps)
+            builder = run_one(
+                options.work, options.task, variant, options.run, options.warm_starts, options.steps, builder
+            )
         return
     start = time.perf_counter()
     run_all(options)

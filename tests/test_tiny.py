@@ -16,13 +16,18 @@ from transformers import (
 
 from appo.config import APPOConfig
 from appo.data import Record, load_records
+from appo.demo import SETTINGS
+from appo.logs import Meter
+from appo.metrics import measure_frames
 from appo.prompts import PromptBuilder, collate
 from appo.rewards import combine
 from appo.rollout import TransformersRollout
 from appo.tasks import KINDS, Difficulty, make_task, response_text, think_text
 from appo.tasks.questions import NUMBERS
 from appo.tiny import build_tiny, build_tokenizer
+from appo.trainer import Trainer
 from appo.warmup import target, time_marked, warm_up, words_seen
+from benchmarks.learning import TASKS
 
 CONFIG = APPOConfig(fps=4.0, max_frames=16, max_pixels=28 * 28, instructions=False)
 
@@ -223,3 +228,37 @@ def test_warm_start_leaves_something_to_learn(tmp_path):
     assert 0.25 < sampled.mean() < 0.6
     assert well_formed.mean() > 0.8
     assert (sampled.amax(1) > sampled.amin(1)).float().mean() > 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_the_time_a_response_wrote_decides_where_it_looks(tmp_path):
+    """The task "cue" of the learning benchmark: right and wrong responses look at different frames, `hard` sees it."""
+    paths = make_task(tmp_path / "data", seed=102, kinds=("cue",), sizes={"warmup": 512, "train": 32})
+    options = dict(TASKS["cue"].warm)
+    model, processor = build_tiny(102, **options.pop("model_options"))
+    build = PromptBuilder(processor, model.config, CONFIG)
+    warm_up(model, processor, [build(record) for record in load_records(paths["warmup"])], seed=102, **options)
+    settings = SETTINGS | TASKS["cue"].settings | {"prompts_per_step": 32, "output": str(tmp_path / "run")}
+    trainer = Trainer(model, processor, load_records(paths["train"]), config=APPOConfig.from_dict(settings))
+    groups = trainer.rollout(1)
+    trainer.score(groups)
+
+    consistent, on_written, elsewhere = [], [], []
+    for group in groups:
+        for ids, text, mass in zip(group.completion_ids, group.texts, group.mask[..., None] * group.mass, strict=True):
+            if found := re.match(r"<think> i see at time (one|two|three|four) (\w+) so the cue is \2<", text):
+                time, place = NUMBERS.index(found[1]), ids.tolist().index(build_tokenizer().get_vocab()[found[2]])
+                consistent.append(group.prompt.record.meta["seen"][time][2] == found[2])
+                on_written.append(mass[place, 2 * time : 2 * time + 2].mean().item())
+                elsewhere.append((mass[place].sum().item() - 2 * on_written[-1]) / 6)
+    assert len(consistent) > 0.85 * 32 * 8 and np.mean(consistent) > 0.85
+    assert np.mean(on_written) > 1.2 * np.mean(elsewhere), "the colour is read where the time says"
+
+    meter, informative = Meter(), [group for group in groups if group.informative]
+    for group in informative:
+        measure_frames(meter, group)
+    found = meter.means()
+    assert 0.3 < np.mean([group.accuracy.mean() for group in groups]) < 0.7 and len(informative) > 0.8 * 32
+    # A quarter of the frames is right: that is what picking at random would come to. Flashes and blinks reach 0.16.
+    assert found["frames/empty"] < 0.6 and found["frames/precision"] > 0.4 and found["frames/recall"] > 0.08
