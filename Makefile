@@ -63,6 +63,7 @@ bench-check: $(BENCH)/.installed
 
 bench-learning: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks.learning
+	$(BENCH)/bin/python -m benchmarks.learning --task cue
 	$(BENCH)/bin/python -m benchmarks.page
 
 clean:

@@ -123,20 +123,31 @@ def growth(content: dict[str, Any]) -> list[str]:
     return lines
 
 
+TASKS = {
+    "learning": "One moment of the clip decides the question, whatever a response says.",
+    "learning-cue": "What a response wrote decides where it looks next: right and wrong ones look at different frames.",
+}
+
+
 def learning() -> list[str]:
-    lines, content = ["## Does it learn better?", ""], harness.load("learning")
-    if content is None:
-        return [*lines, f"{NOT_MEASURED} `make bench-learning` measures it in about half an hour on two cores.", ""]
-    lines += [environment(content), ""]
-    lines.append(f"Held-out accuracy after {content['steps']} steps; paired differences to GRPO, 95% intervals.")
-    lines += ["", "| | seeds | validation | difference | ood | difference |", "|---|---|---|---|---|---|"]
-    for row in content["rows"]:
-        cells = [
-            f"{row[split]:.3f} | {row[f'{split}-grpo']:+.3f} ± {row[f'{split} 95%']:.3f}"
-            for split in ("validation", "ood")
-        ]
-        lines.append(f"| {row['variant']} | {row['seeds']} | {' | '.join(cells)} |")
-    return [*lines, ""]
+    lines = ["## Does it learn better?", ""]
+    for name, task in TASKS.items():
+        content = harness.load(name)
+        lines += [f"### {task}", ""]
+        if content is None:
+            lines += [f"{NOT_MEASURED} `make bench-learning` does, in about half an hour a task on two cores.", ""]
+            continue
+        lines += [environment(content), ""]
+        lines.append(f"Held-out accuracy after {content['steps']} steps; paired differences to GRPO, 95% intervals.")
+        lines += ["", "| | seeds | validation | difference | ood | difference |", "|---|---|---|---|---|---|"]
+        for row in content["rows"]:
+            cells = [
+                f"{row[split]:.3f} | {row[f'{split}-grpo']:+.3f} ± {row[f'{split} 95%']:.3f}"
+                for split in ("validation", "ood")
+            ]
+            lines.append(f"| {row['variant']} | {row['seeds']} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
 
 
 def plans() -> list[str]:
