@@ -18,7 +18,7 @@ from appo_kernels.ops.frame_attention import streaming as attention
 # Keys converted at a time, over all key/value heads: 4 Mi numbers are 16 MiB in fp32 whatever the heads are.
 KEY_NUMBERS = 4 << 20
 # Scores of a tile, over the query heads of one key head. With one head a second such block is alive, their sum.
-TILE_SCORES = 1 << 19
+TILE_SCORES = 1 << 20
 MIN_KEYS, MAX_KEYS = 256, 1024
 
 
