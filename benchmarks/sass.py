@@ -5,6 +5,7 @@ Read with the tools that Triton ships, so it needs neither a GPU nor a CUDA tool
 
 import re
 import subprocess
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
@@ -59,6 +60,16 @@ def read(cubin: Path) -> Code:
     instructions, labels = _disassemble(cubin)
     spills = sum(NAMES.get(base(name)) == "spill" for name, _ in instructions)
     return Code(int(match[1]), spills, _main_loop(instructions, labels))
+
+
+def report(text: str, heading: str, markdown: Path | None, faults: list[str]) -> int:
+    """How a command on static figures ends: the table printed (and written), each fault named, the exit status."""
+    print(text)
+    if markdown:
+        markdown.write_text(f"{heading}\n\n{text}\n")
+    for fault in faults:
+        print("FAULT", fault, file=sys.stderr)
+    return 1 if faults else 0
 
 
 def run(tool: str, *arguments: str | Path) -> str:

@@ -181,17 +181,11 @@ def main() -> int:
             f"{ratio:.3f} of its instructions"
         )
         faults += over
-    text = "\n".join(lines)
-    print(text)
-    if options.markdown:
-        heading = (
-            f"# Static figures of the Triton kernels\n\n`python -m benchmarks.static`, Triton {triton.__version__}.\n\n"
-            "Counts are those of the main loop, of the whole kernel where it has none."
-        )
-        options.markdown.write_text(f"{heading}\n\n{text}\n")
-    for fault in faults:
-        print("FAULT", fault, file=sys.stderr)
-    return 1 if faults else 0
+    heading = (
+        f"# Static figures of the Triton kernels\n\n`python -m benchmarks.static`, Triton {triton.__version__}.\n\n"
+        "Counts are those of the main loop, of the whole kernel where it has none."
+    )
+    return sass.report("\n".join(lines), heading, options.markdown, faults)
 
 
 if __name__ == "__main__":

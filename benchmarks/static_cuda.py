@@ -202,19 +202,13 @@ def main() -> int:
     found, launch = kernels(options.library), shapes()
     counted = conflicts()
     lines, over = comparison(found, launch)
-    text = "\n".join([table(found, launch, counted), "", *lines])
-    print(text)
     wrong = faults(found, launch) + over
     wrong += [f"{name} d={d}: {n} bank conflicts" for (name, d), n in counted.items() if n]
     archs = ", ".join(sorted({kernel.arch for kernel in found}))
     summary = f"{len(found)} kernels ({archs}), {sum(bool(k.stack_bytes) for k in found)} of them spill."
-    print("", summary, sep="\n")
-    if options.markdown:
-        heading = "# Static figures of the CUDA kernels\n\n`python -m benchmarks.static_cuda`"
-        options.markdown.write_text(f"{heading}\n\n{summary}\n\n{text}\n")
-    for fault in wrong:
-        print("FAULT", fault, file=sys.stderr)
-    return 1 if wrong else 0
+    text = "\n".join([summary, "", table(found, launch, counted), "", *lines])
+    heading = "# Static figures of the CUDA kernels\n\n`python -m benchmarks.static_cuda`"
+    return sass.report(text, heading, options.markdown, wrong)
 
 
 if __name__ == "__main__":
