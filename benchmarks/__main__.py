@@ -1,4 +1,4 @@
-"""python -m benchmarks [OPERATOR ...]: verify, time, measure memory, print one table, write results/operators.*
+"""python -m benchmarks [OPERATOR ...]: verify, time, measure memory, print one table, write results/operators-*
 
 Every operator, shape and backend that can run here, beside its limit and its peers. `--list` shows the shapes.
 """
@@ -9,7 +9,8 @@ import importlib
 
 import torch
 
-from benchmarks import harness
+from benchmarks import harness, plots
+from benchmarks.shapes import DEFAULT_ATTENTION, DEFAULT_VOCABULARY
 
 OPERATORS = {
     "frame_mass": "bench_frame_mass",
@@ -18,6 +19,10 @@ OPERATORS = {
     "group_divergence": "bench_group_divergence",
     "weighted_surrogate": "bench_weighted_surrogate",
 }
+# The cases in the picture, as `Case.op` names them.
+PICTURED = (
+    "frame_mass", "frame_attention", "linear_weighted_surrogate", "group_divergence kl", "token_logprobs fwd+bwd"
+)  # fmt: skip
 
 
 def main() -> None:
@@ -66,7 +71,18 @@ def write(name: str, rows: list, skipped: dict, options: argparse.Namespace) -> 
         done = {(row["op"], row["shape"], row["dtype"]) for row in plain}
         plain = [row for row in old["rows"] if (row["op"], row["shape"], row["dtype"]) not in done] + plain
         skipped = old["skipped"] | skipped
-    return harness.save(name, plain, device=options.device, skipped=skipped)
+    path = harness.save(name, plain, device=options.device, skipped=skipped)
+    if shown := headline(plain, options.device):
+        plots.contests(shown, path.with_suffix(".png"))
+    return path
+
+
+def headline(rows: list[dict], device: str) -> list[dict]:
+    """One case of each operator: the first shape, in the dtype that the device is made for."""
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    shapes = (DEFAULT_ATTENTION[0], DEFAULT_VOCABULARY[0])
+    chosen = [row for row in rows if row["op"] in PICTURED and row["shape"] in shapes and row["dtype"] == dtype]
+    return sorted(chosen, key=lambda row: PICTURED.index(row["op"]))
 
 
 if __name__ == "__main__":

@@ -36,20 +36,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from appo.config import APPOConfig
 from appo.data import load_records
 from appo.demo import SETTINGS, make_clips, stage, warm_start
 from appo.evaluate import evaluate
 from appo.prompts import PromptBuilder
-from appo.selection import perception_slots
+from appo.selection import select_frames
 from appo.setup import load_model
 from appo.trainer import Trainer
-from appo.types import Group
-from appo.weights import token_weights
-from appo_kernels import group_divergence
-from benchmarks import harness
+from benchmarks import harness, plots
+from benchmarks.learning_variants import VARIANTS
 
 FIRST_CLIP_SEED = 7000  # far from those of the demo and of tests
 # Two-sided 95% quantiles of Student's t by degrees of freedom.
@@ -59,57 +56,6 @@ STUDENT = {
 }  # fmt: skip
 
 
-class ShuffledWeights(Trainer):
-    """APPO's weights, each response's at random places: what is left when only their sizes matter."""
-
-    def weigh(self, group: Group, *operands: Any) -> None:
-        super().weigh(group, *operands)
-        assert group.weights is not None
-        generator = torch.Generator().manual_seed(int(group.completion_ids.sum()))
-        for weights, valid in zip(group.weights, group.mask, strict=True):
-            places = valid.nonzero().flatten()
-            weights[places] = weights[places[torch.randperm(len(places), generator=generator)]]
-
-
-class EntropyWeights(Trainer):
-    """APPO's weights, each response's largest at its most uncertain tokens: no attention, no other response."""
-
-    def weigh(self, group: Group, *operands: Any) -> None:
-        super().weigh(group, *operands)
-        assert group.weights is not None
-        for weights, entropy, valid in zip(group.weights, group.entropy, group.mask, strict=True):
-            places = valid.nonzero().flatten()
-            weights[places[entropy[places].argsort(stable=True)]] = weights[places].sort().values
-
-
-class TrueFrames(Trainer):
-    """APPO with the frames that decide the question given: what a perfect selection would bring."""
-
-    def weigh(
-        self, group: Group, mass: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor
-    ) -> None:
-        config, mask = self.config, group.mask.to(mass.device)
-        frames = torch.tensor(sorted(group.prompt.crucial_frames()), dtype=torch.int64, device=mass.device)
-        slots = perception_slots(mass, mask, frames, top_tokens=config.slot_tokens)
-        divergence = group_divergence(hidden, weight, lse, slots, kind=config.divergence, bias=bias, **self.logits)
-        weights = token_weights(divergence, slots, mask, alpha=config.alpha, average=config.average)
-        group.target_frames, group.weights = frames.cpu(), weights.cpu()
-        group.mass, group.mass_reduction = mass.cpu(), config.mass_reduction
-
-
-# DAPO without resampling: every method then trains on the same number of sampled responses.
-VARIANTS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
-    "grpo": (Trainer, {"preset": "grpo"}),
-    "dapo": (Trainer, {"preset": "dapo", "dynamic_sampling": False}),
-    "appo-hard": (Trainer, {"strategy": "hard"}),
-    "appo-soft": (Trainer, {"strategy": "soft"}),
-    "appo-all": (Trainer, {"strategy": "all"}),
-    "appo-contrast": (Trainer, {"strategy": "contrast"}),
-    "appo-released": (Trainer, {"preset": "released", "slot_tokens": 8, "rewards": {"accuracy": 1.0}}),
-    "control-shuffled": (ShuffledWeights, {"strategy": "all"}),
-    "control-entropy": (EntropyWeights, {"strategy": "all"}),
-    "control-true-frames": (TrueFrames, {}),
-}
 SPLITS = ("validation", "ood")
 
 
@@ -184,6 +130,40 @@ def run_one(
     path.with_suffix(".partial").rename(path)
     print(variant, seed, flush=True)
     return trainer.build_prompt
+
+
+def where_they_look(work: Path, task: str, number: int) -> dict[str, float]:
+    """Whether right and wrong responses look at different frames: those of 64 groups of warm start ``number`` that have
+    both.
+
+    right, wrong: the share of responses that have a crucial frame among their K2 most attended ones, the psi of
+    `select_frames`. hard-empty: the share of groups in which the difference of sets is empty. hard-precision:
+    the share of the frames picked in the others that are crucial. chance: the share of all frames that are.
+    """
+    clips, warm = prepare(work, task, number)
+    settings = SETTINGS | TASKS[task].settings | {"preset": "paper", "prompts_per_step": 64, "model": str(warm)}
+    settings |= {"data": str(clips / "train.json"), "output": str(work / f"looking-{number}"), "tensorboard": False}
+    config = APPOConfig.from_dict(settings)
+    model, processor = load_model(config)
+    trainer = Trainer(model, processor, load_records(config.data), config=config)
+    groups = trainer.rollout(1)
+    trainer.score(groups)
+    found: dict[str, list[float]] = {name: [] for name in ("right", "wrong", "hard-empty", "hard-precision", "chance")}
+    how = {"top_tokens": config.top_tokens, "top_frames": config.top_frames}
+    for group in groups:
+        if group.mass is None or group.target_frames is None or group.accuracy.min() == group.accuracy.max():
+            continue
+        crucial = set(group.prompt.crucial_frames())
+        for mass, mask, accuracy in zip(group.mass, group.mask, group.accuracy, strict=True):
+            seen = select_frames(mass[None], mask[None], torch.ones(1), strategy="all", **how)
+            found["right" if accuracy >= 0.5 else "wrong"].append(float(bool(crucial & set(seen.tolist()))))
+        picked = set(group.target_frames.tolist())
+        found["hard-empty"].append(float(not picked))
+        found["hard-precision"] += [float(frame in crucial) for frame in picked]
+        found["chance"].append(len(crucial) / group.prompt.num_frames)
+    return {"warm start": number, "groups": len(found["chance"])} | {
+        name: statistics.fmean(values) for name, values in found.items() if values
+    }
 
 
 def missing(options: argparse.Namespace, seed: int) -> list[str]:
@@ -268,7 +248,6 @@ def main() -> None:
                 options.work, options.task, variant, options.run, options.warm_starts, options.steps, builder
             )
         return
-    start = time.perf_counter()
     run_all(options)
     results = [
         json.loads((options.work / f"{variant}-{seed}.json").read_text())
@@ -277,13 +256,23 @@ def main() -> None:
     ]
     if any(result["steps"] != options.steps for result in results):
         raise SystemExit(f"{options.work} has runs of another number of steps; use another --work.")
+    looks = [where_they_look(options.work, options.task, n) for n in range(min(options.warm_starts, options.seeds))]
     rows = summarise(results, variants, options.seeds)
     for row in rows:
         parts = (f"{s} {row[s]:.3f} ({row[f'{s}-grpo']:+.3f} +- {row[f'{s} 95%']:.3f})" for s in SPLITS)
         print(f"{row['variant']:22s}", *parts)
+    for row in looks:
+        print("  ".join(f"{name} {round(value, 2)}" for name, value in row.items()))
     if options.name != "-":
-        seconds = time.perf_counter() - start
-        print(harness.save(options.name, rows, device="cpu", runs=results, steps=options.steps, seconds=seconds))
+        more = {"runs": results, "looks": looks, "steps": options.steps}
+        path = harness.save(options.name, rows, device="cpu", **more)
+        others = [row for row in rows if row["variant"] != "grpo"]
+        points = {
+            split: [(row["variant"], 100 * row[f"{split}-grpo"], 100 * row[f"{split} 95%"]) for row in others]
+            for split in SPLITS
+        }
+        plots.differences(points, path.with_suffix(".png"))
+        print(f"written: {path}, .csv, .png")
 
 
 if __name__ == "__main__":

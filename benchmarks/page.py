@@ -53,7 +53,8 @@ compare parameters (exactly), FLOPs, activations and peak memory with those of s
 
 def environment(content: dict[str, Any]) -> str:
     e = content["environment"]
-    hardware = f"{e['gpu']}, {e['gpu_memory_gib']} GiB" if "gpu" in e else f"{e['cpu']}, {e['threads']} threads"
+    threads = "1 thread" if e["threads"] == 1 else f"{e['threads']} threads"
+    hardware = f"{e['gpu']}, {e['gpu_memory_gib']} GiB" if "gpu" in e else f"{e['cpu']}, {threads}"
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
     load = f"; load average before: {e['load_average'][0]}" if "gpu" not in e else ""
     return f"*{hardware}; Python {e['python']}, {versions}; commit {e['commit']}, {e['date']}{load}*"
@@ -81,21 +82,28 @@ def contest(content: dict[str, Any]) -> list[str]:
     return [*lines, *(["", "Not run: " + "; ".join(sorted(reasons)) + "."] if reasons else [])]
 
 
+def picture(name: str, title: str) -> list[str]:
+    """Of results/<name>.png, where there is one."""
+    return ["", f"![{title}](../benchmarks/results/{name}.png)"] if (harness.RESULTS / f"{name}.png").is_file() else []
+
+
 def section(title: str, name: str, write: Any) -> list[str]:
     """A section with a part for each device."""
     lines = [f"## {title}", ""]
     for device, label in DEVICES.items():
         content = harness.load(f"{name}-{device}")
         lines += [f"### {label}", ""]
-        lines += [NOT_MEASURED, ""] if content is None else [environment(content), *write(content), ""]
+        if content is None:
+            lines += [NOT_MEASURED, ""]
+        else:
+            lines += [environment(content), *picture(f"{name}-{device}", title), *write(content), ""]
     return lines
 
 
 def training_step(content: dict[str, Any]) -> list[str]:
-    device = content["environment"]["device"]
     phases = [name for name in content["rows"][0] if name not in ("variant", "step")]
     lines = [
-        "", f"![seconds of each phase](../benchmarks/results/training-step-{device}.png)", "",
+        "",
         "16 prompts x 8 responses of 24 tokens, the tiny model of `make demo`; medians of seconds. Scoring is without "
         "weights, and update (clipping, optimizer) without the loss and its backward.", "",
         f"| | step | {' | '.join(phases)} |", f"|---|---|{'---|' * len(phases)}",
@@ -106,13 +114,12 @@ def training_step(content: dict[str, Any]) -> list[str]:
 
 
 def growth(content: dict[str, Any]) -> list[str]:
-    device = content["environment"]["device"]
-    lines = ["", f"![time and memory against size](../benchmarks/results/growth-{device}.png)", ""]
-    lines += [
+    lines = [
+        "",
         "Ranges start where the operators' tiles, of a fixed size, are full: below, memory grows only until they are. "
         "An exponent of memory below 1 is a fixed tile beside a result that grows.", "",
+        "| operator | against | with | exponent of time | of memory | most memory |", "|---|---|---|---|---|---|",
     ]  # fmt: skip
-    lines += ["| operator | against | with | exponent of time | of memory | most memory |", "|---|---|---|---|---|---|"]
     for fit in content["fits"]:
         rows = [row for row in content["rows"] if (row["op"], row["axis"]) == (fit["op"], fit["axis"])]
         most = max(row["extra_bytes"] for row in rows) / 2**20
@@ -127,6 +134,15 @@ TASKS = {
     "learning": "One moment of the clip decides the question, whatever a response says.",
     "learning-cue": "What a response wrote decides where it looks next: right and wrong ones look at different frames.",
 }
+# Of training: shares of frames and of tokens, means over steps.
+SELECTION = {
+    "frames/empty": "no frame picked", "frames/precision": "picked frames that decide",
+    "frames/recall": "deciding frames picked", "weight/share": "tokens with W > 1",
+}  # fmt: skip
+
+
+def share(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
 
 
 def learning() -> list[str]:
@@ -137,15 +153,34 @@ def learning() -> list[str]:
         if content is None:
             lines += [f"{NOT_MEASURED} `make bench-learning` does, in about half an hour a task on two cores.", ""]
             continue
-        lines += [environment(content), ""]
-        lines.append(f"Held-out accuracy after {content['steps']} steps; paired differences to GRPO, 95% intervals.")
-        lines += ["", "| | seeds | validation | difference | ood | difference |", "|---|---|---|---|---|---|"]
-        for row in content["rows"]:
+        rows = content["rows"]
+        lines += [environment(content), *picture(name, "differences to GRPO"), ""]
+        lines.append(
+            f"Held-out accuracy after {content['steps']} steps, {rows[0]['seeds']} seeds, in percent; differences to "
+            "GRPO of the same seed, in points, with 95% intervals of their mean."
+        )
+        lines += ["", "| | validation | difference | ood | difference |", "|---|---|---|---|---|"]
+        for row in rows:
             cells = [
-                f"{row[split]:.3f} | {row[f'{split}-grpo']:+.3f} ± {row[f'{split} 95%']:.3f}"
+                f"{100 * row[split]:.1f} | {100 * row[f'{split}-grpo']:+.1f} ± {100 * row[f'{split} 95%']:.1f}"
                 for split in ("validation", "ood")
             ]
-            lines.append(f"| {row['variant']} | {row['seeds']} | {' | '.join(cells)} |")
+            lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
+        lines += ["", "What was picked while training:", ""]
+        lines += [f"| | {' | '.join(SELECTION.values())} |", f"|---|{'---|' * len(SELECTION)}"]
+        for row in rows:
+            if row["weight/share"] is not None:
+                lines.append(f"| {row['variant']} | {' | '.join(share(row[key]) for key in SELECTION)} |")
+        lines += [
+            "", "Where responses of the warm starts look: the share that has a deciding frame among its most attended "
+            "ones, and what the difference of sets (`hard`) makes of it.", "",
+            "| warm start | groups | right | wrong | `hard` picks none | its frames that decide | of all frames |",
+            "|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        names = ("right", "wrong", "hard-empty", "hard-precision", "chance")
+        for look in content["looks"]:
+            cells = [share(look.get(key)) for key in names]
+            lines.append(f"| {look['warm start']} | {look['groups']} | {' | '.join(cells)} |")
         lines.append("")
     return lines
 

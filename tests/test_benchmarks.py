@@ -1,0 +1,212 @@
+"""The benchmarks but for their times: the guard's verdicts, statistics, fits, shapes, the page of results."""
+
+import argparse
+import statistics
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import check, growth, harness, learning, learning_variants, page, plots, shapes
+
+
+def row(name: str, role: str, median: float, spread: float = 1.05, **changes) -> dict:
+    case = {"op": "frame_mass", "shape": "one", "dtype": "float32"} | changes
+    return case | {
+        "name": name,
+        "role": role,
+        "median": median,
+        "low": median / spread**0.5,
+        "high": median * spread**0.5,
+    }
+
+
+def run_of(ours: float, limit: float, peer: float, **changes) -> list[dict]:
+    rows = (("ours, torch", "ours", ours), ("limit", "limit", limit), ("eager", "peer", peer))
+    return [row(*one, **changes) for one in rows]
+
+
+@pytest.mark.parametrize(
+    ("now", "failing"),
+    [
+        ((1.0, 0.5, 4.0), set()),
+        ((3.0, 1.5, 12.0), set()),  # a machine three times slower
+        ((1.2, 0.5, 4.0), set()),  # within the tolerance of 30%
+        ((0.5, 0.5, 4.0), set()),  # better is no failure
+        ((1.6, 0.5, 4.0), {"limit", "eager"}),
+        ((1.6, 0.5, 8.0), {"limit"}),  # the peer became slower as well
+    ],
+)
+def test_guard_compares_ratios(now, failing):
+    lines = check.compare(run_of(*now), run_of(1.0, 0.5, 4.0), 0.3)
+    assert len(lines) == 2
+    assert {line.split(" to ")[1].split(":")[0] for line in lines if line.startswith("FAIL")} == failing
+
+
+def test_guard_allows_the_noise_of_either_run():
+    then, now = run_of(1.0, 0.5, 4.0), run_of(1.6, 0.5, 4.0, spread=1.7)
+    assert not any(line.startswith("FAIL") for line in check.compare(now, then, 0.3))
+    assert not any(
+        line.startswith("FAIL") for line in check.compare(run_of(1.6, 0.5, 4.0), run_of(1, 0.5, 4, spread=1.7), 0.3)
+    )
+
+
+def test_guard_compares_the_same_cases_only():
+    then = run_of(1.0, 0.5, 4.0)
+    assert check.compare(run_of(9.0, 0.5, 4.0, shape="other"), then, 0.3) == []
+    both = run_of(1.0, 0.5, 4.0) + run_of(9.0, 0.5, 4.0, dtype="bfloat16")
+    assert len(check.compare(both, then, 0.3)) == 2
+    new_peer = [*run_of(1.0, 0.5, 4.0), row("newcomer", "peer", 0.1)]
+    assert len(check.compare(new_peer, then, 0.3)) == 2
+
+
+def test_interval_is_students():
+    values = [0.3, -0.1, 0.25, 0.4, 0.1, 0.0, 0.2, 0.15, 0.05, 0.3, -0.05, 0.12]
+    mean, width = learning.interval(values)
+    assert mean == pytest.approx(statistics.fmean(values))
+    # 2.20099 is the 97.5% quantile of Student's t with 11 degrees of freedom.
+    assert width == pytest.approx(2.20099 * statistics.stdev(values) / 12**0.5, rel=1e-4)
+    assert learning.interval([0.5]) == (0.5, float("inf"))
+    assert learning.interval([1.0] * 17)[1] == 0
+
+
+def test_differences_are_paired_by_seed():
+    """A gain of 0.1 in every seed is certain, however much the seeds differ."""
+    results = []
+    for seed in range(4):
+        for variant, gain in (("grpo", 0.0), ("dapo", 0.1)):
+            values = {f"{split}/after": 0.2 * seed + gain for split in learning.SPLITS}
+            results.append({"task": "moment", "variant": variant, "seed": seed, **values, "train/weight/share": 0.25})
+    base, row = learning.summarise(results, ("grpo", "dapo"), 4)
+    assert (base["validation-grpo"], base["validation 95%"]) == (0, 0)
+    assert row["ood-grpo"] == pytest.approx(0.1) and row["ood 95%"] == pytest.approx(0, abs=1e-9)
+    assert row["validation"] == pytest.approx(0.4) and row["weight/share"] == 0.25 and row["frames/empty"] is None
+
+
+def weighted_group(seed: int) -> argparse.Namespace:
+    """What controls change of a group: (G, N) weights and entropy, some tokens invalid."""
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(7) < torch.tensor([7, 4, 5])[:, None]
+    weights = torch.where(mask, 1 + torch.rand(3, 7, generator=generator), 1.0)
+    return argparse.Namespace(
+        mask=mask, weights=weights, entropy=torch.rand(3, 7, generator=generator),
+        completion_ids=torch.randint(50, (3, 7), generator=generator),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("control", [learning_variants.ShuffledWeights, learning_variants.EntropyWeights])
+def test_controls_keep_each_responses_weights(control, monkeypatch):
+    monkeypatch.setattr(learning_variants.Trainer, "weigh", lambda *_: None)
+    group = weighted_group(0)
+    before = group.weights.clone()
+    control.weigh(object.__new__(control), group)
+    assert torch.equal(group.weights[~group.mask], before[~group.mask])
+    assert not torch.equal(group.weights, before)
+    for now, then, entropy, valid in zip(group.weights, before, group.entropy, group.mask, strict=True):
+        assert torch.equal(now[valid].sort().values, then[valid].sort().values)
+        if control is learning_variants.EntropyWeights:
+            assert torch.equal(now[valid].argsort(), entropy[valid].argsort())
+
+
+@pytest.mark.parametrize(("power", "constant"), [(1.0, 3e-4), (2.0, 1e-6), (0.0, 0.2)])
+def test_exponent_of_a_power_law(power, constant):
+    rows = [{"value": v, "seconds": constant * v**power} for v in (64, 128, 512, 4096)]
+    assert growth.exponent(rows, "seconds") == pytest.approx(power, abs=1e-9)
+
+
+def test_memory_below_a_page_is_flat():
+    rows = [{"value": v, "extra_bytes": v} for v in (1, 2, 4, 8)]
+    assert growth.exponent(rows, "extra_bytes") == 0
+
+
+@pytest.mark.parametrize("name", shapes.attention_shapes())
+def test_shapes_cut_for_a_cpu_keep_what_decides(name):
+    whole = shapes.attention_shapes()[name]
+    cut = whole.on_cpu()
+    assert cut.replay_flop <= shapes.CPU_FLOP
+    assert cut.heads / cut.key_heads == whole.heads / whole.key_heads
+    assert (cut.head_dim, cut.frames, cut.frame_keys) == (whole.head_dim, whole.frames, whole.frame_keys)
+
+
+@pytest.mark.parametrize("name", shapes.vocabulary_shapes())
+def test_vocabulary_shapes_cut_for_a_cpu(name):
+    whole = shapes.vocabulary_shapes()[name]
+    cut = whole.on_cpu()
+    assert cut.flop <= shapes.CPU_FLOP and cut.vocabulary == whole.vocabulary and cut.responses == whole.responses
+    assert cut.slots * 4 <= cut.tokens
+
+
+def test_ratios_are_within_rounds():
+    """A machine that slows down in between changes no ratio."""
+    times = {"ours": [1.0, 3.0, 1.0], "limit": [0.5, 1.5, 0.5]}
+    assert harness.paired_ratio(times, "ours", "limit") == 2.0
+    assert harness.paired_ratio(times, "ours", None) is None
+
+
+def test_measure_verifies_first():
+    calls = []
+
+    def verify():
+        calls.append("verify")
+        raise AssertionError("wrong")
+
+    contestant = harness.Contestant("ours", "ours", lambda: calls.append("run"))
+    with pytest.raises(AssertionError, match="wrong"):
+        harness.measure(harness.Case("op", "shape", "float32", "work", "cpu", verify, [contestant]))
+    assert calls == ["verify"]
+
+
+def test_measure_takes_turns_and_counts_memory():
+    turns = []
+
+    def contestant(name, role, numbers):
+        def run():
+            turns.append(name)
+            return torch.empty(numbers).fill_(1.0)
+
+        return harness.Contestant(name, role, run)
+
+    contestants = [contestant("a", "ours", 1 << 20), contestant("b", "limit", 1 << 18)]
+    case = harness.Case("op", "shape", "float32", "work", "cpu", lambda: None, contestants)
+    rows = harness.measure(case, seconds=0, least=3, most=3)
+    assert turns[:8] == ["a", "b"] * 4
+    assert [row.extra_bytes for row in rows] == [4 << 20, 1 << 20]
+    assert rows[1].ratio == 1 and rows[0].to_ours == 1 and rows[0].rounds == 3
+
+
+def test_pictures_and_page_of_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    rows = [
+        harness.Row(op, "Qwen2.5-VL-7B", "float32", "small", name, role, 1.0, 0.9, 1.1, 3, 2.0, ours, 1 << 20)
+        for op in ("group_divergence kl", "linear_weighted_surrogate", "something else")
+        for name, role, ours in (("ours, torch", "ours", 1.0), ("limit: nothing", "limit", 0.5))
+    ]
+    options = argparse.Namespace(append=False, device="cpu")
+    path = command.write("operators-cpu", rows, {"a": {"ours, cuda": "no GPU"}}, options)
+    assert path.with_suffix(".png").stat().st_size > 5000
+    assert len(command.headline([asdict(row) for row in rows], "cpu")) == 4
+    learned = [
+        {"variant": name, "seeds": 2, "validation": 0.5, "ood": 0.25, "validation-grpo": gain, "ood-grpo": -gain,
+         "validation 95%": 0.02, "ood 95%": 0.5, "frames/empty": None if name == "grpo" else 0.75,
+         "frames/precision": None, "frames/recall": None, "weight/share": None if name == "grpo" else 0.125}
+        for name, gain in (("grpo", 0.0), ("appo-hard", 0.0415))
+    ]  # fmt: skip
+    looks = [{"warm start": 0, "groups": 60, "right": 0.5, "wrong": 0.25, "hard-empty": 0.375, "chance": 0.25}]
+    harness.save("learning", learned, device="cpu", steps=10, runs=[], looks=looks)
+    plots.differences({"validation": [("appo-hard", 4.15, 2.0)]}, tmp_path / "learning.png")
+    text = page.text()
+    for expected in (
+        "| ours, torch | 1,000.0 ms | 900.0 to 1,100.0 | 2.00 | 1.00 | 1 MiB |",
+        "![Operators](../benchmarks/results/operators-cpu.png)",
+        "Not run: ours, cuda: no GPU.",
+        "| appo-hard | 50.0 | +4.2 ± 2.0 | 25.0 | -4.2 ± 50.0 |",
+        "| appo-hard | 75 % |  |  | 12 % |",
+        "| 0 | 60 | 50 % | 25 % | 38 % |  | 25 % |",
+        "Not measured yet.",
+    ):
+        assert expected in text, expected
+
+
+def test_the_page_is_that_of_the_results():
+    assert page.PAGE.read_text() == page.text(), "run `python -m benchmarks.page`"
