@@ -18,6 +18,8 @@ OPERATORS = {
     "token_logprobs": "bench_token_logprobs",
     "group_divergence": "bench_group_divergence",
     "weighted_surrogate": "bench_weighted_surrogate",
+    "logits_weighted_surrogate": "bench_logits_weighted_surrogate",
+    "linear_weighted_surrogate": "bench_linear_weighted_surrogate",
 }
 # The cases in the picture, as `Case.op` names them.
 PICTURED = (

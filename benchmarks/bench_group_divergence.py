@@ -1,4 +1,5 @@
-"""group_divergence, kl and k3, beside the product of its unique rows and the dense way over (G, N, V)."""
+"""group_divergence, kl and k3, beside the product of its unique rows and the dense way over (G, N, V); and
+group_divergence_from_logits beside a copy of its unique rows."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -6,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from appo_kernels import group_divergence, token_logprobs
+from appo_kernels import group_divergence, group_divergence_from_logits, token_logprobs
 from appo_kernels.ops.group_divergence import reference
 from appo_kernels.testing import assert_as_good_as
 from benchmarks import vocabulary_work as peers
@@ -53,6 +54,37 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, kind: str) -> 
     )
 
 
+def from_logits(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape.responses, shape.tokens, shape.vocabulary, generator=generator).to(device, dtype)
+    slots, lse = random_slots(shape, device), logits.float().logsumexp(-1)
+    backends = own_backends(OP, device, dtype)
+    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
+
+    def ours(backend: str) -> Tensor:
+        return group_divergence_from_logits(logits, lse, slots, backend=backend)
+
+    dense = partial(peers.dense_divergence_from_logits, logits, slots, "kl")
+    runs = {f"ours, {name}": partial(ours, name) for name, reason in backends.items() if not reason}
+    contestants = [Contestant(name, "ours", run) for name, run in runs.items()]
+    contestants.append(Contestant("dense (G, N, V)", "peer", dense))
+    unique = [slots[:, i].unique() for i in range(shape.responses)]
+    # The rows are read; nothing of their size is written.
+    rows = torch.cat([logits[i, positions] for i, positions in enumerate(unique)])
+    contestants.append(Contestant("limit: sum of the unique rows", "limit", partial(torch.sum, rows, -1)))
+
+    def verify() -> None:
+        part = slots[:1, :, :2]
+        exact = peers.dense_divergence_from_logits(logits.double(), part, "kl")
+        plain = peers.dense_divergence_from_logits(logits, part, "kl")
+        for name, run in runs.items():
+            assert_as_good_as(run()[:1, :2], exact, plain, name=f"{OP} from logits, {name}")
+
+    work = f"{shape.describe()}, {len(rows)} unique rows"
+    name = f"{OP}_from_logits kl"
+    return Case(name, shape.name, str(dtype).removeprefix("torch."), work, device, verify, contestants, skipped)
+
+
 def check(head: peers.Head, slots: Tensor, kind: str, backends: list[str], columns: int = 2048) -> None:
     """On two frames, four slots each, and as many words as fp64 logits are affordable for."""
     hidden, weight, slots = head.hidden, head.weight[:columns], slots[:2, :, :4]
@@ -65,6 +97,8 @@ def check(head: peers.Head, slots: Tensor, kind: str, backends: list[str], colum
 
 
 def cases(shapes: list[VocabularyShape], device: str) -> Iterator[Case]:
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for shape in shapes:
         for kind in ("kl", "k3"):
-            yield case(shape, torch.bfloat16 if device == "cuda" else torch.float32, device, kind)
+            yield case(shape, dtype, device, kind)
+        yield from_logits(shape, dtype, device)

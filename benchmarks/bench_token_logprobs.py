@@ -1,4 +1,5 @@
-"""token_logprobs, forward and with gradients, beside its products, log_softmax of all logits, and TRL's chunked way."""
+"""token_logprobs, forward and with gradients, beside its products, log_softmax of all logits, TRL's chunked way, and
+cut-cross-entropy, which gives no entropy."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,7 +16,9 @@ from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_sh
 
 OP = "token_logprobs"
 SHAPES, DEFAULT = vocabulary_shapes, DEFAULT_VOCABULARY
-Function = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+CUT = "cut-cross-entropy, no entropy"
+# hidden (M, D), weight, targets (M,) -> log-probabilities and, but for cut-cross-entropy, entropies
+Function = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def ours(backend: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,11 +37,15 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, *, gradients: 
         skipped["TRL, chunked"] = reason
     else:
         functions["TRL, chunked"] = peers.trl_logprobs
+    if reason := peers.installed("cut_cross_entropy"):
+        skipped[CUT] = reason
+    else:
+        functions[CUT] = cut_cross_entropy
 
     def run(function: Function) -> object:
         results = function(head.hidden.flatten(0, 1), head.weight, head.targets.flatten())
         if gradients:
-            (results[0].sum() + results[1].sum()).backward()
+            torch.stack([result.sum() for result in results]).sum().backward()
         return results
 
     contestants = [
@@ -54,23 +61,34 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, *, gradients: 
     return Case(op, shape.name, str(dtype).removeprefix("torch."), work, device, verify, contestants, skipped)
 
 
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
+    """Its kernels are for a GPU; on a CPU the package compiles cross entropy of all logits."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    implementation = "cce" if hidden.is_cuda else "torch_compile"
+    return (-linear_cross_entropy(hidden, weight, targets, reduction="none", impl=implementation),)
+
+
 def check(head: peers.Head, functions: dict[str, Function], tokens: int = 64, columns: int = 4096) -> None:
     """Results and gradients on some tokens and as many words as an fp64 tensor of logits is affordable for."""
     leaves = [head.hidden.detach().flatten(0, 1)[:tokens], head.weight.detach()[:columns]]
     targets = head.targets.flatten()[:tokens] % columns
 
-    def outcome(function: Function, dtype: torch.dtype) -> list[Tensor]:
+    def outcome(function: Function, dtype: torch.dtype, count: int) -> list[Tensor]:
+        """The first ``count`` results, and the gradients of their sum."""
         inputs = [t.to(dtype).requires_grad_() for t in leaves]
-        results = function(*inputs, targets)[:2]
+        results = function(*inputs, targets)[:count]
         return [*results, *torch.autograd.grad([r.sum() for r in results], inputs)]
 
-    exact = outcome(reference.token_logprobs, torch.float64)
-    plain = outcome(peers.dense_logprobs, leaves[0].dtype)
     for name, function in functions.items():
-        for i, got in enumerate(outcome(function, leaves[0].dtype)):
-            factor = FORWARD_FACTOR if i < 2 else GRADIENT_FACTOR
+        count = 1 if name == CUT else 2
+        exact = outcome(reference.token_logprobs, torch.float64, count)
+        plain = outcome(peers.dense_logprobs, leaves[0].dtype, count)
+        for i, got in enumerate(outcome(function, leaves[0].dtype, count)):
+            factor = FORWARD_FACTOR if i < count else GRADIENT_FACTOR
             slack = 1e-6 if name.startswith("ours") else 1e-2
             assert_as_good_as(got, exact[i], plain[i], factor=factor, atol=slack, name=f"{OP}, {name}, result {i}")
+    torch.compiler.reset()  # what was compiled for these sizes would be compiled for any size when the others come
 
 
 def cases(shapes: list[VocabularyShape], device: str) -> Iterator[Case]:

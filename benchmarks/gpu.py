@@ -21,9 +21,8 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks import attention_work, harness, vocabulary_work
+from benchmarks import attention_work, harness, plots, vocabulary_work
 from benchmarks.__main__ import OPERATORS
-from benchmarks.plots import COLOURS
 
 CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
 # Multiply-adds x 2 that each operator cannot avoid, of the shape of a case: causal attention has half the scores.
@@ -171,16 +170,14 @@ def write(rows: Sequence[Row], folder: Path, name: str) -> tuple[Path, Path]:
 
 def plot(rows: Sequence[Row], path: Path, name: str) -> None:
     """Horizontal bars of the time of each contestant, one panel per case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.pyplot()
     cases = list(dict.fromkeys((row.op, row.shape, row.dtype) for row in rows))
     figure, panels = pyplot.subplots(len(cases), 1, figsize=(9, 0.8 + 2.2 * len(cases)), squeeze=False)
     for panel, key in zip(panels[:, 0], cases, strict=True):
         chosen = [row for row in rows if (row.op, row.shape, row.dtype) == key][::-1]
-        panel.barh([r.name for r in chosen], [r.milliseconds for r in chosen], color=[COLOURS[r.role] for r in chosen])
+        panel.barh(
+            [r.name for r in chosen], [r.milliseconds for r in chosen], color=[plots.COLOURS[r.role] for r in chosen]
+        )
         panel.set_title(", ".join(key), fontsize=9, loc="left")
         panel.set_xlabel("milliseconds", fontsize=8)
         panel.tick_params(labelsize=8)

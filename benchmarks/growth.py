@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from appo_kernels import frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
-from benchmarks import harness
+from benchmarks import harness, plots
 
 
 @dataclass
@@ -142,27 +142,31 @@ def exponent(rows: Sequence[dict[str, Any]], quantity: str) -> float:
 
 
 def draw(rows: list[dict[str, Any]], fits: list[dict[str, Any]], path: Any) -> None:
-    """Two panels, time and memory: everything relative to its first point, so that slopes can be compared."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5.2), sharey=True)
-    for panel, quantity, title in zip(panels, ("seconds", "extra_bytes"), ("time", "peak extra memory"), strict=True):
-        for fit in fits:
-            points = [row for row in rows if (row["op"], row["axis"]) == (fit["op"], fit["axis"])]
-            first = max(points[0][quantity], 4096) if quantity == "extra_bytes" else points[0][quantity]
-            x = [row["value"] / points[0]["value"] for row in points]
-            label = f"{fit['op']} / {fit['axis']}: {fit[quantity]:.2f}"
-            panel.plot(x, [max(row[quantity], 1e-12) / first for row in points], marker="o", markersize=3, label=label)
-        panel.plot([1, 16], [1, 16], color="0.6", linestyle="--", linewidth=1, label="linear")
-        panel.set(xscale="log", yscale="log", xlabel="size, first point = 1", title=f"{title} (fitted exponents)")
-        panel.legend(fontsize=7, loc="upper left")
+    """A panel per sweep: time and memory relative to the first point, beside a dashed line for linear growth."""
+    pyplot = plots.pyplot()
+    columns = 3
+    lines = -(-len(fits) // columns)
+    figure, panels = pyplot.subplots(lines, columns, figsize=(12, 3.1 * lines), sharex=True, sharey=True, squeeze=False)
+    for panel, fit in zip(panels.flat, fits, strict=False):
+        points = [row for row in rows if (row["op"], row["axis"]) == (fit["op"], fit["axis"])]
+        x = [row["value"] / points[0]["value"] for row in points]
+        panel.plot([1, 32], [1, 32], color="0.7", linestyle="--", linewidth=1, label="linear")
+        for quantity, name, role in (("seconds", "time", "peer"), ("extra_bytes", "memory", "ours")):
+            least = 4096 if quantity == "extra_bytes" else 1e-9
+            y = [max(row[quantity], least) / max(points[0][quantity], least) for row in points]
+            panel.plot(
+                x, y, marker="o", markersize=4, color=plots.COLOURS[role], label=f"{name}: size^{fit[quantity]:.2f}"
+            )
+        panel.set_xscale("log", base=2)
+        panel.set_yscale("log", base=2)
+        panel.set_title(f"{fit['op']}: {fit['axis']}", fontsize=9, loc="left", fontweight="bold")
+        panel.legend(fontsize=8, loc="upper left")
         panel.grid(alpha=0.3)
-    panels[0].set_ylabel("cost, first point = 1")
+    figure.supxlabel("size, first point = 1", fontsize=9)
+    figure.supylabel("time and peak extra memory, first point = 1", fontsize=9)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
 
 
 def main() -> None:

@@ -9,11 +9,11 @@ COLOURS = {"ours": "#1b6ca8", "peer": "#b0b0b0", "limit": "#2e8b57"}
 
 def contests(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """A panel per case: bars of time relative to our first row, each with its time and its extra memory."""
-    pyplot = _pyplot()
+    figures = pyplot()
     cases = list(dict.fromkeys((row["op"], row["shape"], row["dtype"]) for row in rows))
     columns = min(2, len(cases))
     lines = -(-len(cases) // columns)
-    figure, panels = pyplot.subplots(lines, columns, figsize=(6.4 * columns, 2.3 * lines), squeeze=False)
+    figure, panels = figures.subplots(lines, columns, figsize=(6.4 * columns, 2.3 * lines), squeeze=False)
     for panel in panels.flat[len(cases) :]:
         panel.set_visible(False)
     for panel, case in zip(panels.flat, cases, strict=False):
@@ -29,15 +29,15 @@ def contests(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure.supxlabel("time, ours = 1 (bars: median; beside them: peak extra memory)", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    figures.close(figure)
 
 
 def differences(panels_by_title: Mapping[str, Sequence[tuple[str, float, float]]], path: Path) -> None:
     """A panel per title: (name, difference, half width of its interval) as a point with a bar, zero marked."""
-    pyplot = _pyplot()
+    figures = pyplot()
     most = max(len(points) for points in panels_by_title.values())
     count = len(panels_by_title)
-    figure, panels = pyplot.subplots(1, count, figsize=(4.8 * count, 1.2 + 0.3 * most), squeeze=False, sharey=True)
+    figure, panels = figures.subplots(1, count, figsize=(4.8 * count, 1.2 + 0.3 * most), squeeze=False, sharey=True)
     for panel, (title, points) in zip(panels[0], panels_by_title.items(), strict=True):
         for place, (_, mean, width) in enumerate(points):
             clear = abs(mean) > width
@@ -51,13 +51,14 @@ def differences(panels_by_title: Mapping[str, Sequence[tuple[str, float, float]]
     figure.supxlabel("points of accuracy more than GRPO, mean and 95% interval; blue: zero is outside", fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    figures.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, for files."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot
 
-    return pyplot
+    return matplotlib.pyplot

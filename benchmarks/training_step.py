@@ -22,7 +22,7 @@ from appo.demo import SETTINGS
 from appo.tasks import make_task
 from appo.tiny import build_tiny
 from appo.trainer import Trainer
-from benchmarks import harness
+from benchmarks import harness, plots
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "APPO": {},
@@ -64,11 +64,7 @@ def measure(records: Sequence[Record], changes: dict[str, Any], steps: int) -> d
 
 def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """A bar per variant, its phases side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = plots.pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 0.8 + 0.7 * len(rows)))
     left = [0.0] * len(rows)
     for phase in (*PHASES, "other"):

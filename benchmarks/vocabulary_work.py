@@ -11,6 +11,8 @@ from torch import Tensor
 from benchmarks.shapes import VocabularyShape
 
 EPS_LOW, EPS_HIGH = 0.2, 0.28
+# Of loss and gradients, to the largest entry. liger-kernel and TRL multiply in the dtype of their inputs as well.
+LOSS_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 # As TRL's GRPO trainer calls it.
 TRL_CHUNK = 32768
 
@@ -73,18 +75,51 @@ def trl_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
     return found[0], found[1]
 
 
-def dense_surrogate(head: Head, old: Tensor, advantages: Tensor, mask: Tensor, weights: Tensor | None = None) -> Tensor:
-    """The clipped loss (SPEC section 6) with all logits and autograd."""
-    logp = dense_logprobs(head.hidden.flatten(0, 1), head.weight, head.targets.flatten())[0].view(old.shape)
-    ratio, A = (logp - old).exp(), advantages[:, None]
+@dataclass
+class Batch:
+    """What a loss needs beside log-probabilities: old (G, N), ratios near one as after a few updates; advantages (G,);
+    mask (G, N), all ones."""
+
+    old: Tensor
+    advantages: Tensor
+    mask: Tensor
+
+
+def batch_of(logprobs: Tensor) -> Batch:
+    generator = torch.Generator().manual_seed(2)
+    device = logprobs.device
+    advantages = torch.randn(len(logprobs), generator=generator).to(device)
+    old = logprobs.detach() + 0.1 * torch.randn(logprobs.shape, generator=generator).to(device)
+    return Batch(old, advantages, torch.ones(logprobs.shape, device=device))
+
+
+def clipped_loss(logprobs: Tensor, batch: Batch) -> Tensor:
+    """The loss of SPEC section 6 as trainers write it, over valid tokens."""
+    ratio, A = (logprobs - batch.old).exp(), batch.advantages[:, None]
     per_token = -torch.min(ratio * A, ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH) * A)
-    return (per_token * mask).sum() / mask.sum()
+    return (per_token * batch.mask).sum() / batch.mask.sum()
+
+
+def loss_and_gradients_agree(op: str, runs: dict[str, Callable[[], tuple[Tensor, ...]]], dtype: torch.dtype) -> None:
+    """Every contestant's loss and gradients against "plain torch", relative to the largest entry."""
+    results = {name: run() for name, run in runs.items()}
+    plain = next(name for name in results if name.startswith("plain torch"))
+    for name, result in results.items():
+        for number, (got, expected) in enumerate(zip(result, results[plain], strict=True)):
+            error = float((got.double() - expected.double()).abs().max() / expected.double().abs().max())
+            if not error <= LOSS_TOLERANCE[dtype]:
+                what = f"gradient {number}" if number else "loss"
+                raise AssertionError(f"{op}, {name}: {what} off by {error:.2e}, allowed {LOSS_TOLERANCE[dtype]:.0e}")
 
 
 def dense_divergence(hidden: Tensor, weight: Tensor, slots: Tensor, kind: str) -> Tensor:
+    return dense_divergence_from_logits(hidden @ weight.t(), slots, kind)
+
+
+def dense_divergence_from_logits(logits: Tensor, slots: Tensor, kind: str) -> Tensor:
     """As the released trainer: log_softmax of all (G, N, V) logits, then a copy (G, J, V) of each frame's members."""
-    log_p = (hidden @ weight.t()).float().log_softmax(-1)
-    response = torch.arange(len(hidden), device=hidden.device)[:, None]
+    log_p = logits.log_softmax(-1) if logits.dtype == torch.float64 else logits.float().log_softmax(-1)
+    response = torch.arange(len(logits), device=logits.device)[:, None]
     frames = []
     for positions in slots:  # (G, J)
         members = log_p[response, positions]  # (G, J, V)

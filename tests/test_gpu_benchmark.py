@@ -33,6 +33,8 @@ SHAPES = {
     "token_logprobs": VOCABULARY,
     "group_divergence": VOCABULARY,
     "weighted_surrogate": VOCABULARY,
+    "logits_weighted_surrogate": VOCABULARY,
+    "linear_weighted_surrogate": VOCABULARY,
 }
 
 
@@ -48,6 +50,10 @@ def test_every_operator_is_checked_timed_and_written(tmp_path, capsys):
         "frame_attention",
         "token_logprobs",
         "group_divergence",
+        "group_divergence_from_logits",
+        "weighted_surrogate",
+        "logits_weighted_surrogate",
+        "linear_weighted_surrogate",
     }
     assert set(gpu.FLOP) <= {row.op for row in rows}
     for op in {row.op for row in rows}:

@@ -81,23 +81,21 @@ def pack(
     """The table (7, B, T), in the dtype of ``share`` (B, T); other arguments as in ``weighted_surrogate``."""
     valid = mask != 0
 
-    def kept(values: Tensor | float) -> Tensor:
-        values = values.detach().to(share.dtype) if isinstance(values, Tensor) else values
-        return torch.where(valid, values, 0.0).to(share.dtype)
+    def kept(values: Tensor) -> Tensor:
+        return torch.where(valid, values.detach().to(share.dtype), 0.0)
 
-    old = kept(old_logprobs)
-    if rollout_logprobs is None:
-        importance = kept(1.0)
-    else:
+    old, ones = kept(old_logprobs), valid.to(share.dtype)
+    importance = ones
+    if rollout_logprobs is not None:
         importance = kept((old - kept(rollout_logprobs)).exp().clamp(max=rollout_cap))
     return torch.stack(
         [
             mask.to(share.dtype),
             old,
             kept(advantages if advantages.dim() == 2 else advantages[:, None]),
-            kept(1.0 if token_weights is None else token_weights),
+            ones if token_weights is None else kept(token_weights),
             importance,
-            kept(torch.nan if ref_logprobs is None else ref_logprobs),
+            torch.where(valid, torch.nan, ones) if ref_logprobs is None else kept(ref_logprobs),
             share,
         ]
     )
@@ -109,12 +107,12 @@ def policy_terms(ratio: Tensor, table: Tensor, s: Settings) -> tuple[Tensor, Ten
     With two-sided clipping the unclipped branch is min(ratio, delta) A. The derivative is that of the branch that min()
     took: zero exactly where a clamp holds the ratio.
     """
-    advantage, scale = table[ADVANTAGE], table[WEIGHT] * table[IMPORTANCE]
+    factor = table[WEIGHT] * table[IMPORTANCE] * -table[ADVANTAGE]
     clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)
     free = ratio if s.delta is None else ratio.clamp(max=s.delta)
-    takes_free = free * advantage <= clipped * advantage
-    branch = torch.where(takes_free, free, clipped)
-    return -scale * branch * advantage, torch.where(branch == ratio, -scale * advantage * ratio, 0.0)
+    branch = torch.where(factor * free >= factor * clipped, free, clipped)
+    loss = factor * branch
+    return loss, torch.where(branch == ratio, loss, 0.0)
 
 
 def token_slope(logprobs: Tensor, table: Tensor, s: Settings) -> Tensor:
@@ -149,7 +147,7 @@ def evaluate(
         slope = (policy_slope * table[SHARE]).sum(1, keepdim=True) / lengths * table[MASK]
     else:
         slope = policy_slope * table[SHARE]
-    to_ref = torch.where(valid, table[REF] - logprobs, 0.0)
+    to_ref = table[REF] - logprobs
     ref_kl = torch.expm1(to_ref) - to_ref
     per_token = policy
     if s.beta != 0.0:
@@ -174,24 +172,22 @@ def _metrics(
     table: Tensor,
     s: Settings,
 ) -> Tensor:
+    """All but the ratio are 0 where the mask is 0."""
     count = valid.sum().clamp(min=1)
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(valid, values, 0).sum() / count
-
     low = (ratio < 1 - s.eps_low) & (table[ADVANTAGE] < 0)
     high = (ratio > 1 + s.eps_high) & (table[ADVANTAGE] > 0)
-    weighted = valid & (table[WEIGHT] > 1)
+    weighted = table[WEIGHT] > 1
+    ratio = torch.where(valid, ratio, 0.0)
     values = [
-        mean(low),
-        mean(high),
-        mean(torch.expm1(log_ratio) - log_ratio),
-        mean(ref_kl),
-        table.new_full((), torch.nan) if entropy is None else mean(entropy),
-        mean(ratio),
-        torch.where(valid, ratio, 0.0).amax() if ratio.numel() else table.new_zeros(()),
+        low.sum() / count,
+        high.sum() / count,
+        (torch.expm1(log_ratio) - log_ratio).sum() / count,
+        ref_kl.sum() / count,
+        table.new_full((), torch.nan) if entropy is None else entropy.sum() / count,
+        ratio.sum() / count,
+        ratio.amax() if ratio.numel() else table.new_zeros(()),
         (weighted & (low | high)).sum() / weighted.sum().clamp(min=1),
-        mean(table[WEIGHT]),
-        (valid & (policy_slope != 0)).sum(),
+        table[WEIGHT].sum() / count,
+        (policy_slope != 0).sum(),
     ]
     return torch.stack([value.to(torch.float32) for value in values])

@@ -6,6 +6,7 @@ It is all that lies between the matrix products of ``linear_weighted_surrogate``
     dz = g (onehot - p) - h p (log p + H),   g = d loss / d logprob,   h = d loss / d entropy
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from appo_kernels.logits import tiles
 
 # Bytes of logits that a CPU takes at a time: they, and the probabilities beside them, stay in cache through all passes.
 CPU_BLOCK_BYTES = 4 << 20
+LOG2_E = math.log2(math.e)
 # Stands for the log-probability of an impossible token in products with its probability: exp(-1e4) is 0 in fp64 too.
 IMPOSSIBLE = -1e4
 
@@ -68,15 +70,16 @@ def row_pass(
         if temperature != 1.0:
             z.div_(temperature)
 
-        # softmax is the one exponential of the pass; the probability of the largest logit is 1 / sum exp(z - max).
-        top = z.amax(1)
-        torch.softmax(z, 1, out=p)
-        z.sub_((top - p.amax(1).log())[:, None])  # log-probabilities from here on
-        logprobs[rows] = z.gather(1, targets[rows, None])[:, 0]
-        block_entropy = -torch.linalg.vecdot(p, z)
+        # One exponential, to base 2 as it takes half the time of base e. p is not divided by its sum until it is used.
+        top = z.amax(1, keepdim=True)
+        z.sub_(top)
+        total = torch.mul(z, LOG2_E, out=p).exp2_().sum(1)
+        log_total = total.log()
+        logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - log_total
+        block_entropy = log_total - torch.linalg.vecdot(p, z) / total
         if not bool(block_entropy.isfinite().all()):  # 0 * -inf of tokens that logits of -inf forbid
             z.clamp_(min=IMPOSSIBLE)
-            block_entropy = -torch.linalg.vecdot(p, z)
+            block_entropy = log_total - torch.linalg.vecdot(p, z) / total
         entropy[rows] = block_entropy
         if coefficients is None:
             continue
@@ -86,20 +89,20 @@ def row_pass(
         k = keep.shape[0]
         if k == 0:
             continue
-        target, logp, H = targets[rows], logprobs[rows], block_entropy
+        target, logp = targets[rows], logprobs[rows]
         if k < z.shape[0]:
-            p, target, logp, g = p[keep], target[keep], logp[keep], g[keep]
+            p, target, logp, g, total = p[keep], target[keep], logp[keep], g[keep], total[keep]
             tanh = None if tanh is None else tanh[keep]
             if h is not None:
-                z, h, H = z[keep], h[keep], H[keep]
+                z, h, log_total, block_entropy = z[keep], h[keep], log_total[keep], block_entropy[keep]
         dz = logits[used : used + k]
         at_target = -torch.expm1(logp) * g  # 1 - p without cancellation
         if h is None:
-            torch.mul(p, -g[:, None] / temperature, out=dz)
+            torch.mul(p, (-g / (total * temperature))[:, None], out=dz)
         else:
-            z.add_(H[:, None]).mul_(h[:, None]).add_(g[:, None])
-            dz.copy_(p.mul_(z).div_(-temperature))  # not straight into dz: it can overlap z
-            at_target = at_target - h * torch.where(logp > IMPOSSIBLE, logp.exp() * (logp + H), 0.0)
+            z.add_((block_entropy - log_total)[:, None]).mul_(h[:, None]).add_(g[:, None])  # h (log p + H) + g
+            dz.copy_(p.mul_(z).div_((-temperature * total)[:, None]))  # not straight into dz: it can overlap z
+            at_target = at_target - h * torch.where(logp > IMPOSSIBLE, logp.exp() * (logp + block_entropy), 0.0)
         dz.scatter_(1, target[:, None], (at_target / temperature)[:, None])
         if tanh is not None:
             dz.addcmul_(dz, tanh.square_(), value=-1)
