@@ -3,6 +3,7 @@
 Shapes: B sequences, Hq/Hkv query/key heads, R query rows, S keys, d head size, F frames.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -223,35 +224,48 @@ def key_tiles(frame_ids: Tensor, num_frames: int, size: int, *, frames_only: boo
     """Cuts the keys of one sequence, (S,) frame ids, into tiles of at most ``size``; only keys of frames if asked to.
 
     Sorting by frame makes the keys of every frame neighbours, so that a frame's mass is a sum over a slice, whatever
-    the layout was: no atomics, and pairwise in fp32.
+    the layout was: no atomics, and pairwise in fp32. No tile holds keys of no frame from before and from behind a
+    video: rows that see all of it or none are spared the mask, or the tile.
     """
     ids = torch.where(frame_ids < 0, num_frames, frame_ids)
     ids, order = torch.sort(ids, stable=True)
     counts = torch.bincount(ids, minlength=num_frames + 1).tolist()
+    of_frames = len(ids) - counts[num_frames]
     if frames_only:
         counts = counts[:num_frames]
     total = sum(counts)
     if total == 0:
         return []
-    starts = range(0, total, size)
-    pieces = [order[start : min(start + size, total)] for start in starts]
+    cuts = [0, of_frames, total]
+    if not frames_only:
+        gaps = (order[of_frames:].diff() > size).nonzero().flatten() + of_frames + 1
+        cuts[2:2] = gaps.tolist()
+    starts = [
+        first + number * (last - first) // tiles
+        for first, last in itertools.pairwise(cuts)
+        for tiles in [-(-(last - first) // size)]
+        for number in range(tiles)
+    ]
+    pieces = [order[start:stop] for start, stop in itertools.pairwise([*starts, total])]
     # The extent of every tile in one copy to the host
     extents = torch.stack([torch.stack([p.min(), p.max(), (p.diff() == 1).all().long()]) for p in pieces]).tolist()
-    runs = _runs(counts, size)
+    runs = _runs(counts, starts)
     return [
         KeyTile(piece.int(), ids[start : start + len(piece)].long(), low, high, bool(ascending), tuple(runs[number]))
         for number, (start, piece, (low, high, ascending)) in enumerate(zip(starts, pieces, extents, strict=True))
     ]
 
 
-def _runs(counts: list[int], size: int) -> list[list[tuple[int, int, int, int]]]:
-    """Of each tile of ``size`` sorted keys, its neighbouring frames of equal length (see ``KeyTile.runs``)."""
-    tiles: list[list[tuple[int, int, int, int]]] = [[] for _ in range(-(-sum(counts) // size))]
-    position = 0
+def _runs(counts: list[int], starts: list[int]) -> list[list[tuple[int, int, int, int]]]:
+    """Of each tile of sorted keys, given where it starts, its neighbouring frames of equal length: `KeyTile.runs`."""
+    tiles: list[list[tuple[int, int, int, int]]] = [[] for _ in starts]
+    ends = [*starts[1:], sum(counts)]
+    position, tile = 0, 0
     for frame, count in enumerate(counts):
         while count:
-            tile, start = divmod(position, size)
-            length = min(count, size - start)
+            if position == ends[tile]:
+                tile += 1
+            start, length = position - starts[tile], min(count, ends[tile] - position)
             runs = tiles[tile]
             if runs and runs[-1][0] + runs[-1][1] == frame and runs[-1][3] == length:
                 runs[-1] = (runs[-1][0], runs[-1][1] + 1, runs[-1][2], length)
