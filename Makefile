@@ -52,6 +52,7 @@ $(BENCH)/.installed: pyproject.toml
 	@touch $@
 
 bench: $(BENCH)/.installed
+	$(BENCH)/bin/python -m pytest benchmarks
 	$(BENCH)/bin/python -m benchmarks
 	$(BENCH)/bin/python -m benchmarks.whole_model
 	$(BENCH)/bin/python -m benchmarks.training_step
