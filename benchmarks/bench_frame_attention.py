@@ -50,7 +50,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case | None:
         runs["eager attention and its matrix"] = partial(peers.eager, work)
         contestants.append(Contestant("eager attention and its matrix", "peer", partial(peers.eager, work)))
     else:
-        skipped["eager attention and its matrix"] = "its matrix does not fit"
+        skipped["eager attention and its matrix"] = peers.NO_MATRIX
     verify = partial(check, work, runs)
     return Case(
         OP, shape.name, str(dtype).removeprefix("torch."), shape.describe(), device, verify, contestants, skipped

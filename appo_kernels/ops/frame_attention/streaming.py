@@ -15,7 +15,7 @@ from appo_kernels.layout import KeyTile, Layout, Rows, hide, key_tiles, row_tile
 from appo_kernels.logits import compute_dtype
 
 LOG2_E = math.log2(math.e)
-MAX_KEYS = 512
+MAX_KEYS = 256
 # Scores of a tile, over the query heads of one key head: they stay in a cache while they are exponentiated and summed.
 TILE_SCORES = 1 << 19
 # What is kept of all query heads while a tile of rows walks the keys: 4 Mi numbers are 16 MiB in fp32.
@@ -45,7 +45,7 @@ def forward(
     lse: Tensor,
     mass: Tensor,
 ) -> None:
-    attend(query, key, value, layout, out, lse, mass, per_head=False)
+    attend(query, key, value, layout, out, lse, mass, per_head=False, max_keys=MAX_KEYS, tile_scores=TILE_SCORES)
 
 
 def attend(
@@ -58,6 +58,8 @@ def attend(
     mass: Tensor,
     *,
     per_head: bool,
+    max_keys: int,
+    tile_scores: int,
 ) -> None:
     """Writes ``lse``, and ``out`` if there is a value; adds to ``mass``, (B, Hq, R, F) when ``per_head``."""
     batch, heads, rows, head_dim = query.shape
@@ -65,8 +67,8 @@ def attend(
     factor, log2_e = base_two(layout.scale, lse.dtype)
     most_rows = STATE_NUMBERS // (heads * (num_frames + head_dim + 3))
     for b in range(batch):
-        tiles = key_tiles(layout.frame_ids[b], num_frames, MAX_KEYS, frames_only=False)
-        size = min(most_rows, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
+        tiles = key_tiles(layout.frame_ids[b], num_frames, max_keys, frames_only=False)
+        size = min(most_rows, tile_scores // (group * max([len(tile) for tile in tiles], default=1)))
         for part in row_tiles(b, rows, max(16, size), layout.bounds):
             here = slice(part.start, part.stop)
             one_value = None if value is None else value[b]

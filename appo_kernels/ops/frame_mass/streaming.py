@@ -37,7 +37,10 @@ def forward(
 ) -> None:
     if lse is None:
         assert new_lse is not None
-        attention.attend(query, key, None, layout, None, new_lse, mass, per_head=per_head)
+        attention.attend(
+            query, key, None, layout, None, new_lse, mass,
+            per_head=per_head, max_keys=MAX_KEYS, tile_scores=TILE_SCORES,
+        )  # fmt: skip
         return
     dtype = compute_dtype(query.dtype)
     batch, _, rows, head_dim = query.shape
