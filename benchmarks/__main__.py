@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only this one")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=20.0, help="of timing for each case, verification aside")
+    parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each case, verification aside")
     parser.add_argument("--name", default=None, help="of the result files; default: operators-<device>; '-': none")
     parser.add_argument("--append", action="store_true", help="replace only the cases that run now in the result files")
     parser.add_argument("--list", action="store_true", help="print the shapes and stop")

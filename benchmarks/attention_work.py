@@ -49,8 +49,8 @@ class Attention:
 
     @property
     def matrix(self) -> bool:
-        """Whether the attention matrix, which eager attention keeps in fp32 and in its dtype, fits; on a CPU in bf16, where
-        a run takes half a minute, whether this is the first of the default shapes as well."""
+        """Whether the attention matrix, which eager attention keeps in fp32 and in its dtype, fits; on a CPU in bf16,
+        where a run takes half a minute, whether this is the first of the default shapes as well."""
         shape = self.shape
         if self.device == "cpu" and self.query.dtype == torch.bfloat16 and shape.name != DEFAULT_ATTENTION[0]:
             return False
