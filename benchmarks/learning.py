@@ -57,6 +57,8 @@ STUDENT = {
 
 
 SPLITS = ("validation", "ood")
+# What is compared, by where a run's result has it. training: the mean over all sampled responses, how fast it went.
+MEASURES = {"validation": "validation/after", "ood": "ood/after", "training": "train/accuracy"}
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def run_one(
     trainer.train()
     result |= measure("after") | {"seconds": time.perf_counter() - start}
     history = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    for name in ("reward", "frames/empty", "frames/precision", "frames/recall", "weight/share"):
+    for name in ("accuracy", "frames/empty", "frames/precision", "frames/recall", "weight/share"):
         values = [entry[name] for entry in history if name in entry]
         if values:
             result[f"train/{name}"] = statistics.fmean(values)
@@ -203,16 +205,16 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def summarise(results: list[dict[str, Any]], variants: Sequence[str], seeds: int) -> list[dict[str, Any]]:
-    """A row per variant: accuracy on each split, and the paired difference to GRPO, mean and half width."""
+    """A row per variant: each of `MEASURES`, and the paired difference to GRPO, mean and half width."""
     table = {(result["variant"], result["seed"]): result for result in results}
     rows = []
     for variant in variants:
         row: dict[str, Any] = {"task": table[variant, 0]["task"], "variant": variant, "seeds": seeds}
-        for split in SPLITS:
-            after = [table[variant, seed][f"{split}/after"] for seed in range(seeds)]
-            base = [table["grpo", seed][f"{split}/after"] for seed in range(seeds)]
-            difference, width = interval([a - b for a, b in zip(after, base, strict=True)])
-            row |= {f"{split}": statistics.fmean(after), f"{split}-grpo": difference, f"{split} 95%": width}
+        for name, place in MEASURES.items():
+            values = [table[variant, seed][place] for seed in range(seeds)]
+            base = [table["grpo", seed][place] for seed in range(seeds)]
+            difference, width = interval([a - b for a, b in zip(values, base, strict=True)])
+            row |= {name: statistics.fmean(values), f"{name}-grpo": difference, f"{name} 95%": width}
         for name in ("frames/empty", "frames/precision", "frames/recall", "weight/share"):
             values = [table[variant, seed].get(f"train/{name}") for seed in range(seeds)]
             known = [value for value in values if value is not None]
@@ -259,7 +261,7 @@ def main() -> None:
     looks = [where_they_look(options.work, options.task, n) for n in range(min(options.warm_starts, options.seeds))]
     rows = summarise(results, variants, options.seeds)
     for row in rows:
-        parts = (f"{s} {row[s]:.3f} ({row[f'{s}-grpo']:+.3f} +- {row[f'{s} 95%']:.3f})" for s in SPLITS)
+        parts = (f"{m} {row[m]:.3f} ({row[f'{m}-grpo']:+.3f} +- {row[f'{m} 95%']:.3f})" for m in MEASURES)
         print(f"{row['variant']:22s}", *parts)
     for row in looks:
         print("  ".join(f"{name} {round(value, 2)}" for name, value in row.items()))
@@ -268,8 +270,8 @@ def main() -> None:
         path = harness.save(options.name, rows, device="cpu", **more)
         others = [row for row in rows if row["variant"] != "grpo"]
         points = {
-            split: [(row["variant"], 100 * row[f"{split}-grpo"], 100 * row[f"{split} 95%"]) for row in others]
-            for split in SPLITS
+            name: [(row["variant"], 100 * row[f"{name}-grpo"], 100 * row[f"{name} 95%"]) for row in others]
+            for name in MEASURES
         }
         plots.differences(points, path.with_suffix(".png"))
         print(f"written: {path}, .csv, .png")

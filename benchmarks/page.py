@@ -156,14 +156,15 @@ def learning() -> list[str]:
         rows = content["rows"]
         lines += [environment(content), *picture(name, "differences to GRPO"), ""]
         lines.append(
-            f"Held-out accuracy after {content['steps']} steps, {rows[0]['seeds']} seeds, in percent; differences to "
-            "GRPO of the same seed, in points, with 95% intervals of their mean."
+            f"Accuracy in percent, held out after {content['steps']} steps and of all responses sampled in training, "
+            f"means of {rows[0]['seeds']} seeds; in brackets the difference to GRPO of the same seed, in points, with "
+            "the 95% interval of its mean."
         )
-        lines += ["", "| | validation | difference | ood | difference |", "|---|---|---|---|---|"]
+        lines += ["", "| | validation | ood | training |", "|---|---|---|---|"]
         for row in rows:
             cells = [
-                f"{100 * row[split]:.1f} | {100 * row[f'{split}-grpo']:+.1f} ± {100 * row[f'{split} 95%']:.1f}"
-                for split in ("validation", "ood")
+                f"{100 * row[name]:.1f} ({100 * row[f'{name}-grpo']:+.1f} ± {100 * row[f'{name} 95%']:.1f})"
+                for name in ("validation", "ood", "training")
             ]
             lines.append(f"| {row['variant']} | {' | '.join(cells)} |")
         lines += ["", "What was picked while training:", ""]

@@ -76,7 +76,7 @@ def test_differences_are_paired_by_seed():
     results = []
     for seed in range(4):
         for variant, gain in (("grpo", 0.0), ("dapo", 0.1)):
-            values = {f"{split}/after": 0.2 * seed + gain for split in learning.SPLITS}
+            values = dict.fromkeys(learning.MEASURES.values(), 0.2 * seed + gain)
             results.append({"task": "moment", "variant": variant, "seed": seed, **values, "train/weight/share": 0.25})
     base, row = learning.summarise(results, ("grpo", "dapo"), 4)
     assert (base["validation-grpo"], base["validation 95%"]) == (0, 0)
@@ -186,12 +186,13 @@ def test_pictures_and_page_of_results(tmp_path, monkeypatch):
     path = command.write("operators-cpu", rows, {"a": {"ours, cuda": "no GPU"}}, options)
     assert path.with_suffix(".png").stat().st_size > 5000
     assert len(command.headline([asdict(row) for row in rows], "cpu")) == 4
-    learned = [
-        {"variant": name, "seeds": 2, "validation": 0.5, "ood": 0.25, "validation-grpo": gain, "ood-grpo": -gain,
-         "validation 95%": 0.02, "ood 95%": 0.5, "frames/empty": None if name == "grpo" else 0.75,
-         "frames/precision": None, "frames/recall": None, "weight/share": None if name == "grpo" else 0.125}
-        for name, gain in (("grpo", 0.0), ("appo-hard", 0.0415))
-    ]  # fmt: skip
+    learned = []
+    for name, gain in (("grpo", 0.0), ("appo-hard", 0.0415)):
+        numbers = {"validation": 0.5, "validation-grpo": gain, "validation 95%": 0.02}
+        numbers |= {"ood": 0.25, "ood-grpo": -gain, "ood 95%": 0.5}
+        numbers |= {"training": 0.375, "training-grpo": 0.0, "training 95%": 0.0}
+        numbers |= dict.fromkeys(page.SELECTION, None if name == "grpo" else 0.75)
+        learned.append({"variant": name, "seeds": 2, **numbers, "frames/precision": None})
     looks = [{"warm start": 0, "groups": 60, "right": 0.5, "wrong": 0.25, "hard-empty": 0.375, "chance": 0.25}]
     harness.save("learning", learned, device="cpu", steps=10, runs=[], looks=looks)
     plots.differences({"validation": [("appo-hard", 4.15, 2.0)]}, tmp_path / "learning.png")
@@ -200,8 +201,8 @@ def test_pictures_and_page_of_results(tmp_path, monkeypatch):
         "| ours, torch | 1,000.0 ms | 900.0 to 1,100.0 | 2.00 | 1.00 | 1 MiB |",
         "![Operators](../benchmarks/results/operators-cpu.png)",
         "Not run: ours, cuda: no GPU.",
-        "| appo-hard | 50.0 | +4.2 ± 2.0 | 25.0 | -4.2 ± 50.0 |",
-        "| appo-hard | 75 % |  |  | 12 % |",
+        "| appo-hard | 50.0 (+4.2 ± 2.0) | 25.0 (-4.2 ± 50.0) | 37.5 (+0.0 ± 0.0) |",
+        "| appo-hard | 75 % |  | 75 % | 75 % |",
         "| 0 | 60 | 50 % | 25 % | 38 % |  | 25 % |",
         "Not measured yet.",
     ):
