@@ -116,7 +116,7 @@ def run_one(
         }
         return {f"{split}/{moment}": value["accuracy"] for split, value in values.items()}
 
-    result = {"task": task, "variant": variant, "seed": seed, "steps": steps}
+    result = {"task": task, "variant": variant, "seed": seed, "steps": steps, "commit": harness.commit()}
     start = time.perf_counter()
     if variant == "grpo":  # all variants of a seed start from the same model
         result |= measure("before")
@@ -266,7 +266,8 @@ def main() -> None:
     for row in looks:
         print("  ".join(f"{name} {round(value, 2)}" for name, value in row.items()))
     if options.name != "-":
-        more = {"runs": results, "looks": looks, "steps": options.steps}
+        commits = sorted({result["commit"] for result in results})
+        more = {"commits": commits, "runs": results, "looks": looks, "steps": options.steps}
         path = harness.save(options.name, rows, device="cpu", **more)
         others = [row for row in rows if row["variant"] != "grpo"]
         points = {

@@ -158,7 +158,7 @@ def learning() -> list[str]:
         lines.append(
             f"Accuracy in percent, held out after {content['steps']} steps and of all responses sampled in training, "
             f"means of {rows[0]['seeds']} seeds; in brackets the difference to GRPO of the same seed, in points, with "
-            "the 95% interval of its mean."
+            f"the 95% interval of its mean. Runs of commit {', '.join(content['commits'])}."
         )
         lines += ["", "| | validation | ood | training |", "|---|---|---|---|"]
         for row in rows:

@@ -194,7 +194,7 @@ def test_pictures_and_page_of_results(tmp_path, monkeypatch):
         numbers |= dict.fromkeys(page.SELECTION, None if name == "grpo" else 0.75)
         learned.append({"variant": name, "seeds": 2, **numbers, "frames/precision": None})
     looks = [{"warm start": 0, "groups": 60, "right": 0.5, "wrong": 0.25, "hard-empty": 0.375, "chance": 0.25}]
-    harness.save("learning", learned, device="cpu", steps=10, runs=[], looks=looks)
+    harness.save("learning", learned, device="cpu", steps=10, commits=["abc"], runs=[], looks=looks)
     plots.differences({"validation": [("appo-hard", 4.15, 2.0)]}, tmp_path / "learning.png")
     text = page.text()
     for expected in (
