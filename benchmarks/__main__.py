@@ -6,6 +6,7 @@ Every operator, shape and backend that can run here, beside its limit and its pe
 import argparse
 import gc
 import importlib
+from pathlib import Path
 
 import torch
 
@@ -42,39 +43,42 @@ def main() -> None:
     if unknown := set(options.operators) - set(OPERATORS):
         parser.error(f"no benchmark of {', '.join(sorted(unknown))}; there are {', '.join(OPERATORS)}")
     torch.set_num_threads(options.threads)
+    name = options.name or f"operators-{options.device}"
+    old = harness.load(name) if options.append else None
     rows, skipped = [], {}
     for operator in options.operators or OPERATORS:
         module = importlib.import_module(f"benchmarks.{OPERATORS[operator]}")
         known = module.SHAPES()
-        names = [name for name in options.shapes or module.DEFAULT if name in known]
-        shapes = [known[name] if options.device == "cuda" else known[name].on_cpu() for name in names]
+        chosen = [known[shape] for shape in options.shapes or module.DEFAULT if shape in known]
+        shapes = [shape if options.device == "cuda" else shape.on_cpu() for shape in chosen]
         if options.list:
             print(operator, *(f"  {shape.name:22s} {shape.describe()}" for shape in shapes), sep="\n")
             continue
         for case in module.cases(shapes, options.device):
             if options.dtype in (None, case.dtype):
+                print(f"\n{case.title}: {case.work}", flush=True)
                 found = harness.measure(case, seconds=options.seconds)
-                rows += found
-                print(f"\n{case.title}: {case.work}\n{harness.table(found)}", flush=True)
-                for name, reason in case.skipped.items():
-                    print(f"  {name:34s} not run: {reason}")
-                skipped[case.title] = case.skipped
+                print(harness.table(found), flush=True)
+                for contestant, reason in case.skipped.items():
+                    print(f"  {contestant:34s} not run: {reason}")
+                rows, skipped = rows + found, skipped | {case.title: case.skipped}
+                if name != "-":
+                    path = write(name, rows, skipped, old, options.device)
             del case
             gc.collect()
-    name = options.name or f"operators-{options.device}"
     if rows and name != "-":
-        print(f"\nwritten: {write(name, rows, skipped, options)}")
+        print(f"\nwritten: {path}")
 
 
-def write(name: str, rows: list, skipped: dict, options: argparse.Namespace) -> object:
+def write(name: str, rows: list, skipped: dict, old: dict | None, device: str) -> Path:
+    """After every case, so that what is measured is not lost when the rest is stopped."""
     plain = [vars(row) for row in rows]
-    old = harness.load(name) if options.append else None
     if old:
         done = {(row["op"], row["shape"], row["dtype"]) for row in plain}
         plain = [row for row in old["rows"] if (row["op"], row["shape"], row["dtype"]) not in done] + plain
         skipped = old["skipped"] | skipped
-    path = harness.save(name, plain, device=options.device, skipped=skipped)
-    if shown := headline(plain, options.device):
+    path = harness.save(name, plain, device=device, skipped=skipped)
+    if shown := headline(plain, device):
         plots.contests(shown, path.with_suffix(".png"))
     return path
 

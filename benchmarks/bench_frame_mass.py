@@ -38,13 +38,13 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
     contestants.append(Contestant("limit: matrix product", "limit", peers.matrix_product(work)))
     masses = {c.name: c.run for c in contestants if c.role == "ours"}
 
-    def add(name: str, run, *, possible: bool, reason: str = TOO_LARGE, mass=None) -> None:
+    def add(name: str, run, *, possible: bool, mass=None) -> None:
         if possible:
             contestants.append(Contestant(name, "peer", run))
             if mass is not None:
                 masses[name] = mass
         else:
-            skipped[name] = reason
+            skipped[name] = TOO_LARGE
 
     add("flash attention alone, all rows", partial(peers.flash, work), possible=work.whole)
     replay = partial(peers.naive_replay, work, lse)
@@ -52,8 +52,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
     one_hot = partial(peers.one_hot_values, work)
     add("sdpa with one-hot values", one_hot, possible=work.row_matrix, mass=one_hot)
     eager = partial(peers.eager, work)
-    name = "eager attention and its matrix"
-    add(name, eager, possible=work.matrix, reason=peers.NO_MATRIX, mass=lambda: eager()[1])
+    add("eager attention and its matrix", eager, possible=work.matrix, mass=lambda: eager()[1])
     flex, reason = peers.flex(work) if work.row_matrix else (None, TOO_LARGE)
     if flex:
         add("FlexAttention, one-hot values", flex, possible=True, mass=flex)
@@ -96,5 +95,5 @@ def check(work: peers.Attention, masses: dict) -> None:
 
 def cases(shapes: list[AttentionShape], device: str) -> Iterator[Case]:
     for shape in shapes:
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in peers.dtypes(shape, device):
             yield case(shape, dtype, device)

@@ -182,8 +182,7 @@ def test_pictures_and_page_of_results(tmp_path, monkeypatch):
         for op in ("group_divergence kl", "linear_weighted_surrogate", "something else")
         for name, role, ours in (("ours, torch", "ours", 1.0), ("limit: nothing", "limit", 0.5))
     ]
-    options = argparse.Namespace(append=False, device="cpu")
-    path = command.write("operators-cpu", rows, {"a": {"ours, cuda": "no GPU"}}, options)
+    path = command.write("operators-cpu", rows, {"a": {"ours, cuda": "no GPU"}}, None, "cpu")
     assert path.with_suffix(".png").stat().st_size > 5000
     assert len(command.headline([asdict(row) for row in rows], "cpu")) == 4
     learned = []
@@ -207,6 +206,19 @@ def test_pictures_and_page_of_results(tmp_path, monkeypatch):
         "Not measured yet.",
     ):
         assert expected in text, expected
+
+
+def test_a_case_measured_again_replaces_itself_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+
+    def one(op: str, median: float) -> harness.Row:
+        return harness.Row(op, "small", "float32", "work", "ours", "ours", median, 1.0, 1.0, 3, None, 1.0, 0)
+
+    command.write("operators-cpu", [one("a", 1.0), one("b", 2.0)], {"a": {"peer": "why"}}, None, "cpu")
+    command.write("operators-cpu", [one("b", 3.0)], {"b": {}}, harness.load("operators-cpu"), "cpu")
+    content = harness.load("operators-cpu")
+    assert [(row["op"], row["median"]) for row in content["rows"]] == [("a", 1.0), ("b", 3.0)]
+    assert content["skipped"] == {"a": {"peer": "why"}, "b": {}}
 
 
 def test_the_page_is_that_of_the_results():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import attention_work, gpu
-from benchmarks.shapes import AttentionShape, VocabularyShape
+from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, VocabularyShape
 
 
 class StandIn:
@@ -25,7 +25,7 @@ class StandIn:
         return 1e12
 
 
-ATTENTION = [AttentionShape("tiny", 1, 7, 1, 32, 3, 16, 48, text=11)]
+ATTENTION = [AttentionShape(DEFAULT_ATTENTION[0], 1, 7, 1, 32, 3, 16, 48, text=11)]
 VOCABULARY = [VocabularyShape("tiny", 2, 6, 16, 131, 2, 3)]
 SHAPES = {
     "frame_mass": ATTENTION,
