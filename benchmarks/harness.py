@@ -108,28 +108,22 @@ def rows_of(case: Case, times: dict[str, list[float]], extra: dict[str, int]) ->
 
 
 def measure_large(case: Case, check: Callable[[dict[str, object]], object], *, rounds: int) -> list[Row]:
-    """For work of half a minute a run: no run but the timed ones. Memory is measured around those of the first round,
-    and its results are compared by ``check`` before the second."""
-    times: dict[str, list[float]] = {contestant.name: [] for contestant in case.contestants}
+    """For work of half a minute a run: memory is measured, and results compared by ``check``, in a round that touches
+    everything for the first time; ``rounds`` timed ones follow."""
     extra, results = {}, {}
-    for number in range(rounds):
+    for contestant in case.contestants:
+
+        def run(contestant: Contestant = contestant) -> object:
+            results[contestant.name] = contestant.run()
+            return results[contestant.name]
+
+        extra[contestant.name] = memory(replace(contestant, run=run), case.device)
+    check(results)
+    results.clear()
+    times: dict[str, list[float]] = {contestant.name: [] for contestant in case.contestants}
+    for _ in range(rounds):
         for contestant in case.contestants:
-            if number:
-                times[contestant.name].append(timed(contestant, case.device))
-                continue
-
-            def run(contestant: Contestant = contestant) -> object:
-                start = time.perf_counter()
-                results[contestant.name] = contestant.run()
-                if case.device == "cuda":
-                    torch.cuda.synchronize()
-                times[contestant.name].append(time.perf_counter() - start)
-                return results[contestant.name]
-
-            extra[contestant.name] = memory(replace(contestant, run=run), case.device)
-        if not number:
-            check(results)
-            results.clear()
+            times[contestant.name].append(timed(contestant, case.device))
     return rows_of(case, times, extra)
 
 

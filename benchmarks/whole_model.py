@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=3584, help="a multiple of 7 x 128")
     parser.add_argument("--intermediate", type=int, default=18_944)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--name", help="of the result files; default: whole-model-<device>; '-': none")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -180,7 +180,10 @@ def main() -> None:
         del one
     if options.name != "-":
         name = options.name or f"whole-model-{options.device}"
-        print(f"\nwritten: {harness.save(name, rows, device=options.device)}")
+        done = {(row.shape, row.dtype) for row in rows}
+        old = harness.load(name) or {"rows": []}
+        kept = [row for row in old["rows"] if (row["shape"], row["dtype"]) not in done]
+        print(f"\nwritten: {harness.save(name, [*kept, *map(vars, rows)], device=options.device)}")
 
 
 if __name__ == "__main__":
