@@ -10,7 +10,8 @@ keys of a frame:
 On a GPU the shapes are taken as they are. On a CPU, which has a thousandth of the rate, `on_cpu` cuts what only repeats
 work and keeps what decides how an operator behaves: head size, group of query heads per key head, frames, keys and
 vocabulary stay; sequences, heads, rows and the hidden size (to 512) are halved, and tokens and slots cut, until one
-matrix product over the shape takes at most `CPU_FLOP`.
+matrix product over the shape takes at most `CPU_FLOP`. Attention in bf16, which few CPUs are made for, runs at the
+first shape only.
 """
 
 from dataclasses import dataclass, replace
