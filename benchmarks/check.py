@@ -61,7 +61,10 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tolerance", type=float, default=0.3)
     parser.add_argument("--seconds", type=float, default=10.0, help="of timing for each case")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32 on a CPU, both on a GPU")
     options = parser.parse_args()
+    if options.device == "cpu":  # half a minute for each run of eager attention in bf16
+        options.dtype = options.dtype or "float32"
     torch.set_num_threads(options.threads)
     committed = harness.load(f"operators-{options.device}")
     if committed is None:
@@ -71,6 +74,8 @@ def main() -> int:
         module = importlib.import_module(f"benchmarks.{OPERATORS[operator]}")
         shape = module.SHAPES()[name]
         for case in module.cases([shape if options.device == "cuda" else shape.on_cpu()], options.device):
+            if options.dtype not in (None, case.dtype):
+                continue
             rows = [vars(row) for row in harness.measure(case, seconds=options.seconds)]
             found = compare(rows, committed["rows"], options.tolerance)
             print(*found, sep="\n", flush=True)
