@@ -61,6 +61,14 @@ def test_guard_compares_the_same_cases_only():
     assert len(check.compare(new_peer, then, 0.3)) == 2
 
 
+def test_a_failure_is_measured_again():
+    """What fails twice has failed; a line that was good is not asked again."""
+    runs = iter([["ok   a", "FAIL b", "FAIL c"], ["FAIL a", "ok   b", "FAIL c"]])
+    assert check.confirmed(lambda: next(runs)) == ["ok   a", "ok   b", "FAIL c"]
+    once = iter([["ok   a"]])
+    assert check.confirmed(lambda: next(once)) == ["ok   a"]
+
+
 def test_interval_is_students():
     values = [0.3, -0.1, 0.25, 0.4, 0.1, 0.0, 0.2, 0.15, 0.05, 0.3, -0.05, 0.12]
     mean, width = learning.interval(values)
