@@ -236,10 +236,8 @@ def key_tiles(frame_ids: Tensor, num_frames: int, size: int, *, frames_only: boo
     total = sum(counts)
     if total == 0:
         return []
-    cuts = [0, of_frames, total]
-    if not frames_only:
-        gaps = (order[of_frames:].diff() > size).nonzero().flatten() + of_frames + 1
-        cuts[2:2] = gaps.tolist()
+    gaps = (order[of_frames:total].diff() > size).nonzero().flatten() + of_frames + 1
+    cuts = [0, of_frames, *gaps.tolist(), total]
     starts = [
         first + number * (last - first) // tiles
         for first, last in itertools.pairwise(cuts)

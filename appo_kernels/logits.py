@@ -8,6 +8,7 @@ distributions lose the differences that a divergence is made of.
 Shapes: m rows of M, v vocabulary columns of V, D hidden size.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from appo_kernels import checks
 
+LOG2_E = math.log2(math.e)
 HALVES = (torch.float16, torch.bfloat16)
 
 # Bytes of one tile of logits. On a CPU a tile is read again by the passes after its matrix product and should

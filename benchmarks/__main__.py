@@ -72,12 +72,9 @@ def main() -> None:
 
 def write(name: str, rows: list, skipped: dict, old: dict | None, device: str) -> Path:
     """After every case, so that what is measured is not lost when the rest is stopped."""
-    plain = [vars(row) for row in rows]
-    if old:
-        done = {(row["op"], row["shape"], row["dtype"]) for row in plain}
-        plain = [row for row in old["rows"] if (row["op"], row["shape"], row["dtype"]) not in done] + plain
-        skipped = old["skipped"] | skipped
-    path = harness.save(name, plain, device=device, skipped=skipped)
+    old = old or {"rows": [], "skipped": {}}
+    plain = harness.merged(old["rows"], rows)
+    path = harness.save(name, plain, device=device, skipped=old["skipped"] | skipped)
     if shown := headline(plain, device):
         plots.contests(shown, path.with_suffix(".png"))
     return path

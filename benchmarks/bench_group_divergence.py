@@ -1,5 +1,5 @@
 """group_divergence, kl and k3, beside the product of its unique rows and the dense way over (G, N, V); and
-group_divergence_from_logits beside a copy of its unique rows."""
+group_divergence_from_logits beside a sum over its unique rows."""
 
 from collections.abc import Iterator
 from functools import partial

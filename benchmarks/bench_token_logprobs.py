@@ -80,10 +80,11 @@ def check(head: peers.Head, functions: dict[str, Function], tokens: int = 64, co
         results = function(*inputs, targets)[:count]
         return [*results, *torch.autograd.grad([r.sum() for r in results], inputs)]
 
+    exact_by_count = {count: outcome(reference.token_logprobs, torch.float64, count) for count in (1, 2)}
+    plain_by_count = {count: outcome(peers.dense_logprobs, leaves[0].dtype, count) for count in (1, 2)}
     for name, function in functions.items():
         count = 1 if name == CUT else 2
-        exact = outcome(reference.token_logprobs, torch.float64, count)
-        plain = outcome(peers.dense_logprobs, leaves[0].dtype, count)
+        exact, plain = exact_by_count[count], plain_by_count[count]
         for i, got in enumerate(outcome(function, leaves[0].dtype, count)):
             factor = FORWARD_FACTOR if i < count else GRADIENT_FACTOR
             slack = 1e-6 if name.startswith("ours") else 1e-2

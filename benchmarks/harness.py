@@ -83,10 +83,10 @@ def measure(case: Case, *, seconds: float = 20.0, least: int = 3, most: int = 25
     for contestant in case.contestants:  # compilation, first touch of memory
         timed(contestant, case.device)
     start = time.perf_counter()
-    while len(times[case.contestants[0].name]) < most:
-        if len(times[case.contestants[0].name]) >= least and time.perf_counter() - start > seconds:
+    for number in range(most):
+        if number >= least and time.perf_counter() - start > seconds:
             break
-        for contestant in in_turn(case.contestants, len(times[case.contestants[0].name])):
+        for contestant in in_turn(case.contestants, number):
             times[contestant.name].append(timed(contestant, case.device))
     return rows_of(case, times, {c.name: memory(c, case.device) for c in case.contestants})
 
@@ -230,6 +230,12 @@ def save(name: str, rows: Sequence[Any], *, device: str, **more: Any) -> Path:
         writer.writeheader()
         writer.writerows(plain)
     return path
+
+
+def merged(old: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """``rows``, and of the ``old`` ones those of other cases before them."""
+    done = {(row.op, row.shape, row.dtype) for row in rows}
+    return [row for row in old if (row["op"], row["shape"], row["dtype"]) not in done] + [vars(row) for row in rows]
 
 
 def load(name: str) -> dict[str, Any] | None:

@@ -54,11 +54,11 @@ STUDENT = {
     1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 11: 2.201,
     12: 2.179, 13: 2.160, 14: 2.145, 15: 2.131, 19: 2.093, 23: 2.069, 29: 2.045,
 }  # fmt: skip
-
-
 SPLITS = ("validation", "ood")
 # What is compared, by where a run's result has it. training: the mean over all sampled responses, how fast it went.
 MEASURES = {"validation": "validation/after", "ood": "ood/after", "training": "train/accuracy"}
+# Metrics of training that say what was picked.
+SELECTION = ("frames/empty", "frames/precision", "frames/recall", "weight/share")
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def run_one(
     trainer.train()
     result |= measure("after") | {"seconds": time.perf_counter() - start}
     history = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    for name in ("accuracy", "frames/empty", "frames/precision", "frames/recall", "weight/share"):
+    for name in ("accuracy", *SELECTION):
         values = [entry[name] for entry in history if name in entry]
         if values:
             result[f"train/{name}"] = statistics.fmean(values)
@@ -215,7 +215,7 @@ def summarise(results: list[dict[str, Any]], variants: Sequence[str], seeds: int
             base = [table["grpo", seed][place] for seed in range(seeds)]
             difference, width = interval([a - b for a, b in zip(values, base, strict=True)])
             row |= {name: statistics.fmean(values), f"{name}-grpo": difference, f"{name} 95%": width}
-        for name in ("frames/empty", "frames/precision", "frames/recall", "weight/share"):
+        for name in SELECTION:
             values = [table[variant, seed].get(f"train/{name}") for seed in range(seeds)]
             known = [value for value in values if value is not None]
             row[name] = statistics.fmean(known) if known else None

@@ -26,7 +26,7 @@ FAMILIES = ("Qwen2.5-VL", "Qwen3-VL")
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 
 
-def build(family: str, dtype: str, options: argparse.Namespace) -> Any:
+def build(family: str, options: argparse.Namespace) -> Any:
     """``options.layers`` layers of the real widths, and the smallest vision tower, which is not used. Qwen3-VL is given
     the heads of the other, so that both figures are of the same attention."""
     import transformers
@@ -57,7 +57,7 @@ def build(family: str, dtype: str, options: argparse.Namespace) -> Any:
         config, kind = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
     built = config(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
     previous = torch.get_default_dtype()
-    torch.set_default_dtype(getattr(torch, dtype))
+    torch.set_default_dtype(getattr(torch, options.dtype))
     try:
         with torch.device(options.device):
             return kind(built).eval()
@@ -106,9 +106,9 @@ def inputs_of(model: Any, family: str, device: str) -> tuple[dict[str, Any], Ten
     return arguments, torch.tensor([frames], dtype=torch.int32, device=device)
 
 
-def case(family: str, dtype: str, options: argparse.Namespace) -> harness.Case:
+def case(family: str, options: argparse.Namespace) -> harness.Case:
     torch.manual_seed(0)
-    model = build(family, dtype, options)
+    model = build(family, options)
     arguments, frame_ids = inputs_of(model, family, options.device)
     rows = response_rows(LENGTH - RESPONSE, RESPONSE)
     in_frame = (frame_ids[..., None] == torch.arange(FRAMES, device=options.device)).float()
@@ -142,7 +142,7 @@ def case(family: str, dtype: str, options: argparse.Namespace) -> harness.Case:
         harness.Contestant(PLAIN, "limit", plain, use("sdpa")),
         harness.Contestant(EAGER, "peer", eager, use("eager")),
     ]
-    return harness.Case("recording", family, dtype, work, options.device, lambda: None, contestants)
+    return harness.Case("recording", family, options.dtype, work, options.device, lambda: None, contestants)
 
 
 def check(results: dict[str, Any]) -> None:
@@ -165,20 +165,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--name", help="of the result files; default: whole-model-<device>; '-': none")
     options = parser.parse_args()
+    options.dtype = options.dtype or DTYPES[options.device]
     torch.set_num_threads(options.threads)
     rows = []
     for family in [options.family] if options.family else FAMILIES:
-        one = case(family, options.dtype or DTYPES[options.device], options)
+        one = case(family, options)
         found = harness.measure_large(one, check, rounds=options.rounds)
         print(f"\n{one.title}: {one.work}\n{harness.table(found)}", flush=True)
         rows += found
         del one
     if options.name != "-":
         name = options.name or f"whole-model-{options.device}"
-        done = {(row.shape, row.dtype) for row in rows}
         old = harness.load(name) or {"rows": []}
-        kept = [row for row in old["rows"] if (row["shape"], row["dtype"]) not in done]
-        print(f"\nwritten: {harness.save(name, [*kept, *map(vars, rows)], device=options.device)}")
+        print(f"\nwritten: {harness.save(name, harness.merged(old['rows'], rows), device=options.device)}")
 
 
 if __name__ == "__main__":

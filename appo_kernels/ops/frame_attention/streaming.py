@@ -12,9 +12,8 @@ from torch import Tensor
 
 from appo_kernels import dispatch
 from appo_kernels.layout import KeyTile, Layout, Rows, hide, key_tiles, row_tiles
-from appo_kernels.logits import compute_dtype
+from appo_kernels.logits import LOG2_E, compute_dtype
 
-LOG2_E = math.log2(math.e)
 MAX_KEYS = 256
 # Scores of a tile, over the query heads of one key head: they stay in a cache while they are exponentiated and summed.
 TILE_SCORES = 1 << 19

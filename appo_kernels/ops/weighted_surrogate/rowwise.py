@@ -6,18 +6,16 @@ It is all that lies between the matrix products of ``linear_weighted_surrogate``
     dz = g (onehot - p) - h p (log p + H),   g = d loss / d logprob,   h = d loss / d entropy
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from appo_kernels.logits import tiles
+from appo_kernels.logits import LOG2_E, tiles
 
 # Bytes of logits that a CPU takes at a time: they, and the probabilities beside them, stay in cache through all passes.
 CPU_BLOCK_BYTES = 4 << 20
-LOG2_E = math.log2(math.e)
 # Stands for the log-probability of an impossible token in products with its probability: exp(-1e4) is 0 in fp64 too.
 IMPOSSIBLE = -1e4
 
