@@ -7,27 +7,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .attention import record_frame_mass as record_frame_mass
-    from .config import APPOConfig as APPOConfig
-    from .frames import FrameIds as FrameIds
-    from .frames import frame_ids as frame_ids
-    from .selection import perception_slots as perception_slots
-    from .selection import select_frames as select_frames
-    from .trainer import Trainer as Trainer
-    from .weights import group_advantages as group_advantages
-    from .weights import token_weights as token_weights
+    from appo.config import APPOConfig as APPOConfig
+    from appo.method.advantages import group_advantages as group_advantages
+    from appo.method.selection import perception_slots as perception_slots
+    from appo.method.selection import select_frames as select_frames
+    from appo.method.token_weights import token_weights as token_weights
+    from appo.recording.frame_ids import FrameIds as FrameIds
+    from appo.recording.frame_ids import frame_ids as frame_ids
+    from appo.recording.recorder import record_frame_mass as record_frame_mass
+    from appo.train.trainer import Trainer as Trainer
 
 # Public name -> the module that defines it.
 _EXPORTS = {
     "APPOConfig": "config",
-    "FrameIds": "frames",
-    "Trainer": "trainer",
-    "frame_ids": "frames",
-    "group_advantages": "weights",
-    "perception_slots": "selection",
-    "record_frame_mass": "attention",
-    "select_frames": "selection",
-    "token_weights": "weights",
+    "FrameIds": "recording.frame_ids",
+    "Trainer": "train.trainer",
+    "frame_ids": "recording.frame_ids",
+    "group_advantages": "method.advantages",
+    "perception_slots": "method.selection",
+    "record_frame_mass": "recording.recorder",
+    "select_frames": "method.selection",
+    "token_weights": "method.token_weights",
 }
 
 

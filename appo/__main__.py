@@ -1,5 +1,5 @@
 """``python -m appo`` and ``accelerate launch -m appo``."""
 
-from .cli import main
+from appo.cli import main
 
 main()

@@ -10,7 +10,7 @@ except ModuleNotFoundError:
     sys.exit("appo: the command line needs the training packages. Install them with: pip install 'appo[train]'")
 
 if TYPE_CHECKING:
-    from .config import APPOConfig
+    from appo.config import APPOConfig
 
 app = typer.Typer(
     help="Train video models on what they look at: attention-guided policy optimisation (arXiv 2602.23823).",
@@ -34,7 +34,7 @@ def demo(
 
     Interrupted, it goes on where it was when run again with the same --output.
     """
-    from .demo import run_demo
+    from appo.demo import run_demo
 
     run_demo(output, seed=seed, steps=steps, method=method)
 
@@ -52,10 +52,10 @@ def train(
 
     Example: appo train examples/qwen2_5_vl_7b.yaml data=train.json learning_rate=2e-6 rewards.format=0.1
     """
-    from .config import APPOConfig
-    from .data import check_media, load_records
-    from .setup import load_model
-    from .trainer import Trainer
+    from appo.config import APPOConfig
+    from appo.data.load import check_media, load_records
+    from appo.train.setup import load_model
+    from appo.train.trainer import Trainer
 
     settings = APPOConfig.load(config, overrides)
     records = load_records(_required(settings, "data"), data_root=settings.data_root, seed=settings.seed)
@@ -82,10 +82,10 @@ def evaluate_model(
 
     from rich.progress import Progress
 
-    from .config import APPOConfig
-    from .data import check_media, load_records
-    from .evaluate import evaluate
-    from .setup import load_model
+    from appo.config import APPOConfig
+    from appo.data.load import check_media, load_records
+    from appo.train.evaluate import evaluate
+    from appo.train.setup import load_model
 
     settings = APPOConfig.from_dotlist(["model=" + model, *(overrides or [])])
     records = load_records(data, data_root=data_root, limit=limit)
@@ -121,7 +121,7 @@ def inspect(
     overrides: Overrides = None,
 ) -> None:
     """Draw which frames each response token looks at, which frames APPO picks and what the tokens weigh."""
-    from .examine import examine
+    from appo.reports.inspect_clip import examine
 
     for path in examine(model, video, question, option or [], answer, output, overrides or []):
         typer.echo(path)
@@ -135,7 +135,7 @@ def report(
     ] = None,
 ) -> None:
     """One page of curves: reward, accuracy, entropy, gradient norm, lengths, weights, frames picked."""
-    from .report import write_report
+    from appo.reports.run_report import write_report
 
     typer.echo(write_report(runs, output or runs[0] / "report.html"))
 
@@ -162,8 +162,8 @@ def plan(
 
     Example: appo plan --model Qwen2.5-VL-72B --gpus 64 --gradient-checkpointing
     """
-    from .architectures import find_architecture
-    from .plan import GIB, Plan, Workload
+    from appo.models.architectures import find_architecture
+    from appo.plan import GIB, Plan, Workload
 
     work = Workload(
         frames=frames,
@@ -182,7 +182,7 @@ def plan(
 
 
 def _required(settings: "APPOConfig", name: str) -> str:
-    from .config import ConfigError
+    from appo.config import ConfigError
 
     value: str = getattr(settings, name)
     if not value:
@@ -192,10 +192,10 @@ def _required(settings: "APPOConfig", name: str) -> str:
 
 def main() -> None:
     """Errors in what the user gave are one line; everything else keeps its traceback."""
-    from .config import ConfigError
-    from .data import DataError
-    from .report import ReportError
-    from .video import VideoError
+    from appo.config import ConfigError
+    from appo.data.records import DataError
+    from appo.data.video import VideoError
+    from appo.reports.run_report import ReportError
 
     try:
         app()

@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from .config import APPOConfig, ConfigError
-from .data import load_records
-from .examine import draw_record
-from .prompts import PromptBuilder
-from .report import write_report
-from .setup import load_model
-from .trainer import Trainer
+from appo.config import APPOConfig, ConfigError
+from appo.data.load import load_records
+from appo.data.prompts import PromptBuilder
+from appo.reports.inspect_clip import draw_record
+from appo.reports.run_report import write_report
+from appo.train.setup import load_model
+from appo.train.trainer import Trainer
 
 console = Console()
 
@@ -85,7 +85,7 @@ def stage(name: str, folder: Path, make: Callable[[Path], None]) -> Path:
 
 def make_clips(folder: Path, seed: int, **options: Any) -> None:
     """options: of `appo.tasks.make_task`."""
-    from .tasks import make_task
+    from appo.tasks import make_task
 
     with console.status("rendering and encoding clips"):
         make_task(folder, seed=seed, **options)
@@ -98,8 +98,8 @@ def warm_start(
 
     model_options: of `appo.tiny.build_tiny`. options: of `appo.warmup.warm_up`.
     """
-    from .tiny import build_tiny
-    from .warmup import warm_up
+    from appo.tasks.tiny import build_tiny
+    from appo.tasks.warmup import warm_up
 
     model, processor = build_tiny(seed, **(model_options or {}))
     builder = PromptBuilder(processor, model.config, APPOConfig.from_dict(SETTINGS))

@@ -8,8 +8,8 @@ Times are no measurements: FLOPs over a rate and bytes over a bandwidth that the
 
 from dataclasses import dataclass
 
-from .architectures import Architecture
-from .config import ConfigError
+from appo.config import ConfigError
+from appo.models.architectures import Architecture
 
 GIB = float(1 << 30)
 # Backward products per forward one: two for a matrix; attention kernels compute the scores again.

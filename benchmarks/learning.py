@@ -38,13 +38,13 @@ from typing import Any
 import torch
 
 from appo.config import APPOConfig
-from appo.data import load_records
+from appo.data.load import load_records
+from appo.data.prompts import PromptBuilder
 from appo.demo import SETTINGS, make_clips, stage, warm_start
-from appo.evaluate import evaluate
-from appo.prompts import PromptBuilder
-from appo.selection import select_frames
-from appo.setup import load_model
-from appo.trainer import Trainer
+from appo.method.selection import select_frames
+from appo.train.evaluate import evaluate
+from appo.train.setup import load_model
+from appo.train.trainer import Trainer
 from benchmarks import harness, plots
 from benchmarks.learning_variants import VARIANTS
 

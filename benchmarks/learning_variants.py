@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from appo.selection import perception_slots
-from appo.trainer import Trainer
-from appo.types import Group
-from appo.weights import token_weights
+from appo.method.selection import perception_slots
+from appo.method.token_weights import token_weights
+from appo.train.groups import Group
+from appo.train.trainer import Trainer
 from appo_kernels import group_divergence
 
 

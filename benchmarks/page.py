@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from appo.architectures import ARCHITECTURES
+from appo.models.architectures import ARCHITECTURES
 from appo.plan import GIB, Plan, Workload
 from benchmarks import harness
 

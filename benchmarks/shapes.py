@@ -16,7 +16,7 @@ first shape only.
 
 from dataclasses import dataclass, replace
 
-from appo.architectures import ARCHITECTURES
+from appo.models.architectures import ARCHITECTURES
 
 CPU_FLOP = 80e9  # one to two seconds on two cores
 

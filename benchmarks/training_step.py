@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 
-from appo import rewards
 from appo.config import APPOConfig
-from appo.data import Record, load_records
+from appo.data.load import load_records
+from appo.data.records import Record
 from appo.demo import SETTINGS
+from appo.rollout import rewards
 from appo.tasks import make_task
-from appo.tiny import build_tiny
-from appo.trainer import Trainer
+from appo.tasks.tiny import build_tiny
+from appo.train.trainer import Trainer
 from benchmarks import harness, plots
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -5,15 +5,8 @@ Runs as it is, on a tiny random model. In your trainer, `responses`, `rewards` a
 
 import torch
 
-from appo import (
-    frame_ids,
-    group_advantages,
-    perception_slots,
-    record_frame_mass,
-    select_frames,
-    token_weights,
-)
-from appo.tiny import build_tiny
+from appo import frame_ids, group_advantages, perception_slots, record_frame_mass, select_frames, token_weights
+from appo.tasks.tiny import build_tiny
 from appo_kernels import group_divergence, linear_weighted_surrogate, token_logprobs
 
 torch.manual_seed(0)

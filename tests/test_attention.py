@@ -13,9 +13,9 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from appo import frame_ids, record_frame_mass
-from appo.attention import response_rows
-from appo.frames import FrameIds
-from appo.taps import _TAPS, NAME
+from appo.recording.frame_ids import FrameIds
+from appo.recording.hooks import _TAPS, NAME
+from appo.recording.recorder import response_rows
 from appo_kernels.testing import assert_as_good_as
 
 RESPONSE = 9

@@ -22,7 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5ForCausalLM
 
 from appo import record_frame_mass
-from appo.taps import _TAPS, NAME
+from appo.recording.hooks import _TAPS, NAME
 
 S = 40
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from appo.data import DataError, Record, check_media, load_records, prompt_messages
+from appo.data.load import check_media, load_records
+from appo.data.prompts import prompt_messages
+from appo.data.records import DataError, Record
 
 VIDEO_R1 = {
     "problem_id": 17,

@@ -3,7 +3,7 @@
 import pytest
 import training
 
-from appo.evaluate import evaluate
+from appo.train.evaluate import evaluate
 
 
 def test_greedy_answers_do_not_depend_on_the_batch_and_are_kept(tmp_path):

@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 
-from appo.frames import FrameIds, frame_ids
+from appo.recording.frame_ids import FrameIds, frame_ids
 
 VIDEO, IMAGE, PAD = 7, 6, 0
 QWEN25 = SimpleNamespace(

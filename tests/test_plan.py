@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from appo.architectures import ARCHITECTURES, Architecture, find_architecture, from_config
 from appo.config import ConfigError
+from appo.models.architectures import ARCHITECTURES, Architecture, find_architecture, from_config
 from appo.plan import GIB, Plan, Workload
 from appo_kernels import frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
 from appo_kernels.ops.frame_mass import op as frame_mass_op

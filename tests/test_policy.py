@@ -4,10 +4,10 @@ import pytest
 import torch
 import training
 
-from appo.attention import record_frame_mass
-from appo.policy import Policy
-from appo.prompts import PromptBuilder, collate
-from appo.types import Group, batch_groups
+from appo.data.prompts import PromptBuilder, collate
+from appo.recording.recorder import record_frame_mass
+from appo.train.groups import Group, batch_groups
+from appo.train.policy import Policy
 
 
 def make_groups(builder, count, size, lengths, vocab):

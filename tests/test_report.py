@@ -9,9 +9,9 @@ import torch
 from page_inputs import inspection, write_run, write_small_run
 from PIL import Image
 
-from appo.inspect import write_inspection
-from appo.pages.charts import smoothing_window, trailing_mean
-from appo.report import ReportError, write_report
+from appo.reports.attention_map import write_inspection
+from appo.reports.charts import smoothing_window, trailing_mean
+from appo.reports.run_report import ReportError, write_report
 
 
 def headings(page: Path) -> list[str]:

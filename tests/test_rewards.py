@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from appo.data import Record
-from appo.rewards import (
+from appo.data.records import Record
+from appo.rollout.rewards import (
     REWARDS,
     combine,
     get_reward,

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers.video_utils import VideoMetadata
 
-from appo.rollout import TransformersRollout, prompt_positions, vision_token_ids
-from appo.tiny import build_tiny
+from appo.models.loaded import prompt_positions, vision_token_ids
+from appo.rollout.engine import TransformersRollout
+from appo.tasks.tiny import build_tiny
 
 FAMILIES = {"qwen2_5_vl": 28, "qwen3_vl": 32}  # side of a frame in pixels
 QUESTIONS = (

@@ -2,7 +2,7 @@
 
 import pytest
 
-from appo.sampler import RecordSampler
+from appo.data.sampler import RecordSampler
 
 
 def test_an_epoch_holds_every_record_once_and_epochs_differ():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from appo.selection import STRATEGIES, perception_slots, select_frames
+from appo.method.selection import STRATEGIES, perception_slots, select_frames
 
 
 def group(*frames_by_response: list[float]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from appo.data import check_media, load_records
+from appo.data.load import check_media, load_records
+from appo.data.video import read_video
 from appo.tasks import DIFFICULTIES, KINDS, Difficulty, make_task, response_text, think_text
 from appo.tasks.questions import DIRECTIONS, MARK, NUMBERS
 from appo.tasks.render import COLOURS, NEUTRAL
-from appo.video import read_video
-from appo.warmup import time_marked
+from appo.tasks.warmup import time_marked
 
 # Every kind four times, on the easiest split and the hardest. Distractors would fool the simple rules used
 # here.

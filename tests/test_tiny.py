@@ -15,18 +15,19 @@ from transformers import (
 )
 
 from appo.config import APPOConfig
-from appo.data import Record, load_records
+from appo.data.load import load_records
+from appo.data.prompts import PromptBuilder, collate
+from appo.data.records import Record
 from appo.demo import SETTINGS
-from appo.logs import Meter
-from appo.metrics import measure_frames
-from appo.prompts import PromptBuilder, collate
-from appo.rewards import combine
-from appo.rollout import TransformersRollout
+from appo.rollout.engine import TransformersRollout
+from appo.rollout.rewards import combine
 from appo.tasks import KINDS, Difficulty, make_task, response_text, think_text
 from appo.tasks.questions import NUMBERS
-from appo.tiny import build_tiny, build_tokenizer
-from appo.trainer import Trainer
-from appo.warmup import target, time_marked, warm_up, words_seen
+from appo.tasks.tiny import build_tiny, build_tokenizer
+from appo.tasks.warmup import target, time_marked, warm_up, words_seen
+from appo.train.logs import Meter
+from appo.train.metrics import measure_frames
+from appo.train.trainer import Trainer
 from benchmarks.learning import TASKS
 
 CONFIG = APPOConfig(fps=4.0, max_frames=16, max_pixels=28 * 28, instructions=False)

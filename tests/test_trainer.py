@@ -8,7 +8,7 @@ import pytest
 import torch
 import training
 
-from appo.trainer import Trainer
+from appo.train.trainer import Trainer
 
 
 def run(output, **changes):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from appo import video
-from appo.video import VideoError, fit_size, read_video
-from appo.video_worker import sample_indices
+from appo.data import video
+from appo.data.video import VideoError, fit_size, read_video
+from appo.data.video_worker import sample_indices
 
 FPS = 8
 READ = {"fps": 4.0, "max_frames": 16, "max_pixels": 28 * 28, "factor": 14}
@@ -174,7 +174,7 @@ def test_a_decoder_that_hangs_is_stopped(monkeypatch, tmp_path, clip_path):
 def test_pyav_reads_what_decord_cannot(monkeypatch, tmp_path, clip_path, caplog, code, reason):
     expected = read_video(clip_path, **READ, decoder="pyav")
     worker(monkeypatch, tmp_path, code)
-    with caplog.at_level(logging.WARNING, "appo.video"):
+    with caplog.at_level(logging.WARNING, "appo.data.video"):
         clip = read_video(clip_path, **READ, timeout=30.0 if reason != "timeout" else 10.0)
     assert torch.equal(clip.frames, expected.frames)
     assert reason in caplog.text and "clip.mp4" in caplog.text

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from appo.visibility import Visibility, visible_keys
+from appo.recording.mask_bounds import Visibility, visible_keys
 
 S = 12
 

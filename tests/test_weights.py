@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from appo.selection import perception_slots, select_frames
-from appo.weights import group_advantages, token_weights
+from appo.method.advantages import group_advantages
+from appo.method.selection import perception_slots, select_frames
+from appo.method.token_weights import token_weights
 
 # Two target frames, two responses, two slots each. Dhat: frame 0 (D 1, 3) -> 0, 1; frame 1 (D 5, 2) -> 1, 0.
 DIVERGENCE = torch.tensor([[1.0, 3.0], [5.0, 2.0]])

@@ -5,11 +5,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from appo import rewards
 from appo.config import APPOConfig
-from appo.data import Record, load_records
+from appo.data.load import load_records
+from appo.data.records import Record
+from appo.rollout import rewards
 from appo.tasks import make_task
-from appo.tiny import build_tiny
+from appo.tasks.tiny import build_tiny
 
 SETTINGS: dict[str, Any] = {
     "instructions": False, "fps": 4.0, "max_frames": 16, "max_pixels": 28 * 28, "dtype": "float32",

@@ -11,8 +11,8 @@ import pytest
 from page_inputs import inspection, write_run
 from PIL import Image
 
-from appo.inspect import write_inspection
-from appo.report import write_report
+from appo.reports.attention_map import write_inspection
+from appo.reports.run_report import write_report
 
 pytestmark = pytest.mark.browser
 

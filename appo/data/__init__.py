@@ -1,0 +1,1 @@
+"""Records, their formats and media, and the prompts made of them."""

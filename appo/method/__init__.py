@@ -1,0 +1,1 @@
+"""The method: from frame mass to key frames, slots, token weights, and advantages."""

@@ -1,0 +1,97 @@
+"""From divergence to W[i, t], the factor on each token's policy-gradient term.
+
+This is where a perception token's disagreement becomes its weight. Specification: section 5.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from appo.method.selection import check_mask
+from appo_kernels import checks
+
+AVERAGES = ("frames", "member")
+
+
+def token_weights(
+    divergence: Tensor, slots: Tensor, mask: Tensor, *, alpha: float = 1.7, average: str = "frames"
+) -> Tensor:
+    """W (G, N): 1 everywhere, more at the perception tokens on which the responses of the group disagree. Detached.
+
+    Per target frame, Dhat[k, :] = (D[k, :] - min) / (max - min + 1e-8) over the slots that have a member. Then, for the
+    slots (k, j) that contain token t of response i,
+
+        average="frames" (paper):     W[i, t] = 1 + alpha * (1/K) * sum of Dhat[k, j]
+        average="member" (released):  W[i, t] = 1 + alpha * mean of Dhat[k, j]
+
+    and W = 1 where no slot contains t, where ``mask`` is False, and everywhere when K = 0. The ``max_weight`` of the
+    authors' code is 1 + alpha: its 1.7 is ``alpha=0.7, average="member"``.
+
+    Args:
+        divergence: (K, J) floating point, from ``group_divergence``; what stands at slots without a member is ignored.
+        slots: (K, G, J) int token positions, -1 = missing, from ``perception_slots``.
+        mask: (G, N) bool, True at valid response tokens.
+
+    Returns:
+        (G, N) in the dtype of ``divergence``, at least fp32. Bitwise equal from run to run.
+
+    Raises:
+        ValueError: wrong shape, dtype or device, a slot outside the response, a divergence that is not finite, or an
+            unknown average.
+    """
+    op = "token_weights"
+    checks.rank(op, "slots", slots, 3, "(K, G, J)")
+    checks.dtype(op, "slots", slots, checks.INTS)
+    K, G, J = slots.shape
+    checks.shape(op, "divergence", divergence, (K, J), "(K, J)", "Pass group_divergence of the same slots.")
+    checks.dtype(op, "divergence", divergence, checks.FLOATS)
+    checks.rank(op, "mask", mask, 2, "(G, N)")
+    N = mask.shape[1]
+    check_mask(op, mask, torch.Size((G, N)))
+    checks.same_device(op, "divergence", divergence, slots=slots, mask=mask)
+    if not (math.isfinite(alpha) and alpha >= 0):
+        checks.fail(op, "alpha", "a finite number of at least 0", repr(alpha), "The paper takes 1.7.")
+    if average not in AVERAGES:
+        checks.fail(op, "average", f"one of {', '.join(AVERAGES)}", repr(average), "Pass one of these.")
+    divergence_KJ = divergence.detach().to(torch.promote_types(divergence.dtype, torch.float32))
+    filled_KJ = (slots >= 0).any(dim=1)
+    if checks.values_enabled():
+        if bool(((slots < -1) | (slots >= N)).any()):
+            checks.fail(
+                op,
+                "slots",
+                f"positions in 0..{N - 1}, or -1",
+                "others",
+                "Pass what perception_slots returned.",
+            )
+        if not bool((divergence_KJ.isfinite() | ~filled_KJ).all()):
+            checks.fail(
+                op,
+                "divergence",
+                "finite values at slots with a member",
+                "others",
+                "Look for NaN in the logits.",
+            )
+
+    if K == 0 or J == 0:
+        return torch.ones(G, N, dtype=divergence_KJ.dtype, device=divergence.device)
+    # Column N takes what is missing. A frame's slots name a token at most once, so each cell of (K, G, N) receives one
+    # addend and the atomics behind scatter_add_ cannot reorder a sum; the sum over frames has a fixed order.
+    target_KGJ = slots.long().masked_fill(slots < 0, N)
+    scaled_KGJ = _scaled(divergence_KJ, filled_KJ)[:, None].expand(K, G, J)
+    blank_KGN = torch.zeros(K, G, N + 1, dtype=divergence_KJ.dtype, device=divergence.device)
+    total_GN = blank_KGN.scatter_add(2, target_KGJ, scaled_KGJ).sum(dim=0)[:, :N]
+    if average == "frames":
+        bonus_GN = total_GN / K
+    else:
+        count_GN = blank_KGN.scatter_add(2, target_KGJ, torch.ones_like(scaled_KGJ)).sum(dim=0)[:, :N]
+        bonus_GN = total_GN / count_GN.clamp(min=1)
+    return 1 + alpha * bonus_GN.masked_fill(~mask, 0)
+
+
+def _scaled(divergence_KJ: Tensor, filled_KJ: Tensor) -> Tensor:
+    """Dhat (K, J): each frame's divergences brought to 0..1 over its filled slots; 0 at the others."""
+    low_K1 = divergence_KJ.masked_fill(~filled_KJ, torch.inf).amin(dim=1, keepdim=True)
+    high_K1 = divergence_KJ.masked_fill(~filled_KJ, -torch.inf).amax(dim=1, keepdim=True)
+    return ((divergence_KJ - low_K1) / (high_K1 - low_K1 + 1e-8)).masked_fill(~filled_KJ, 0)

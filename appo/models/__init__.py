@@ -1,0 +1,1 @@
+"""What is known of model architectures, and what a loaded model says of itself."""

@@ -1,0 +1,36 @@
+"""What a loaded transformers model says of itself: positions of its prompts, its vision tokens, its end tokens."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+
+def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """int64 positions of left-padded prompts: (3, P, L) with multimodal rotary positions, else (P, L)."""
+    base = unwrapped(model).base_model
+    if hasattr(base, "get_rope_index") and "mm_token_type_ids" in inputs:
+        accepted = inspect.signature(base.get_rope_index).parameters
+        return base.get_rope_index(**{name: value for name, value in inputs.items() if name in accepted})[0]
+    return (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+
+
+def vision_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids that stand for pixels in a prompt (video, image, vision tokens): none may occur in a response."""
+    config = unwrapped(model).config
+    names = [n for n in vars(config) if n.startswith(("image_", "video_", "vision_")) and n.endswith("_token_id")]
+    found = {getattr(config, name) for name in names}
+    special = {token for token in tokenizer.get_added_vocab() if "vision" in token or "_pad|" in token}
+    found.update(tokenizer.convert_tokens_to_ids(token) for token in special)
+    return sorted(i for i in found if i is not None and i not in end_ids(model, tokenizer))
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids = [configured] if isinstance(configured, int) else list(configured or [])
+    return sorted({*ids, tokenizer.eos_token_id})
+
+
+def unwrapped(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

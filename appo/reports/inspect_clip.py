@@ -1,0 +1,78 @@
+"""What one clip and one question make a model look at: sample a group, score it, draw it."""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from appo.config import APPOConfig, ConfigError
+from appo.data.load import check_media
+from appo.data.records import DataError, Media, Record
+from appo.reports.attention_map import write_inspection
+from appo.train.metrics import token_texts
+from appo.train.setup import load_model
+from appo.train.trainer import Trainer
+
+
+def examine(
+    model: str,
+    video: Path,
+    question: str,
+    options: Sequence[str],
+    answer: str | None,
+    output: Path,
+    overrides: Sequence[str] = (),
+) -> list[Path]:
+    """Sample ``group_size`` responses to a question about a clip and write picture and page to ``output``.
+
+    Without an answer no response is right or wrong: frames are then those of all responses (strategy "all").
+    Raises ConfigError, DataError, VideoError.
+    """
+    settings = ["model=" + model, *overrides]
+    if answer is None:
+        settings.append("strategy=all")
+    config = APPOConfig.from_dotlist(settings)
+    record = Record(
+        id=video.name,
+        question=question,
+        answer=answer or "",
+        kind="multiple choice" if options else "free-form",
+        options=tuple(options),
+        media=(Media("video", video),),
+    )
+    if options and answer and answer not in {option.split(".")[0] for option in options}:
+        raise ConfigError(f"`answer`: expected the letter of one of the options {list(options)}, got {answer!r}.")
+    check_media([record])
+    loaded, processor = load_model(config)
+    with tempfile.TemporaryDirectory() as folder:
+        config.output = folder
+        return draw_record(Trainer(loaded, processor, [record], config=config), record, output)
+
+
+def draw_record(trainer: Trainer, record: Record, output: Path) -> list[Path]:
+    """Sample a group for ``record``, score it as a training step does, and write picture and page to ``output``."""
+    trainer.policy.eval()
+    generator = torch.Generator(trainer.accelerator.device).manual_seed(trainer.config.seed)
+    (group,) = trainer.sample_groups([record], generator)
+    trainer.score([group])
+    clip = group.prompt.clip
+    if clip is None or group.mass is None or group.target_frames is None:
+        raise DataError(
+            f"{record.place}: expected a record with a video, got {[media.kind for media in record.media]}."
+        )
+    return write_inspection(
+        output,
+        frames=clip.frames,
+        times=group.prompt.frame_times,
+        tokens=token_texts(group, trainer.processor),
+        mass=group.mass,
+        selected=group.target_frames,
+        weights=group.weights,
+        rewards=group.rewards,
+        accuracy=group.accuracy,
+        question=record.question,
+        options=record.options,
+        answer=record.answer,
+        crucial=group.prompt.crucial_frames(),
+    )

@@ -1,0 +1,298 @@
+"""The page of one or several runs: what happened in plain words, the curves, and responses with their token weights."""
+
+import os
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from appo.reports import panels
+from appo.reports.html import key, png_uri, section, tile, token_spans, verdict, weight_scale, write_page
+from appo.reports.runs import ReportError, Run, read_runs
+from appo.reports.story import explanation
+
+__all__ = ["ReportError", "write_report"]
+
+MISSING = "&ndash;"
+SHOWN_SAMPLES = 6  # groups of responses on the page, spread over the run
+
+
+def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
+    """Write one self-contained page about training runs, and a PNG of entropy, gradient norm and reward beside it.
+
+    A run may still be going, and may lack any metric: what there is no data for is left out of the page.
+
+    Args:
+        runs: run folders (``output`` of a training run); several are drawn side by side, as in the paper's Figure 5.
+        output: the page, .html. The picture has its name with .png.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ReportError: a folder that is not a run, or a file in it that does not parse.
+    """
+    found, output = read_runs(runs), Path(output)
+    several = len(found) > 1
+    body = (
+        "<main>"
+        + _head(found)
+        + (_comparison(found) if several else _tiles(found[0]))
+        + explanation(found)
+        + "".join(_closeup(run, output, several) for run in found)
+        + _curves(found)
+        + _tasks(found)
+        + "".join(_samples(run, several) for run in found)
+        + _settings(found)
+        + "<footer>The method: attention-guided perception policy optimisation, arXiv 2602.23823. "
+        "Every number on this page comes from the files of the run folder.</footer></main>"
+    )
+    write_page(output, title="APPO: " + ", ".join(run.label for run in found), body=body)
+    panels.save_overview(found, output.with_suffix(".png"))
+    return output
+
+
+def _head(runs: list[Run]) -> str:
+    if len(runs) > 1:
+        title = f"{len(runs)} training runs side by side"
+        about = "; ".join(f"{run.label}: {_progress(run)}" for run in runs)
+    else:
+        title = f"{runs[0].method or 'Training'} run <span>{escape(runs[0].label)}</span>"
+        about = _progress(runs[0])
+        if runs[0].config.get("data"):
+            about += f". Trained on {Path(str(runs[0].config['data'])).name}"
+    return f"<header><h1>{title}</h1><p>{escape(about[:1].upper() + about[1:])}.</p></header>"
+
+
+def _progress(run: Run) -> str:
+    total = run.config.get("max_steps")
+    if not run.metrics:
+        return "no step finished yet"
+    if total is None:
+        return f"{run.step} steps"
+    return f"all {total} steps done" if run.finished else f"step {run.step} of {total}, not finished"
+
+
+def _tiles(run: Run) -> str:
+    tiles = [_accuracy_tile(run, split, first=split == run.splits[0]) for split in run.splits]
+    reward = run.series("reward")[1]
+    if reward:
+        window = panels.smoothing([run])
+        first, last = sum(reward[:window]) / window, sum(reward[-window:]) / window
+        steps_named = f"the first and last {window} steps" if window > 1 else "the first and last step"
+        value = f'<span class="from">{first:.2f} →</span> {last:.2f}'
+        tiles.append(tile("Training reward", value, f"Sampled answers; mean of {steps_named}."))
+    for name, metric, form, note in TILES:
+        number = run.last(*metric)
+        if number is not None:
+            memory = run.last("memory/peak_gib", window=1)
+            if metric == ("time/step",) and memory is not None:
+                note = f"Peak memory so far: {memory:.2f} GiB."
+            tiles.append(tile(name, form.format(number), note))
+    note = '<p class="frames">Shares and times are means of the last 10 steps.</p>'
+    return f'<div class="tiles">{"".join(tiles)}</div>{note}' if tiles else ""
+
+
+def _accuracy_tile(run: Run, split: str, *, first: bool) -> str:
+    """Held-out accuracy before and after; the first split is the headline."""
+    steps, values = run.evaluation_series("accuracy", split)
+    if not values:
+        return ""
+    name = "Held-out accuracy" + (f", {split}" if split and split != "eval" else "")
+    if len(values) == 1:
+        return tile(name, f"{values[0]:.0%}", f"At step {steps[0]}.", strong=first)
+    gain = f"{100 * (values[-1] - values[0]):+.0f} points"
+    count = run.of_split(split)[0].get("records")
+    questions = f" {count:.0f} questions the model was not trained on." if count else ""
+    samples = run.config.get("eval_samples", 0)
+    how = f"mean of {samples} sampled answers" if samples else "greedy answers"
+    note = f"{gain} from step {steps[0]} (before training) to step {steps[-1]}, {how}.{questions}"
+    if steps[0] > 0:
+        note = note.replace(" (before training)", "")
+    value = f'<span class="from">{values[0]:.0%} →</span> {values[-1]:.0%}'
+    return tile(name, value, note if first else f"{gain}.", strong=first)
+
+
+TILES = (
+    (
+        "Deciding moment found",
+        ("frames/recall",),
+        "{:.0%}",
+        "Of the frames that decide a question, so many were picked.",
+    ),
+    ("Weighted words", ("weight/share",), "{:.0%}", "Tokens that count more than once."),
+    ("Questions without signal", ("groups/no_signal",), "{:.0%}", "All their answers were equally good."),
+    ("Time per step", ("time/step",), "{:.2f} s", "Rollout, scoring, update."),
+)
+
+
+COLUMNS = (
+    ("Entropy", ("entropy",), "{:.2f}"),
+    ("Gradient norm", ("grad_norm",), "{:.2f}"),
+    ("Reward", ("reward",), "{:.2f}"),
+    ("Weight > 1", ("weight/share",), "{:.0%}"),
+    ("Moment found", ("frames/recall",), "{:.0%}"),
+    ("No signal", ("groups/no_signal",), "{:.0%}"),
+    ("s / step", ("time/step",), "{:.2f}"),
+)
+
+
+def _comparison(runs: list[Run]) -> str:
+    """A row per run; the columns that no run has are left out."""
+    columns = [column for column in COLUMNS if any(run.last(*column[1]) is not None for run in runs)]
+    splits = list(dict.fromkeys(split for run in runs for split in run.splits))
+    names = [f"Held-out accuracy{f', {split}' if split and split != 'eval' else ''}" for split in splits]
+    heads = ["Run", "Method", "Steps", *(head for name in names for head in (name, "Gain")), *(c[0] for c in columns)]
+    rows = []
+    for run in runs:
+        cells = [escape(run.label), run.method or MISSING, str(run.step)]
+        for split in splits:
+            values = run.evaluation_series("accuracy", split)[1]
+            cells.append(f"{values[0]:.0%} → <b>{values[-1]:.0%}</b>" if values else MISSING)
+            cells.append(f"{100 * (values[-1] - values[0]):+.0f} points" if len(values) > 1 else MISSING)
+        for _, metric, form in columns:
+            value = run.last(*metric)
+            cells.append(MISSING if value is None else form.format(value))
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    table = f'<div class="card table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
+    lead = (
+        "Entropy and the columns after it are means of the last 10 steps. Runs differ by chance as well: a difference "
+        "between two methods counts only when it holds over several seeds."
+    )
+    return section("Results", lead, table)
+
+
+def _curves(runs: list[Run]) -> str:
+    several = len(runs) > 1
+    lines = key([(run.label, panels.colour(i), False) for i, run in enumerate(runs)]) if several else ""
+    window = panels.smoothing(runs)
+    smoothing = f" Firm lines are means of {window} steps, faint ones the raw values." if window > 1 else ""
+    parts: list[str] = []
+    for group in panels.GROUPS:
+        charts = "".join(panels.draw(panel, runs) for panel in group.panels)
+        lead = group.lead + (smoothing if not parts else "")
+        parts.append(section(group.title, lead, charts and f'{lines}<div class="charts">{charts}</div>'))
+    return "".join(parts)
+
+
+def _tasks(runs: list[Run]) -> str:
+    """Held-out accuracy per kind of question, first evaluation against last."""
+    tables = []
+    for run in runs:
+        split = run.of_split(run.splits[0]) if run.splits else []
+        if len(split) < 2:
+            continue
+        names = [name for name in split[0] if name.startswith("accuracy/") and name in split[-1]]
+        rows = []
+        for name in names:
+            before, after = split[0][name], split[-1][name]
+            low, high = sorted((before, after))
+            bar = (
+                f'<span class="bar"><i class="{"gain" if after >= before else "loss"}" style="left:{low:.1%};'
+                f'right:{1 - high:.1%}"></i><i class="dot" style="left:{before:.1%}"></i>'
+                f'<i class="dot now" style="left:{after:.1%}"></i></span>'
+            )
+            rows.append(
+                f"<tr><td>{escape(name.removeprefix('accuracy/'))}</td><td>{before:.0%}</td><td class='left'>{bar}</td>"
+                f"<td><b>{after:.0%}</b></td><td>{100 * (after - before):+.0f} points</td></tr>"
+            )
+        if rows:
+            head = (
+                f"<tr><th>{escape(run.label) if len(runs) > 1 else 'Question'}</th><th>before</th><th></th><th>now</th>"
+            )
+            tables.append(f'<div class="card table"><table>{head}<th></th></tr>{"".join(rows)}</table></div><br>')
+    lead = "Held-out accuracy at the first evaluation (grey) and at the last (blue)."
+    return section("By kind of question", lead, "".join(tables))
+
+
+def _closeup(run: Run, output: Path, several: bool) -> str:
+    """The picture of the first inspection that the run folder holds, with links to the pages of all."""
+    pictures = sorted(run.folder.glob("inspect*/**/inspection.png"))
+    if not pictures:
+        return ""
+    picture = pictures[0]
+    pages = [os.path.relpath(path.with_suffix(".html"), output.parent) for path in pictures]
+    links = ", ".join(f'<a href="{escape(page)}">clip {number}</a>' for number, page in enumerate(pages, 1))
+    image = f'<img class="wide" src="{png_uri(picture)}" alt="Attention of each word to each frame of one clip">'
+    lead = (
+        "Rows are words, columns are moments of the clip, dark is where the model looked while saying the word. "
+        "Orange frames were picked, green bars mark the moments that decide the question, bars on the right are token "
+        "weights. "
+        f"Open it to point at words: {links}."
+    )
+    name = f"One clip of {run.label} up close" if several else "One clip up close"
+    return section(name, lead, f'<div class="card viewer">{image}</div>')
+
+
+def _samples(run: Run, several: bool) -> str:
+    """Some groups of responses, the first and the last among them, with tokens tinted by weight."""
+    count = min(SHOWN_SAMPLES, len(run.samples))
+    places = sorted({round(i * (len(run.samples) - 1) / max(1, count - 1)) for i in range(count)})
+    blocks = [_sample(run.samples[place], opened=place == places[-1]) for place in places]
+    name = f"Responses of {run.label}" if several else "Responses, word by word"
+    lead = (
+        "One group of answers from some of the steps. The darker a word, the more its token counts in the update. "
+        "Point at a word to read its weight."
+    )
+    if all(c.get("weights") is None for sample in run.samples for c in sample.get("completions", [])):
+        lead = "One group of answers from some of the steps. This run gave every token the same weight."
+    return section(name, lead, "".join(blocks))
+
+
+def _sample(sample: dict, *, opened: bool) -> str:
+    completions = sample.get("completions", [])
+    top = max((w for c in completions for w in c.get("weights") or [1.0]), default=1.0)
+    answer = str(sample.get("answer", ""))
+    options = "".join(
+        f"<li{_answer_class(option, answer)}>{escape(str(option))}</li>" for option in sample.get("options") or []
+    )
+    if not options and answer:
+        options = f'<li class="answer">{escape(answer)}</li>'
+    right = sum(c.get("accuracy", 0) >= 0.5 for c in completions)
+    responses = []
+    for completion in completions:
+        tokens = completion.get("tokens") or [completion.get("text", "")]
+        reward = completion.get("reward")
+        responses.append(
+            f'<div class="response"><div>{verdict(completion.get("accuracy", 0))}'
+            f"{'' if reward is None else f' reward {reward:.2f}'}</div>"
+            f"{token_spans(tokens, completion.get('weights') if completion.get('tokens') else None, top)}</div>"
+        )
+    weighted = any(completion.get("weights") is not None for completion in completions)
+    return (
+        f'<details class="card sample"{" open" if opened else ""}><summary>Step {sample["step"]}'
+        f"<span>{right} of {len(completions)} answers right</span></summary><div>"
+        f'<p class="question">{escape(str(sample.get("question", "")))}</p><ul class="options">{options}</ul>'
+        f"{_frames(sample)}{weight_scale(top) if weighted else ''}{''.join(responses)}</div></details>"
+    )
+
+
+def _answer_class(option: object, answer: str) -> str:
+    text = str(option)
+    return ' class="answer"' if text == answer or text.startswith((f"{answer}.", f"({answer})")) else ""
+
+
+def _frames(sample: dict) -> str:
+    """Which frames were picked in this group, and which of them decide the question."""
+    picked = next((c["frames"] for c in sample.get("completions", []) if c.get("frames") is not None), None)
+    if picked is None:
+        return ""
+    crucial = sample.get("crucial_frames") or []
+    text = f"Frames picked: {', '.join(map(str, picked)) or 'none, so every token counts once'}."
+    if crucial:
+        hit = len(set(picked) & set(crucial))
+        text += f" The question is decided in {', '.join(map(str, crucial))}: {hit} of {len(crucial)} found."
+    return f'<p class="frames">{text}</p>'
+
+
+def _settings(runs: list[Run]) -> str:
+    blocks = []
+    for run in runs:
+        path = run.folder / "config.yaml"
+        if run.config:
+            text = escape(path.read_text(encoding="utf-8"))
+            blocks.append(
+                f'<details class="card sample"><summary>{escape(run.label)}<span>config.yaml</span></summary>'
+                f"<pre>{text}</pre></details>"
+            )
+    return section("Settings", "What the run was started with.", "".join(blocks))

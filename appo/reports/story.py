@@ -1,0 +1,65 @@
+"""What APPO does, in plain words for a reader who has never met it, with the numbers of the runs at hand."""
+
+from typing import Any
+
+from appo.reports.html import section
+from appo.reports.runs import Run
+
+STRATEGIES = {
+    "hard": "frames that right answers looked at and wrong answers did not",
+    "soft": "frames that right answers looked at",
+    "all": "frames that any of the answers looked at most",
+    "contrast": "frames that right answers looked at more than wrong ones",
+    "released-hard": "frames that right answers looked at",
+    "released-soft": "frames that right answers looked at (or any answer, when none was right)",
+}
+
+
+def explanation(runs: list[Run]) -> str:
+    """Six steps. Those that make APPO differ from GRPO are in orange, and faint where no run takes them."""
+    config = next((run.config for run in runs if run.method == "APPO"), runs[0].config)
+    weighted = not config or config.get("method", "appo") == "appo"
+    steps = "".join(
+        f'<li class="{kind}{"" if kind != "own" or weighted else " idle"}"><b>{title}</b><p>{text}</p></li>'
+        for title, text, kind in _steps(config)
+    )
+    if weighted:
+        lead = (
+            "A question about a video is answered many times, and what the better answers did is made more likely. "
+            "APPO adds a second look (orange): it finds the frames that mattered, and lets the words that were said "
+            "while looking at those frames count more."
+        )
+    else:
+        lead = (
+            "A question about a video is answered many times, and what the better answers did is made more likely. "
+            "This run gave all words the same weight; the orange steps are what APPO would add."
+        )
+    note = (
+        '<p class="note">Why: models that reason about videos fail more often at <em>seeing</em> than at '
+        "<em>reasoning</em>, and one reward for a whole answer does not say which words came from seeing. "
+        "One run shows the method at work; whether the weights help is a question for several seeds side by side.</p>"
+    )
+    return section("What happened here", lead, f'<ol class="steps">{steps}</ol>{note}')
+
+
+def _steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
+    answers = f"{config['group_size']} times" if "group_size" in config else "several times"
+    prompts = f" {config['prompts_per_step']} questions make one step." if "prompts_per_step" in config else ""
+    rewards = config.get("rewards") or {}
+    parts = " + ".join(f"{scale:g} times {name}" for name, scale in rewards.items()) if len(rewards) > 1 else ""
+    picked = STRATEGIES.get(str(config.get("strategy")), STRATEGIES["hard"])
+    top_frames = f" (top {config['top_frames']} of each answer)" if "top_frames" in config else ""
+    alpha = float(config.get("alpha", 1.7))
+    return [
+        ("Answer", f"The model watches a clip and answers the same question {answers}, each time a little differently."
+         + prompts, ""),
+        ("Reward", "Each answer is scored. An answer better than its group's average is to become more likely, a worse "
+         f"one less.{f' The score: {parts}.' if parts else ''}", ""),
+        ("Look", "For every word, the attention of the model's last layers says how much it looked at each frame of "
+         "the clip while saying it.", "own"),
+        ("Pick frames", f"Picked are {picked}{top_frames}. None may be left; then all words count alike.", "own"),
+        ("Weigh words", "In each answer, take the words that look most at a picked frame, and compare them across "
+         f"answers. Where the answers disagree most, the word counts up to {1 + alpha:.3g} times.", "own"),
+        ("Update", "The model moves a small step: towards the better answers, away from the worse, harder at the "
+         "weighted words. Steps that would move it too far are cut.", ""),
+    ]  # fmt: skip

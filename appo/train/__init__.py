@@ -1,0 +1,1 @@
+"""Training: the step, the policy, packing, checkpoints, evaluation and logs."""

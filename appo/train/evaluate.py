@@ -1,0 +1,75 @@
+"""Answers to held-out records, and how good they are: accuracy, format, temporal IoU, length, accuracy per task."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from appo.config import APPOConfig
+from appo.data.prompts import PromptBuilder, collate
+from appo.data.records import Record
+from appo.rollout.engine import TransformersRollout
+from appo.rollout.rewards import combine
+from appo.train.logs import Meter
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    processor: Any,
+    records: Sequence[Record],
+    config: APPOConfig,
+    *,
+    builder: PromptBuilder | None = None,
+    show: Callable[[int], None] = lambda done: None,
+    keep: list[dict[str, Any]] | None = None,
+    accelerator: Accelerator | None = None,
+) -> dict[str, float]:
+    """Answer every record, ``config.eval_batch`` at a time: greedily, or ``config.eval_samples`` times as in training.
+
+    builder: keeps decoded prompts from one evaluation to the next. show: called with the number of records done.
+    keep: a list that receives each answer. accelerator: every process takes a share and gets the means of all.
+    Returns the means by name: ``accuracy``, ``accuracy/<task>`` where records name one, ``format``,
+    ``temporal_iou`` where records ask for times, ``length``, and ``records``, their number.
+    """
+    total = len(records)
+    if accelerator is not None:
+        records = records[accelerator.process_index :: accelerator.num_processes]
+    model.eval()
+    samples = max(1, config.eval_samples)
+    device = next(model.parameters()).device
+    builder = builder or PromptBuilder(processor, model.config, config)
+    engine = TransformersRollout(
+        model,
+        processor,
+        group_size=samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature if config.eval_samples else 0.0,
+        top_p=config.top_p,
+    )
+    meter, generator = Meter(), torch.Generator(device).manual_seed(config.seed)
+    for start in range(0, len(records), config.eval_batch):
+        prompts = [builder(record) for record in records[start : start + config.eval_batch]]
+        answers = engine.generate(collate(prompts, processor.tokenizer.pad_token_id, device).inputs, generator)
+        part = [prompt.record for prompt in prompts for _ in range(samples)]
+        texts = [
+            processor.tokenizer.decode(ids[mask], skip_special_tokens=True)
+            for ids, mask in zip(answers.ids, answers.mask, strict=True)
+        ]
+        names = {"accuracy": 1.0, "format": 1.0}
+        if any(record.asks_time for record in part):
+            names["temporal_iou"] = 1.0
+        scores = combine(names, texts, part).by_name
+        lengths = answers.mask.sum(1).tolist()
+        for row, (record, text) in enumerate(zip(part, texts, strict=True)):
+            found = {name: float(values[row]) for name, values in scores.items()} | {"length": lengths[row]}
+            for name, value in found.items():
+                meter.add(name, value)
+            if "task" in record.meta:
+                meter.add(f"accuracy/{record.meta['task']}", found["accuracy"])
+            if keep is not None:
+                keep.append({"id": record.id, "answer": record.answer, "text": text} | found)
+        show(start + len(prompts))
+    return (meter.means() if accelerator is None else meter.result(accelerator)) | {"records": float(total)}

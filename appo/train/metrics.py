@@ -1,0 +1,107 @@
+"""The numbers of a step: what groups and losses say about reward, entropy, clipping, weights and frames looked at."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from appo.train.groups import Group
+from appo.train.logs import Meter
+from appo_kernels import SurrogateOutput
+
+
+def measure_groups(meter: Meter, groups: Sequence[Group]) -> None:
+    """Rewards and lengths of all groups; entropy, weights and frames of those that were scored."""
+    for group in groups:
+        meter.add("reward", group.rewards.mean())
+        meter.add("accuracy", group.accuracy.mean())
+        for name, values in group.rewards_by_name.items():
+            known = ~values.isnan()
+            meter.add(f"reward/{name}", values[known].mean(), int(known.sum()))
+        lengths = group.mask.sum(1).float()
+        meter.add("length/mean", lengths.mean())
+        meter.maximum("length/max", lengths.max())
+        meter.add("length/clipped", 1 - group.finished.float().mean())
+        if group.scored:
+            meter.add("entropy", group.entropy[group.mask].mean(), group.tokens)
+        if group.target_frames is not None and group.weights is not None and group.mass is not None:
+            weights = group.weights[group.mask]
+            meter.add("weight/mean", weights.mean(), group.tokens)
+            meter.maximum("weight/max", weights.max())
+            meter.add("weight/share", (weights > 1).float().mean(), group.tokens)
+            meter.add("mass/frames", mass_on_frames(group)[group.mask].mean(), group.tokens)
+            measure_frames(meter, group)
+
+
+def mass_on_frames(group: Group) -> Tensor:
+    """(G, N): the share of each token's attention that falls on frames at all, whichever reduction was recorded."""
+    assert group.mass is not None
+    if group.mass_reduction == "sum":
+        return group.mass.sum(-1)
+    ids = group.prompt.frame_ids
+    sizes = torch.bincount(ids[ids >= 0].long(), minlength=group.mass.shape[-1])
+    return (group.mass * sizes).sum(-1)
+
+
+def measure_frames(meter: Meter, group: Group) -> None:
+    """How many frames were picked, and how often they are the ones that decide the question (where that is known)."""
+    picked = set() if group.target_frames is None else set(group.target_frames.tolist())
+    meter.add("frames/target", len(picked))
+    meter.add("frames/empty", float(not picked))
+    crucial = set(group.prompt.crucial_frames())
+    if crucial:
+        meter.add("frames/recall", len(picked & crucial) / len(crucial))
+        if picked:
+            meter.add("frames/precision", len(picked & crucial) / len(picked))
+
+
+def measure_loss(meter: Meter, result: SurrogateOutput, tokens: int, weighted: float) -> None:
+    """Clip rates, ratio and KL of one loss over ``tokens`` tokens, a share ``weighted`` of which has W > 1."""
+    values = {name: float(value) for name, value in result.metrics.items()}
+    meter.add("loss", result.loss.detach(), tokens)
+    meter.add("clip/low", values["clip_low"], tokens)
+    meter.add("clip/high", values["clip_high"], tokens)
+    clipped = values["clip_low"] + values["clip_high"]
+    if weighted > 0:
+        meter.add("clip/weighted", values["clip_weighted"], tokens * weighted)
+        clipped -= values["clip_weighted"] * weighted
+    if weighted < 1:
+        meter.add("clip/unweighted", max(0.0, clipped / (1 - weighted)), tokens * (1 - weighted))
+    meter.add("kl/approx", values["approx_kl"], tokens)
+    meter.add("kl/ref", values["ref_kl"], tokens)
+    meter.maximum("ratio/max", values["ratio_max"])
+    meter.add("tokens/effective", values["effective_tokens"])
+
+
+def token_texts(group: Group, processor: Any) -> list[list[str]]:
+    """The valid tokens of each response, one by one, as text."""
+    decode = processor.tokenizer.decode
+    rows = zip(group.completion_ids, group.mask, strict=True)
+    return [[decode([token]) for token in ids[mask].tolist()] for ids, mask in rows]
+
+
+def sample_record(group: Group, processor: Any) -> dict[str, Any]:
+    """One group in full, for people: each response with its tokens, their weights and the frames that were picked."""
+    completions = []
+    for row, tokens in enumerate(token_texts(group, processor)):
+        valid = group.mask[row]
+        completions.append(
+            {
+                "text": group.texts[row],
+                "reward": float(group.rewards[row]),
+                "accuracy": float(group.accuracy[row]),
+                "tokens": tokens,
+                "weights": None if group.weights is None else group.weights[row][valid].tolist(),
+                "frames": None if group.target_frames is None else group.target_frames.tolist(),
+            }
+        )
+    record = group.prompt.record
+    return {
+        "id": record.id,
+        "question": record.question,
+        "options": list(record.options),
+        "answer": record.answer,
+        "crucial_frames": group.prompt.crucial_frames(),
+        "completions": completions,
+    }

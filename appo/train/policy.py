@@ -1,0 +1,126 @@
+"""The model as training sees it: final hidden states of the response tokens, and the head that turns them into logits.
+
+No method makes logits. A step gives `Policy` a function of (hidden, weight, bias), which runs inside its forward, so
+that gradient synchronisation and parameter sharding of a wrapper around `Policy` see every parameter that is used.
+"""
+
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from appo.train.groups import ResponseBatch
+from appo.train.packing import Sequences, can_share, separate, shared
+
+logger = logging.getLogger("appo")
+T = TypeVar("T")
+Head = Callable[[Tensor, Tensor, Tensor | None], T]
+
+
+class Policy(nn.Module):
+    """A vision-language model of transformers, optionally with peft adapters.
+
+    share_prompt: lay a group's responses behind one prompt ("on"; "off"; "auto": where the model allows it).
+
+    Raises ValueError for a model whose forward does not take vision features that were computed before
+    (``mm_encoder_outputs``): without it the vision tower would run once per response.
+    """
+
+    def __init__(self, model: nn.Module, share_prompt: str = "auto") -> None:
+        super().__init__()
+        self.model: Any = model
+        causal = self.causal
+        if "mm_encoder_outputs" not in inspect.signature(causal.base_model.forward).parameters:
+            raise ValueError(
+                f"model: expected one whose forward takes `mm_encoder_outputs` (Qwen2.5-VL, Qwen3-VL), got "
+                f"{type(causal).__name__}. Use one of these, or a newer transformers."
+            )
+        if causal.get_output_embeddings() is None:
+            raise ValueError(f"model: expected one with a language-model head, got {type(causal).__name__}.")
+        reason = can_share(causal)
+        if share_prompt == "on" and reason is not None:
+            raise ValueError(f"`share_prompt`: expected a model that allows it, but {reason}. Set it to auto or off.")
+        self.share_prompt = share_prompt != "off" and reason is None
+        logger.info("responses of a group %s", "share their prompt" if self.share_prompt else reason or "stand alone")
+        text_config = causal.config.get_text_config()
+        self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
+
+    @property
+    def causal(self) -> Any:
+        """The transformers model itself, without adapters around it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def forward(self, batch: ResponseBatch, head: Head[T], sequences: Sequences | None = None) -> T:
+        """``head(hidden (B, N, D), weight (V, D), bias (V,) or None)`` on the rows that predict the response.
+
+        sequences: those of ``self.sequences(batch)``, for a caller that needs to know them.
+        """
+        hidden = self._hidden(batch, sequences or self.sequences(batch))
+        if torch.is_autocast_enabled(hidden.device.type):
+            # The final norm's fp32 weight widens its output again; the head is to run in the dtype of the forward.
+            hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        output = self.causal.get_output_embeddings()
+        # Master weights may be wider than the hidden states of an autocast forward; the cast carries their gradient.
+        bias = getattr(output, "bias", None)
+        return head(hidden, output.weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+
+    def sequences(self, batch: ResponseBatch) -> Sequences:
+        return shared(batch, self.causal) if self.share_prompt else separate(batch)
+
+    def _hidden(self, batch: ResponseBatch, sequences: Sequences) -> Tensor:
+        inputs, repeat = batch.prompts.inputs, sequences.media_repeats
+        arguments: dict[str, Any] = {}
+        if sequences.token_types is not None:
+            arguments["mm_token_type_ids"] = sequences.token_types
+        if sequences.position_ids is not None:
+            arguments["position_ids"] = sequences.position_ids
+        for name in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts"):
+            if name in inputs:
+                counts = batch.prompts.images if name.startswith("image") else batch.prompts.videos
+                arguments[name] = inputs[name][_repeat_order(counts, repeat, inputs[name].device)]
+        outputs = self.causal.base_model(
+            input_ids=sequences.input_ids,
+            attention_mask=sequences.attention_mask,
+            mm_encoder_outputs=self._vision(batch, repeat),
+            use_cache=False,
+            **arguments,
+        )
+        hidden = outputs.last_hidden_state  # (S, L, D)
+        rows = sequences.rows[..., None].expand(-1, -1, hidden.shape[-1])
+        return sequences.per_response(hidden.gather(1, rows))
+
+    def _vision(self, batch: ResponseBatch, repeat: int) -> dict[str, Any] | None:
+        """Features of every video and image, computed once per prompt and handed to each of its sequences."""
+        inputs, found = batch.prompts.inputs, {}
+        base = self.causal.base_model
+        if "pixel_values_videos" in inputs:
+            features = base.get_video_features(
+                inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
+            )
+            found["video"] = _repeat_features(features, batch.prompts.videos, repeat)
+        if "pixel_values" in inputs:
+            features = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
+            found["image"] = _repeat_features(features, batch.prompts.images, repeat)
+        return found or None
+
+
+def _repeat_order(counts: list[int], repeat: int, device: torch.device | str = "cpu") -> Tensor:
+    """Indices that repeat each prompt's media as a block: counts [2, 1], repeat 2 -> 0 1 0 1 2 2."""
+    order, start = [], 0
+    for count in counts:
+        order += list(range(start, start + count)) * repeat
+        start += count
+    return torch.tensor(order, dtype=torch.int64, device=device)
+
+
+def _repeat_features(features: Any, counts: list[int], repeat: int) -> Any:
+    """``pooler_output`` (one tensor per video or image) and each level of ``deepstack_features``, repeated."""
+    order = _repeat_order(counts, repeat).tolist()
+    features.pooler_output = [features.pooler_output[i] for i in order]
+    levels = getattr(features, "deepstack_features", None)
+    if levels is not None:
+        features.deepstack_features = [[level[i] for i in order] for level in levels]
+    return features

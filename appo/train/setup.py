@@ -1,0 +1,114 @@
+"""Before the first step: loading the model, what of it is trained, the optimizer, the reference policy."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from appo.config import APPOConfig, ConfigError
+from appo.train.policy import Policy
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load_model(config: APPOConfig) -> tuple[nn.Module, Any]:
+    """The model and processor of ``config.model``.
+
+    Trained weights are kept in fp32, since a learning rate of 1e-6 is lost in bf16; ``config.dtype`` is what the
+    forward computes in. With LoRA the frozen model is loaded in that dtype.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    if not config.model:
+        raise ConfigError(
+            "`model`: expected a folder or hub name, got nothing. For example Qwen/Qwen2.5-VL-7B-Instruct."
+        )
+    try:
+        processor = AutoProcessor.from_pretrained(config.model)
+        model = AutoModelForImageTextToText.from_pretrained(
+            config.model,
+            dtype=DTYPES[config.dtype] if config.lora_rank else torch.float32,
+            attn_implementation=config.attn_implementation,
+        )
+    except OSError as error:
+        kind = "folder" if Path(config.model).exists() else "hub name"
+        raise ConfigError(f"`model`: the {kind} {config.model!r} cannot be loaded: {error}") from error
+    return model, processor
+
+
+def prepare_model(model: nn.Module, config: APPOConfig) -> nn.Module:
+    """Freeze the vision tower, add LoRA adapters and gradient checkpointing, as configured."""
+    if config.freeze_vision:
+        for parameter in vision_tower(model).parameters():
+            parameter.requires_grad_(False)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    if config.lora_rank:
+        from peft import LoraConfig, get_peft_model
+
+        tower = vision_tower(model)
+        outside = {id(module) for module in tower.modules()}
+        targets = [
+            name
+            for name, module in model.named_modules()
+            if name.rsplit(".", 1)[-1] in config.lora_targets and id(module) not in outside
+        ]
+        if not targets:
+            raise ConfigError(f"`lora_targets`: expected names of modules of the model, got {config.lora_targets}.")
+        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
+        model = get_peft_model(model, lora)
+        model.enable_input_require_grads()  # checkpointed blocks need an input that requires a gradient
+    return model
+
+
+def vision_tower(model: Any) -> nn.Module:
+    base = model.base_model
+    for name in ("visual", "vision_tower", "vision_model"):
+        if isinstance(getattr(base, name, None), nn.Module):
+            return getattr(base, name)
+    raise ValueError(f"model: expected one with a vision tower (`visual`, `vision_tower`), got {type(model).__name__}.")
+
+
+def build_optimizer(policy: nn.Module, config: APPOConfig) -> torch.optim.Optimizer:
+    """AdamW over what is trained; no weight decay on vectors (norms, biases)."""
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=config.learning_rate, betas=(0.9, config.adam_beta2)
+    )
+
+
+def learning_rate(step: int, config: APPOConfig) -> float:
+    """The rate of step 1 .. max_steps: linear warm-up, then constant, or down to 0 along a line or a cosine."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / (config.warmup_steps + 1)
+    progress = (step - 1 - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
+    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return config.learning_rate * factor[config.lr_schedule]
+
+
+def reference_policy(
+    policy: Policy, config: APPOConfig, device: torch.device
+) -> Callable[[], AbstractContextManager[nn.Module]] | None:
+    """A context manager that gives the policy the run started from; None without a KL term.
+
+    With LoRA it is the trained model with its adapters switched off; otherwise a frozen copy.
+    """
+    if config.beta == 0:
+        return None
+    frozen = policy if config.lora_rank else copy.deepcopy(policy).to(device).eval().requires_grad_(False)
+
+    @contextmanager
+    def reference() -> Iterator[nn.Module]:
+        with policy.model.disable_adapter() if config.lora_rank else nullcontext():
+            yield frozen
+
+    return reference
