@@ -9,10 +9,13 @@ Every register is an array with one element per thread of the whole grid. What m
 - registers and shared memory start as NaN bit patterns (0xff bytes);
 - ``seed`` draws warp schedules in which single warps run far ahead of, or behind, the rest of their block;
 - asynchronous copies poison their destination when issued and land only when the issuing thread waits for them;
+- products of a warpgroup (wgmma) do the same with their accumulators, and what must order them (fences of registers and
+  of the async proxy, commit, wait) is checked;
 - an unknown opcode, type or modifier is an error, never a guess.
 
 ``ptxsim.triton_device`` makes the simulator the device that Triton launches its kernels on.
-Executed: what Triton and nvcc emit for sm_80 (see ``instructions/``). Not executed: wgmma, TMA, mbarrier, tcgen05.
+Executed: what Triton emits for sm_80 and sm_90, for sm_100 where no tensor memory is used, and what nvcc emits for
+sm_80; ``python -m ptxsim`` lists opcodes and modifiers. Not executed: TMA, mbarrier, clusters, tcgen05.
 """
 
 from ptxsim.machine import Statistics, launch

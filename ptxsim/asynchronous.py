@@ -37,9 +37,8 @@ class Copies:
             if size != bytes:
                 raise NotImplementedError(f"a cp.async of {bytes} bytes that reads {size}")
             data[lanes] = self.machine.memory.load(source[lanes], 4, bytes // 4).view(np.uint8)
-        block = self.machine.block[thread]
         poison = np.full((thread.size, bytes // 4), 0xFFFFFFFF, np.uint32)
-        self.machine.shared.store(block, destination, poison)
+        self.machine.store_shared(thread, destination, poison)
         self.pending.append(_Copy(thread, self.group[thread], destination, data))
 
     def commit(self, active: Array) -> None:
@@ -55,7 +54,7 @@ class Copies:
             if lands.any():
                 thread = copy.thread[lands]
                 words = np.ascontiguousarray(copy.data[lands]).view(np.uint32)
-                self.machine.shared.store(self.machine.block[thread], copy.destination[lands], words)
+                self.machine.store_shared(thread, copy.destination[lands], words)
             if not lands.all():
                 rest = ~lands
                 remaining.append(_Copy(copy.thread[rest], copy.group[rest], copy.destination[rest], copy.data[rest]))

@@ -12,6 +12,7 @@ from ptxsim.asynchronous import Copies
 from ptxsim.memory import GlobalMemory, Pointer, SharedMemory
 from ptxsim.parser import Immediate, Instruction, Negated, Operand, Program, Register, Special, Symbol
 from ptxsim.values import UNSIGNED, Array, decode, dtype, encode, is_float, resize, width
+from ptxsim.warpgroup import Products
 
 RUNNING, CONVERGING, BARRIER, EXITED = range(4)
 STEP_LIMIT = 20_000_000  # instructions after which a kernel is taken to be in an endless loop
@@ -98,6 +99,7 @@ class Machine:
         self.registers: dict[str, Array] = {}
         self.shared = SharedMemory(blocks, program.static_shared_bytes + shared_bytes)
         self.copies = Copies(self)
+        self.products = Products(self)
         self.constants: dict[tuple[str, str], Array] = {}
         self.pc = np.zeros(self.threads, np.int64)
         self.state = np.full(self.threads, RUNNING, np.int8)
@@ -147,13 +149,21 @@ class Machine:
         if not isinstance(operand, Register):
             raise NotImplementedError(f"PTX destination {operand}")
         bits = resize(encode(values, type), self.program.registers[operand.name], type)
+        if operand.name in self.products.written:
+            self.products.wrote_register(operand.name, active)
         np.copyto(self.bits(operand.name), bits, where=active)
+
+    def store_shared(self, threads: Array, addresses: Array, values: Array) -> None:
+        """Store to the shared memory of each thread's block, (threads, count) values."""
+        offsets = self.shared.store(self.block[threads], addresses, values)
+        self.products.wrote_shared(threads, offsets, values.itemsize * values.shape[1])
 
     # -- scheduling ----------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
         while (active := self._pick()) is not None:
             self._run_block(active)
+        self.products.finish()
 
     def _pick(self) -> Array | None:
         """The threads to go on with: in each block the warps of highest priority, of these the ones furthest behind."""
@@ -270,7 +280,9 @@ class Machine:
             here = ((self.state == BARRIER) & (self.barrier[:, 0] == name)).reshape(self.blocks, -1)
             wanted = np.where(here, self.barrier[:, 1].reshape(self.blocks, -1), 0).max(1)
             complete = here.sum(1) == np.where(wanted, wanted, alive)
-            self.state.reshape(self.blocks, -1)[here & complete[:, None]] = RUNNING
+            released = here & complete[:, None]
+            self.state.reshape(self.blocks, -1)[released] = RUNNING
+            self.products.barrier(released.reshape(-1))
 
     def _where(self) -> str:
         names = ["running", "waiting for their warp", "at a barrier"]

@@ -144,7 +144,7 @@ class SharedMemory(_Memory):
         self.stride = -(-max(size, 1) // 256) * 256
         super().__init__(blocks * self.stride, 0xFF)
 
-    def _offsets(self, block: Array, addresses: Array, size: int) -> Array:
+    def offsets(self, block: Array, addresses: Array, size: int) -> Array:
         wrong = (addresses < 0) | (addresses + size > self.size)
         if wrong.any():
             raise IndexError(
@@ -154,7 +154,10 @@ class SharedMemory(_Memory):
         return block * self.stride + addresses
 
     def load(self, block: Array, addresses: Array, size: int, count: int) -> Array:
-        return self._load(self._offsets(block, addresses, size * count), size, count)
+        return self._load(self.offsets(block, addresses, size * count), size, count)
 
-    def store(self, block: Array, addresses: Array, values: Array) -> None:
-        self._store(self._offsets(block, addresses, values.itemsize * values.shape[1]), values)
+    def store(self, block: Array, addresses: Array, values: Array) -> Array:
+        """Returns where in ``bytes`` the values are."""
+        offsets = self.offsets(block, addresses, values.itemsize * values.shape[1])
+        self._store(offsets, values)
+        return offsets

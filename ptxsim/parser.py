@@ -1,7 +1,7 @@
 """PTX text -> Program: instructions with parsed operands, labels, registers, parameters, shared memory layout."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from ptxsim.values import width
@@ -79,7 +79,7 @@ class Program:
     parameters: list[tuple[str, int]] = field(default_factory=list)  # (name, bytes)
     registers: dict[str, str] = field(default_factory=dict)  # unique name -> type
     instructions: list[Instruction] = field(default_factory=list)
-    labels: dict[str, int] = field(default_factory=dict)  # -> index of the instruction that follows
+    labels: dict[str, int] = field(default_factory=dict)  # unique name -> index of the instruction that follows
     shared: dict[str, int] = field(default_factory=dict)  # array -> offset in the block's shared memory
     static_shared_bytes: int = 0  # dynamic shared memory starts here
 
@@ -153,12 +153,18 @@ def _declare_shared(program: Program, text: str) -> None:
 
 
 class _Body:
-    """Statements of a kernel's body, with a scope of register names for each pair of braces."""
+    """Statements of a kernel's body, with a scope of register names and labels for each pair of braces.
+
+    Inline assembly declares the same label in several scopes, and a branch may come before its label: branches are
+    resolved when the scope of their label is known, at the end.
+    """
 
     def __init__(self, program: Program) -> None:
         self.program = program
         self.scopes: list[dict[str, str]] = [{}]
+        self.path: list[int] = []  # numbers of the open scopes, outermost first
         self.count = 0
+        self.branches: list[tuple[int, tuple[int, ...]]] = []  # (instruction, its scope)
 
     def parse(self, text: str) -> None:
         # A statement ends at a semicolon; a brace opens or closes a scope unless it is inside a statement (a vector).
@@ -173,19 +179,41 @@ class _Body:
                 elif character in "{}" and not statement.strip():
                     self.scope(character)
                 elif character == ":" and re.fullmatch(r"[\w$]+", statement.strip()):
-                    self.program.labels[statement.strip()] = len(self.program.instructions)
+                    name = self.label(statement.strip(), tuple(self.path))
+                    if name in self.program.labels:
+                        raise ValueError(f"two labels {statement.strip()!r} in one scope")
+                    self.program.labels[name] = len(self.program.instructions)
                     statement = ""
                 else:
                     statement += character
         if statement.strip():
             raise ValueError(f"unfinished statement {statement.strip()!r}")
+        for index, path in self.branches:
+            self.resolve(index, path)
+
+    def label(self, name: str, path: tuple[int, ...]) -> str:
+        return "@".join([name, *(str(number) for number in path[-1:])])
+
+    def resolve(self, index: int, path: tuple[int, ...]) -> None:
+        """Let a branch name the label of the innermost scope around it that has one."""
+        branch = self.program.instructions[index]
+        (target,) = branch.operands
+        if not isinstance(target, Symbol):
+            raise NotImplementedError(f"PTX branch {branch.text!r}")
+        names = (self.label(target.name, path[:length]) for length in range(len(path), -1, -1))
+        name = next((name for name in names if name in self.program.labels), None)
+        if name is None:
+            raise ValueError(f"no label {target.name!r} in reach of {branch.text!r}")
+        self.program.instructions[index] = replace(branch, operands=(Symbol(name),))
 
     def scope(self, brace: str) -> None:
         if brace == "{":
             self.count += 1
             self.scopes.append({})
+            self.path.append(self.count)
         else:
             self.scopes.pop()
+            self.path.pop()
 
     def statement(self, text: str) -> None:
         if not text or text.split()[0] in IGNORED:
@@ -207,7 +235,7 @@ class _Body:
         for name in split(match[2]):
             many = re.fullmatch(r"(%?[\w$]+)<(\d+)>", name)
             for each in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]:
-                unique = each if len(self.scopes) == 1 else f"{each}@{self.count}"
+                unique = each if len(self.scopes) == 1 else f"{each}@{self.path[-1]}"
                 self.scopes[-1][each] = unique
                 self.program.registers[unique] = match[1]
 
@@ -219,6 +247,8 @@ class _Body:
         opcode, _, arguments = rest.partition(" ")
         name, *modifiers = [part for part in re.split(r"\.|::", opcode) if part]
         operands = tuple(self.operand(part) for part in split(arguments))
+        if name == "bra":
+            self.branches.append((len(self.program.instructions), tuple(self.path)))
         self.program.instructions.append(Instruction(name, tuple(modifiers), operands, guard, text))
 
     def register(self, name: str) -> Register | None:

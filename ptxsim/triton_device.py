@@ -29,7 +29,7 @@ from ptxsim.machine import Statistics, launch
 from ptxsim.memory import Pointer
 from ptxsim.parser import Program, parse
 
-EXECUTABLE = (80, 86, 89)
+EXECUTABLE = (80, 86, 89, 90, 100)
 
 
 @dataclass(frozen=True)

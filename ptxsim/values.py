@@ -17,7 +17,7 @@ Array = NDArray[Any]
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}
 SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 FLOAT = {16: np.float16, 32: np.float32, 64: np.float64}
-WIDTHS = {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32, "tf32": 32}
+WIDTHS = {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32, "tf32": 32, "f32x2": 64}
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def dtype(type: str) -> Any:
     """The numpy dtype of the values of ``type``; bit types are unsigned."""
     if type == "pred":
         return np.bool_
-    if type in ("bf16", "bf16x2", "tf32"):
+    if type in ("bf16", "bf16x2", "tf32", "f32x2"):
         return np.float32
     if type == "f16x2":
         return np.float16
@@ -73,6 +73,8 @@ def decode(bits: Array, type: str) -> Array:
     if type in ("f16x2", "bf16x2"):
         halves = np.ascontiguousarray(bits.astype(np.uint32, copy=False)).view(np.uint16).reshape(*bits.shape, 2)
         return halves.view(np.float16) if type == "f16x2" else bf16_to_float(halves)
+    if type == "f32x2":
+        return np.ascontiguousarray(bits).view(np.float32).reshape(*bits.shape, 2)
     bits = bits.astype(UNSIGNED[width(type)], copy=False)
     return bf16_to_float(bits) if type == "bf16" else bits.view(dtype(type))
 
@@ -86,6 +88,8 @@ def encode(values: Array, type: str) -> Array:
     if type in ("f16x2", "bf16x2"):
         halves = float_to_bf16(values) if type == "bf16x2" else values.astype(np.float16).view(np.uint16)
         return np.ascontiguousarray(halves).view(np.uint32)[..., 0]
+    if type == "f32x2":
+        return np.ascontiguousarray(values.astype(np.float32, copy=False)).view(np.uint64)[..., 0]
     return np.ascontiguousarray(values.astype(dtype(type), copy=False)).view(UNSIGNED[width(type)])
 
 

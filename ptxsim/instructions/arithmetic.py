@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ptxsim.instructions.table import BITS, FLOATS, INTEGERS, opcode
+from ptxsim.instructions.table import BITS, FLOATS, INTEGERS, is_mixed, opcode
 from ptxsim.parser import Instruction, Pair
 from ptxsim.values import SIGNED, UNSIGNED, Array, is_float, width
 
@@ -26,9 +26,16 @@ def flush(values: Array) -> Array:
     return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.copysign(np.float32(0), values), values)
 
 
+def result_type(ins: Instruction) -> str:
+    """The type before the last one in the mixed precision of sm_100 (add.rn.f32.bf16 d, a, c), else the last."""
+    return "f32" if is_mixed(ins) else ins.type
+
+
 def sources(machine: Machine, ins: Instruction, count: int) -> list[Array]:
     values = [machine.read(operand, ins.type) for operand in ins.operands[1 : 1 + count]]
-    return [flush(value) for value in values] if ins.has("ftz") and ins.type == "f32" else values
+    if (mixed := result_type(ins)) != ins.type:  # add.f32.bf16 and fma.f32.bf16: what is added is float32
+        values[-1] = machine.read(ins.operands[count], mixed)
+    return [flush(value) for value in values] if ins.has("ftz") and ins.type in ("f32", "f32x2") else values
 
 
 def round_to(exact: Array, ins: Instruction, type: str) -> Array:
@@ -48,7 +55,7 @@ def round_to(exact: Array, ins: Instruction, type: str) -> Array:
             result = np.where(result > exact, np.nextafter(result, -infinity), result)
         elif ins.has("rp"):
             result = np.where(result < exact, np.nextafter(result, infinity), result)
-    if ins.has("ftz") and type == "f32":
+    if ins.has("ftz") and type in ("f32", "f32x2"):
         result = flush(result)
     if ins.has("sat"):
         result = np.clip(np.where(np.isnan(result), 0, result), 0, 1).astype(result.dtype)
@@ -58,7 +65,8 @@ def round_to(exact: Array, ins: Instruction, type: str) -> Array:
 
 
 def _store(machine: Machine, ins: Instruction, active: Array, result: Array) -> None:
-    machine.write(ins.operands[0], round_to(result, ins, ins.type) if is_float(ins.type) else result, ins.type, active)
+    type = result_type(ins)
+    machine.write(ins.operands[0], round_to(result, ins, type) if is_float(type) else result, type, active)
 
 
 @opcode("add sub mul", INTEGERS, FLOATS, ROUNDING, "ftz sat lo hi wide")

@@ -37,6 +37,7 @@ def mov(machine: Machine, ins: Instruction, active: Array) -> None:
     else:  # bits, so that NaN payloads and subnormal numbers pass through
         bits_type = f"b{width(ins.type)}"
         machine.write(target, machine.read(source, bits_type), bits_type, active)
+        machine.products.copied(target, source, active)
 
 
 TO_INTEGER = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}

@@ -42,7 +42,7 @@ def load(machine: Machine, ins: Instruction, address: Array, threads: Array, siz
 
 def store(machine: Machine, ins: Instruction, address: Array, threads: Array, values: Array) -> None:
     if _is_shared(ins, address):
-        machine.shared.store(machine.block[threads], _window(address), values)
+        machine.store_shared(threads, _window(address), values)
     else:
         machine.memory.store(address, values)
 
@@ -143,6 +143,12 @@ def createpolicy(machine: Machine, ins: Instruction, active: Array) -> None:
     machine.write(ins.operands[0], np.zeros(machine.threads, np.uint64), "b64", active)
 
 
-@opcode("membar fence prefetch griddepcontrol", "cta gl sys gpu sc acq_rel global L1 L2 wait launch_dependents", CACHE)
+@opcode(
+    "membar fence prefetch griddepcontrol",
+    "cta gl sys gpu sc acq_rel global L1 L2 wait launch_dependents proxy async shared",
+    CACHE,
+)
 def ordering(machine: Machine, ins: Instruction, active: Array) -> None:
-    """Memory is sequentially consistent here: nothing to do."""
+    """Memory is sequentially consistent here: only what the async proxy sees needs a fence."""
+    if ins.has("proxy"):
+        machine.products.proxy_fence(active)

@@ -17,8 +17,11 @@ Handler = Callable[["Machine", Instruction, Array], None]
 
 INTEGERS = frozenset(["u8", "u16", "u32", "u64", "s8", "s16", "s32", "s64"])
 BITS = frozenset(["b8", "b16", "b32", "b64"])
-FLOATS = frozenset(["f16", "f32", "f64", "bf16", "f16x2", "bf16x2"])
+FLOATS = frozenset(["f16", "f32", "f64", "bf16", "f16x2", "bf16x2", "f32x2"])
 # Handled by the scheduler: opcode -> modifiers it knows.
+# Types, as modifiers. An opcode of ONE_TYPE that names two has another meaning: mixed precision, of its own handler.
+TYPES = INTEGERS | BITS | FLOATS | {"pred", "tf32"}
+ONE_TYPE = frozenset("add and fma ld mad max min mov mul neg abs not or selp shl shr st sub xor".split())  # noqa: SIM905
 CONTROL = {"bra": {"uni"}, "ret": {"uni"}, "exit": set(), "bar": {"sync"}, "barrier": {"sync", "aligned", "cta"}}
 
 
@@ -47,6 +50,12 @@ def opcode(names: str, *modifiers: str | frozenset[str]) -> Callable[[Handler], 
     return register
 
 
+def is_mixed(instruction: Instruction) -> bool:
+    """Whether a sum of sm_100 takes 16-bit operands into float32, as add.rn.f32.bf16 d, a, c (PTX ISA, 9.7.5)."""
+    mixed = instruction.modifiers[-2:-1] == ("f32",) and instruction.type in ("f16", "bf16")
+    return mixed and instruction.opcode in ("add", "sub", "fma")
+
+
 def check(instruction: Instruction) -> None:
     """Raise NotImplementedError for an opcode or a modifier that the simulator does not know."""
     name = instruction.opcode
@@ -58,5 +67,8 @@ def check(instruction: Instruction) -> None:
         unknown = set(instruction.modifiers) - TABLE[name].modifiers
     else:
         raise NotImplementedError(f"PTX opcode {name!r} in {instruction.text!r}")
+    types = [modifier for modifier in instruction.modifiers if modifier in TYPES]
+    if name in ONE_TYPE and len(types) > 1 and not is_mixed(instruction):
+        raise NotImplementedError(f"PTX types {', '.join(types)} in {instruction.text!r}: expected one type")
     if unknown:
         raise NotImplementedError(f"PTX modifier {', '.join(sorted(unknown))} in {instruction.text!r}")

@@ -50,7 +50,7 @@ def stmatrix(machine: Machine, ins: Instruction, active: Array) -> None:
     if ins.has("trans"):
         matrices = matrices.swapaxes(2, 3)
     values = np.ascontiguousarray(matrices).view(np.uint32).reshape(-1, 4)
-    machine.shared.store(machine.block[threads], address, values)
+    machine.store_shared(threads, address, values)
 
 
 def _spread(machine: Machine, values: Array, active: Array) -> Array:
@@ -64,7 +64,7 @@ SHAPES = {"m16n8k16": 16, "m16n8k8": 8, "m16n8k4": 4}
 
 
 @functools.cache
-def _places(matrix: str, k: int, packed: bool) -> Array:
+def fragment_places(matrix: str, k: int, packed: bool) -> Array:
     """Where each value of a fragment stands in its matrix: flat indices in the order (register, lane, half).
 
     A is 16 x k, B k x 8, C and D 16 x 8. Every other register of A is 8 rows lower. 16-bit types (``packed``) hold two
@@ -97,17 +97,17 @@ def mma(machine: Machine, ins: Instruction, active: Array) -> None:
         raise NotImplementedError(f"mma of {a_type} and {b_type} into {result_type}")
     warps = np.asarray(active.reshape(-1, 32).any(1))
     packed = a_type != "tf32"
-    a = _matrix(machine, ins.operands[1], a_type, warps, _places("a", k, packed)).reshape(-1, 16, k)
-    b = _matrix(machine, ins.operands[2], a_type, warps, _places("b", k, packed)).reshape(-1, k, 8)
-    places = _places("c", k, packed)
-    c = _matrix(machine, ins.operands[3], "f32", warps, places).reshape(-1, 16, 8)
+    a = fragment_matrix(machine, ins.operands[1], a_type, warps, fragment_places("a", k, packed)).reshape(-1, 16, k)
+    b = fragment_matrix(machine, ins.operands[2], a_type, warps, fragment_places("b", k, packed)).reshape(-1, k, 8)
+    places = fragment_places("c", k, packed)
+    c = fragment_matrix(machine, ins.operands[3], "f32", warps, places).reshape(-1, 16, 8)
     d = (c + a.astype(np.float64) @ b.astype(np.float64)).astype(np.float32)
     d = d.reshape(-1, 128)[:, places].reshape(-1, 4, 32)
     for index, operand in enumerate(items(ins.operands[0])):
         machine.write(operand, _spread(machine, d[:, index], active), "f32", active)
 
 
-def _matrix(machine: Machine, operand: Operand, type: str, warps: Array, places: Array) -> Array:
+def fragment_matrix(machine: Machine, operand: Operand, type: str, warps: Array, places: Array) -> Array:
     """(active warps, elements) float32: the matrix whose fragment the registers of ``operand`` hold."""
     registers = [machine.read(register, "b32").reshape(-1, 32)[warps] for register in items(operand)]
     bits = np.stack(registers, axis=1)  # (warps, registers, 32)

@@ -63,10 +63,12 @@ REDUCTIONS = {
 }
 
 
-@opcode("redux", "sync add min max and or xor s32 u32 b32")
+@opcode("redux", "sync add min max and or xor s32 u32 b32 f32 NaN")
 def redux(machine: Machine, ins: Instruction, active: Array) -> None:
     value = machine.read(ins.operands[1], ins.type).reshape(-1, 32)
     function = next(REDUCTIONS[name] for name in REDUCTIONS if ins.has(name))
+    if ins.type == "f32" and not ins.has("NaN"):
+        function = np.fmin if ins.has("min") else np.fmax
     result = function.reduce(value, axis=1, dtype=value.dtype)
     machine.write(ins.operands[0], np.repeat(result, 32), ins.type, active)
 
