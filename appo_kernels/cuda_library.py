@@ -23,7 +23,7 @@ FILE_NAME = "libappo_cuda.so"
 DECISION_NAME = "cuda_build.txt"
 LEAST_CAPABILITY = (8, 0)
 ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/launch.h
-HALVES = (torch.float16, torch.bfloat16)
+
 LOGITS = tuple(ELEMENTS)
 
 

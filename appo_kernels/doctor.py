@@ -85,9 +85,9 @@ def library_lines() -> list[str]:
     else:
         lines.append(f"CUDA kernels: {cuda_library.path()}")
         lines.append(f"  built for {built_for}" + ("" if "compute" in built_for else " (no PTX: not for later GPUs)"))
-        from appo_kernels.ops.frame_attention import cuda as attention
+        from appo_kernels.attention import cuda_passes
 
-        forward, backward = (", ".join(map(str, d)) for d in (attention.HEAD_DIMS, attention.GRAD_HEAD_DIMS))
+        forward, backward = (", ".join(map(str, d)) for d in (cuda_passes.HEAD_DIMS, cuda_passes.GRAD_HEAD_DIMS))
         lines.append(f"  attention: head sizes {forward} forward, {backward} backward; Triton serves the others")
         lines.append(
             "  logits: logits_weighted_surrogate and group_divergence_from_logits; Triton serves the forms that"

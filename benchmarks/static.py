@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import triton
 
-from appo_kernels.layout import Layout
+from appo_kernels.attention.arguments import Layout
 from appo_kernels.ops.frame_attention import triton as frame_attention
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence_from_logits
-from appo_kernels.triton_rows import fold, gradient, new_state
+from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state
 from benchmarks import sass
 from ptxsim import triton_device
 

@@ -119,7 +119,7 @@ def leaves(example: Case, tensors: str) -> list[Tensor]:
 
 def small_tiles(monkeypatch: Any, keys: int = 20, rows: int = 17) -> None:
     """So that the small cases take several tiles of rows and of keys, with remainders, and frames cut in two."""
-    from appo_kernels.ops.frame_attention import streaming as attention
+    from appo_kernels.attention import torch_passes as attention
     from appo_kernels.ops.frame_mass import streaming as mass
 
     for module in (attention, mass):

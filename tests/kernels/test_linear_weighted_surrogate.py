@@ -9,8 +9,9 @@ from surrogate_cases import SERVED, cast, from_hidden, poisoned, to
 from torch import Tensor
 
 from appo_kernels import linear_weighted_surrogate, logits_weighted_surrogate, weighted_surrogate
-from appo_kernels.ops.weighted_surrogate import autograd, reference, rowwise, streaming
+from appo_kernels.ops.weighted_surrogate import autograd, reference
 from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as, peak_extra_bytes
+from appo_kernels.vocabulary import output_head, torch_rows
 
 LEARNED = ("hidden", "weight", "bias")
 # Token and sequence ratios, with and without everything that changes the gradient of a logit.
@@ -28,9 +29,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 5 tokens (of up to 36), blocks of 2 rows, and slices of 16 of the vocabulary's 37 in half precision."""
-    monkeypatch.setattr(streaming, "CPU_TILE_BYTES", 5 * 37 * 4)
-    monkeypatch.setattr(rowwise, "CPU_BLOCK_BYTES", 2 * 37 * 4)
-    monkeypatch.setattr(streaming, "WEIGHT_TILE_BYTES", 16 * 16 * 4)
+    monkeypatch.setattr(output_head, "CPU_TILE_BYTES", 5 * 37 * 4)
+    monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 2 * 37 * 4)
+    monkeypatch.setattr(output_head, "WEIGHT_TILE_BYTES", 16 * 16 * 4)
 
 
 def run(
@@ -46,7 +47,7 @@ class Products:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, vocabulary: int) -> None:
         self.forward = self.grad_hidden = self.grad_weight = 0
-        product, add_product_ = streaming.product, streaming.add_product_
+        product, add_product_ = output_head.product, output_head.add_product_
 
         def count(a: Tensor, b: Tensor) -> None:
             if b.shape[1] == vocabulary:
@@ -56,8 +57,8 @@ class Products:
             else:
                 self.grad_weight += a.shape[1]
 
-        monkeypatch.setattr(streaming, "product", lambda a, b, out: (count(a, b), product(a, b, out))[1])
-        monkeypatch.setattr(streaming, "add_product_", lambda t, a, b: (count(a, b), add_product_(t, a, b))[1])
+        monkeypatch.setattr(output_head, "product", lambda a, b, out: (count(a, b), product(a, b, out))[1])
+        monkeypatch.setattr(output_head, "add_product_", lambda t, a, b: (count(a, b), add_product_(t, a, b))[1])
 
 
 @pytest.mark.parametrize("backend,device", SERVED)
@@ -268,8 +269,8 @@ def test_opcheck(wanted: bool) -> None:
 def test_memory_does_not_grow_with_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tiles of 512 rows; 4,096 tokens at once would take 512 MiB. Above 32 MiB the allocator returns what it frees.
     V, D = 32_768, 16
-    monkeypatch.setattr(streaming, "CPU_TILE_BYTES", 512 * V * 4)
-    monkeypatch.setattr(rowwise, "CPU_BLOCK_BYTES", 4 << 20)
+    monkeypatch.setattr(output_head, "CPU_TILE_BYTES", 512 * V * 4)
+    monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 4 << 20)
 
     def extra(tokens: int) -> int:
         case = from_hidden(B=1, T=8, D=D, V=V, dtype=torch.float32)

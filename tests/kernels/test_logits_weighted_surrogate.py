@@ -9,8 +9,9 @@ from surrogate_cases import SERVED, cast, from_hidden, poisoned, to
 from torch import Tensor
 
 from appo_kernels import logits_weighted_surrogate
-from appo_kernels.ops.weighted_surrogate import autograd, reference, rowwise
+from appo_kernels.ops.weighted_surrogate import autograd, reference
 from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as
+from appo_kernels.vocabulary import torch_rows
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -22,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowwise, "CPU_BLOCK_BYTES", 2 * 37 * 4)
+    monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 2 * 37 * 4)
 
 
 def from_logits(dtype: torch.dtype = torch.float64, **shape: int) -> dict[str, Any]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from appo_kernels import logits as tiling
 from appo_kernels import token_logprobs
 from appo_kernels.dispatch import Problem, why_not
 from appo_kernels.ops.token_logprobs import op, reference
 from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as, peak_extra_bytes
+from appo_kernels.vocabulary import torch_tiles as tiling
 
 INF = float("inf")
 SERVED = [

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from appo_kernels import dispatch, layout, testing
+from appo_kernels import dispatch, testing
+from appo_kernels.attention import arguments
 from appo_kernels.ops.frame_attention import reference
 
 
@@ -22,9 +23,9 @@ class Layout:
     def bounds(self):
         return self.first_key, self.last_key, self.prefix_keys
 
-    def told(self, scale: float, weights: torch.Tensor | None = None) -> layout.Layout:
+    def told(self, scale: float, weights: torch.Tensor | None = None) -> arguments.Layout:
         """As backends take it."""
-        return layout.Layout(self.frame_ids, *self.bounds, weights, scale)
+        return arguments.Layout(self.frame_ids, *self.bounds, weights, scale)
 
 
 def runs(keys: int, *spans: tuple[int, int, int]) -> torch.Tensor:

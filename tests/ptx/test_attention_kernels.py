@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from appo_kernels import testing
+from appo_kernels.attention import triton_mass
 from appo_kernels.ops.frame_mass import reference as mass_reference
-from appo_kernels.ops.frame_mass import streaming, triton_replay
+from appo_kernels.ops.frame_mass import streaming
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from ptxsim import triton_device
 
@@ -67,7 +68,7 @@ def test_replay_bf16(monkeypatch):
     framework, _ = run_mass(streaming, layout, query, key, lse)
     results = []
     for programs_wanted in (0, 1 << 20):
-        monkeypatch.setattr(triton_replay, "multiprocessors", lambda device, n=programs_wanted: n)
+        monkeypatch.setattr(triton_mass, "multiprocessors", lambda device, n=programs_wanted: n)
         with triton_device.simulated(seed=2) as device:
             results.append(run_mass(frame_mass, layout, query, key, lse)[0])
         assert len(device.launches) == (2 if programs_wanted else 1)

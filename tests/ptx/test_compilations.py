@@ -4,11 +4,11 @@ import attention_layouts as layouts
 import pytest
 import torch
 
-from appo_kernels import logits
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence
 from appo_kernels.ops.token_logprobs import token_logprobs
 from appo_kernels.ops.weighted_surrogate import linear_weighted_surrogate, logits_weighted_surrogate
+from appo_kernels.vocabulary import torch_tiles
 from ptxsim import triton_device
 
 
@@ -73,7 +73,7 @@ def from_logits(tokens: int) -> None:
 @pytest.mark.parametrize("run", [vocabulary, divergence, from_hidden, from_logits])
 def test_vocabulary(run, monkeypatch):
     """Tiles of any width, of which the last may be narrow: two forms of a kernel at most, whatever the lengths."""
-    monkeypatch.setattr(logits, "CPU_TILE_BYTES", 4 * V * 7)
+    monkeypatch.setattr(torch_tiles, "CPU_TILE_BYTES", 4 * V * 7)
     first, *others = compiled(run, (16,), (5,), (33,), (48,))
     forms = set().union(first, *others)
     assert max(sum(name == other for other, _ in forms) for name, _ in forms) <= 2, forms

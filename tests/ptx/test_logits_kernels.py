@@ -23,11 +23,11 @@ def several_tiles(monkeypatch):
     """Tiles of about 100 columns and 3 rows, so that states and sums are carried from one to the next."""
     from appo_kernels.ops.group_divergence import triton as divergence_triton
     from appo_kernels.ops.token_logprobs import triton as logprobs_triton
-    from appo_kernels.ops.weighted_surrogate import streaming
+    from appo_kernels.vocabulary import output_head
 
     monkeypatch.setattr(logprobs_triton, "tile_shape", lambda *args: (3, 100))
     monkeypatch.setattr(divergence_triton, "TILE_BYTES", 4 * 300 * 8)
-    monkeypatch.setattr(streaming, "CPU_TILE_BYTES", 4 * V * 3)
+    monkeypatch.setattr(output_head, "CPU_TILE_BYTES", 4 * V * 3)
 
 
 def make(dtype, seed=0):

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from appo_kernels import triton_rows
 from appo_kernels.ops.group_divergence import group_divergence_from_logits
-from appo_kernels.triton_rows import fold, gradient, new_state
+from appo_kernels.vocabulary import triton_rows
+from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state
 from ptxsim import triton_device
 
 

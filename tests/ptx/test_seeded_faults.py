@@ -9,8 +9,7 @@ import pytest
 import torch
 
 import ptxsim
-from appo_kernels.ops.frame_attention import triton as frame_attention
-from appo_kernels.ops.frame_attention import triton_forward
+from appo_kernels.attention import triton_forward, triton_passes
 from ptxsim import machine, triton_device
 
 # What is wrong: (text of the kernel, what replaces it).
@@ -57,7 +56,7 @@ def mutated(tmp_path: Path, text: str, replacement: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_fault_is_seen(fault, tmp_path, monkeypatch):
-    monkeypatch.setattr(frame_attention, "forward_kernels", mutated(tmp_path, *FAULTS[fault]))
+    monkeypatch.setattr(triton_passes, "forward_kernels", mutated(tmp_path, *FAULTS[fault]))
     with pytest.raises((AssertionError, IndexError), match=r"error .* against fp64|out of bounds|misaligned"):
         compare_forward()
 

@@ -1,207 +1,18 @@
-"""frame_attention, backend "cuda": csrc/attention_forward, csrc/attention_backward. frame_mass uses the same passes.
+"""frame_attention, backend "cuda": csrc/attention_forward, csrc/attention_backward."""
 
-Shapes: B sequences, Hq/Hkv query/key heads, R rows, S keys, d head size, F frames, T tiles of keys.
-"""
-
-import ctypes
 import math
-from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from appo_kernels import cuda_library
+from appo_kernels.attention import cuda_passes as passes
+from appo_kernels.attention.arguments import Layout
 from appo_kernels.dispatch import Problem
-from appo_kernels.layout import Layout
 
 OP = "frame_attention"
-HEAD_DIMS = (64, 80, 96, 128, 256)
-GRAD_HEAD_DIMS = (64, 128)
-FRAME_TILE = 32  # keys per entry of `FrameTiles.range`: kFrameTile
-KEY_TILE = 64  # the largest tile of keys of a kernel
-ROW_PADDING = 64  # kRowPadding
-
-
-class Visibility(ctypes.Structure):
-    _fields_ = (("first_key", ctypes.c_void_p), ("last_key", ctypes.c_void_p), ("prefix_keys", ctypes.c_void_p))
-
-
-class FrameIds(ctypes.Structure):
-    _fields_ = (("ids", ctypes.c_void_p), ("range", ctypes.c_void_p))
-
-
-def strides(name: str, dimensions: str) -> list[tuple[str, type]]:
-    return [(f"{name}_stride_{d}", ctypes.c_int64) for d in dimensions]
-
-
-def counts(*names: str) -> list[tuple[str, type]]:
-    return [(name, ctypes.c_int) for name in names]
-
-
-SIZES = counts("batch", "query_heads", "key_heads", "rows", "keys", "frame_count", "tiles")
-
-
-class AttentionForwardParams(cuda_library.Params):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "lse", "sums", "tops")),
-        ("visibility", Visibility),
-        ("frames", FrameIds),
-        *strides("query", "bhr"),
-        *strides("key", "bhs"),
-        *strides("value", "bhs"),
-        *strides("out", "bhr"),
-        *SIZES,
-        ("scale_log2", ctypes.c_float),
-        *counts("head_dim", "element"),
-    )
-
-
-class AttentionBackwardParams(cuda_library.Params):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "grad_out")),
-        *((name, ctypes.c_void_p) for name in ("lse", "grad_lse", "grad_mass", "score_unit", "row_stats", "row_views")),
-        *((name, ctypes.c_void_p) for name in ("grad_query", "grad_key", "grad_value")),
-        ("visibility", Visibility),
-        ("frames", FrameIds),
-        *strides("query", "bhr"),
-        *strides("key", "bhs"),
-        *strides("value", "bhs"),
-        *strides("out", "bhr"),
-        *strides("grad_out", "bhr"),
-        *strides("grad_mass", "bh"),
-        *SIZES,
-        ("scale_log2", ctypes.c_float),
-        ("scale", ctypes.c_float),
-        *counts("head_dim", "element"),
-    )
-
-
-class HeadMeanParams(cuda_library.Params):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("per_head", "frame_weights", "mass")),
-        *strides("mass", "bhrf"),
-        *((name, ctypes.c_int64) for name in ("batch", "query_heads", "kept_heads", "rows", "frame_count")),
-    )
 
 
 def unsupported(problem: Problem) -> str | None:
-    return cuda_library.why_not(problem, cuda_library.HALVES, HEAD_DIMS, GRAD_HEAD_DIMS)
-
-
-def is_aligned(tensor: Tensor) -> bool:
-    """Whether the rows of (.., .., .., d) are in one piece and start at multiples of 16 bytes."""
-    return tensor.stride(-1) == 1 and tensor.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in tensor.stride()[:-1])
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """(.., .., .., d) as the kernels read it: a copy if it is not aligned."""
-    return tensor if is_aligned(tensor) else tensor.clone(memory_format=torch.contiguous_format)
-
-
-class Operands(NamedTuple):
-    """What all passes read. It keeps the tensors alive that the params structs point to."""
-
-    query: Tensor  # (B, Hq, R, d)
-    key: Tensor  # (B, Hkv, S, d)
-    bounds: tuple[Tensor | None, Tensor | None, Tensor | None]  # (B, R) int32 contiguous: first, last, prefix
-    ids: Tensor  # (B, T FRAME_TILE) int32
-    range: Tensor  # (B, T, 2) int32
-    frame_count: int
-    scale: float  # positive
-
-    def fields(self) -> dict[str, object]:
-        """The fields that the params structs have in common."""
-        query, key = self.query, self.key
-        return {
-            "query": query,
-            "key": key,
-            "visibility": Visibility(*(cuda_library.pointer(b) for b in self.bounds)),
-            "frames": FrameIds(cuda_library.pointer(self.ids), cuda_library.pointer(self.range)),
-            **stride_fields("query", "bhr", query),
-            **stride_fields("key", "bhs", key),
-            "batch": query.shape[0],
-            "query_heads": query.shape[1],
-            "key_heads": key.shape[1],
-            "rows": query.shape[2],
-            "keys": key.shape[2],
-            "frame_count": self.frame_count,
-            "tiles": self.range.shape[1],
-            "scale_log2": self.scale / math.log(2.0),
-            "head_dim": query.shape[3],
-            "element": cuda_library.ELEMENTS[query.dtype],
-        }
-
-
-def stride_fields(name: str, dimensions: str, tensor: Tensor | None) -> dict[str, int]:
-    values = [0] * len(dimensions) if tensor is None else tensor.stride()
-    return {f"{name}_stride_{d}": s for d, s in zip(dimensions, values, strict=False)}
-
-
-def operands(query: Tensor, key: Tensor, layout: Layout, frame_count: int) -> Operands:
-    keys, scale = key.shape[2], layout.scale
-    padding = -keys % KEY_TILE
-    ids = torch.nn.functional.pad(layout.frame_ids, (0, padding), value=-1).contiguous()
-    tiles = ids.view(len(ids), -1, FRAME_TILE)
-    bounds = tuple(None if b is None else b.contiguous() for b in layout.bounds)
-    if scale <= 0.0:  # the kernels look for a row's largest score before they scale it
-        query, scale = (-query, -scale) if scale < 0.0 else (torch.zeros_like(query), 1.0)
-    return Operands(
-        aligned(query),
-        aligned(key),
-        (bounds[0], bounds[1], bounds[2]),
-        ids,
-        torch.stack([tiles.amin(-1), tiles.amax(-1)], -1),
-        frame_count,
-        scale,
-    )
-
-
-def add_head_mean(op: str, per_head: Tensor, frame_weights: Tensor | None, mass: Tensor, keep_heads: bool) -> None:
-    """mass += frame_weights times the mean over heads of per_head (B, Hq, R, F), or times per_head itself."""
-    batch, heads, rows, frame_count = per_head.shape
-    mass_BHRF = mass if keep_heads else mass[:, None]
-    params = HeadMeanParams(
-        per_head=per_head,
-        frame_weights=None if frame_weights is None else frame_weights.contiguous(),
-        mass=mass,
-        **stride_fields("mass", "bhrf", mass_BHRF),
-        batch=batch,
-        query_heads=heads,
-        kept_heads=heads if keep_heads else 1,
-        rows=rows,
-        frame_count=frame_count,
-    )
-    cuda_library.call(op, "appo_head_mean", params, mass.device)
-
-
-def attend(
-    op: str,
-    launcher: str,
-    common: Operands,
-    value: Tensor | None,
-    frame_weights: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor,
-    mass: Tensor,
-    keep_heads: bool,
-) -> None:
-    """The flash-style pass: writes ``out`` and ``lse``, both contiguous, and adds to ``mass``."""
-    batch, heads, rows, _ = common.query.shape
-    sums = lse.new_empty(batch, heads, rows, common.frame_count)
-    tops = torch.empty_like(sums)
-    params = AttentionForwardParams(
-        **common.fields(),
-        value=value,
-        out=out,
-        lse=lse,
-        sums=sums,
-        tops=tops,
-        **stride_fields("value", "bhs", value),
-        **stride_fields("out", "bhr", out),
-    )
-    cuda_library.call(op, launcher, params, lse.device)
-    if common.frame_count:
-        add_head_mean(op, sums, frame_weights, mass, keep_heads)
+    return passes.unsupported(problem)
 
 
 def forward(
@@ -220,8 +31,8 @@ def forward(
         out.zero_()
         lse.fill_(-math.inf)
         return
-    common, values = operands(query, key, layout, mass.shape[-1]), aligned(value)
-    attend(OP, "appo_frame_attention_forward", common, values, layout.frame_weights, out, lse, mass, False)
+    common, values = passes.operands(query, key, layout, mass.shape[-1]), passes.aligned(value)
+    passes.attend(OP, "appo_frame_attention_forward", common, values, layout.frame_weights, out, lse, mass, False)
 
 
 def backward(
@@ -249,85 +60,7 @@ def backward(
         head_mass = head_mass[:, None]
     if grad_value is not None and grad_out is None:
         grad_value.zero_()
-    attend_backward(
+    passes.attend_backward(
         OP, query, key, value if grad_out is not None else None, layout, out, lse, grad_out, grad_lse, head_mass,
         grad_query, grad_key, grad_value,
     )  # fmt: skip
-
-
-def attend_backward(
-    op: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor | None,
-    layout: Layout,
-    out: Tensor | None,
-    lse: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_mass: Tensor | None,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
-) -> None:
-    """The two backward passes, which write the last three where they are tensors, whatever was in them.
-
-    ``value``, ``out`` and ``grad_out``: all or none. ``grad_mass`` (B, 1 or Hq, R, F) is that of head sums.
-    """
-    gradients = [g for g in (grad_query, grad_key, grad_value) if g is not None]
-    batch, heads, rows, _ = query.shape
-    if not (batch * rows and key.shape[2]):
-        for gradient in gradients:
-            gradient.zero_()
-        return
-    frame_count = 0 if grad_mass is None else grad_mass.shape[-1]
-    common = operands(query, key, layout, frame_count)
-    padded = rows + -rows % ROW_PADDING
-    mass_gradient = None
-    if grad_mass is not None and frame_count:
-        # Rows next to one another, padded: what two neighbouring lanes read is neighbouring too.
-        mass_gradient = lse.new_zeros(batch, grad_mass.shape[1], frame_count, padded)
-        mass_gradient[..., :rows] = grad_mass.transpose(2, 3)
-    value, out, grad_out = (None if t is None else aligned(t) for t in (value, out, grad_out))
-    unit = score_unit(query.dtype, grad_out, grad_lse, mass_gradient)
-    stats = lse.new_empty(batch, heads, padded, 2)
-    views = torch.empty(batch, padded, 4, dtype=torch.int32, device=lse.device)
-    lse = lse.contiguous()
-    grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    params = AttentionBackwardParams(
-        **common.fields(),
-        value=value,
-        out=out,
-        grad_out=grad_out,
-        lse=lse,
-        grad_lse=grad_lse,
-        grad_mass=mass_gradient,
-        score_unit=unit,
-        row_stats=stats,
-        row_views=views,
-        grad_query=grad_query,
-        grad_key=grad_key,
-        grad_value=grad_value if grad_out is not None else None,
-        **stride_fields("value", "bhs", value),
-        **stride_fields("out", "bhr", out),
-        **stride_fields("grad_out", "bhr", grad_out),
-        grad_mass_stride_b=0 if mass_gradient is None else mass_gradient.stride(0),
-        grad_mass_stride_h=0 if mass_gradient is None or mass_gradient.shape[1] == 1 else mass_gradient.stride(1),
-        scale=common.scale,
-    )
-    cuda_library.call(op, "appo_attention_backward", params, lse.device)
-    if layout.scale <= 0.0:  # the kernels saw `operands`' query: the negative of this one, or 0
-        for gradient in (g for g in (grad_query,) if g is not None):
-            gradient.mul_(-1.0 if layout.scale < 0.0 else 0.0)
-
-
-def score_unit(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor | None:
-    """A power of 2, (1,) fp32: what brings gradients of scores into the range of fp16, where small ones would be lost.
-
-    The largest incoming gradient becomes about 8: far from fp16's largest number, and far above its smallest.
-    """
-    if dtype != torch.float16:
-        return None
-    largest = torch.stack([g.abs().amax().float() for g in gradients if g is not None and g.numel()]).amax()
-    exponent = 3.0 - torch.log2(largest).ceil()
-    return torch.where(torch.isfinite(exponent), torch.exp2(exponent.clamp(-60.0, 60.0)), 1.0).view(1)

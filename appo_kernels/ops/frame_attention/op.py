@@ -10,7 +10,7 @@ A backend has
 
     query      (B, Hq, R, d), key and value (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides,
                unit last one
-    layout     which keys are of which frame, and which rows see which keys: ``appo_kernels.layout.Layout``
+    layout     which keys are of which frame, and which rows see which keys: ``attention.arguments.Layout``
     out        (B, Hq, R, d) like query; lse (B, Hq, R) fp32, natural log; mass (B, R, F) fp32: contiguous
     grad_out, grad_lse, grad_mass: like the results, any strides; grad_query, grad_key, grad_value: like the inputs,
                contiguous
@@ -32,8 +32,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from appo_kernels import checks, dispatch, layout
-from appo_kernels.logits import compute_dtype
+from appo_kernels import checks, dispatch
+from appo_kernels.attention import arguments
+from appo_kernels.dtypes import compute_dtype
 
 OP = "frame_attention"
 
@@ -81,20 +82,20 @@ def frame_attention(
         ValueError: a wrong shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,
             prefix_keys outside [0, S].
     """
-    layout.check_attention(OP, query, key, frame_ids, num_frames, first_key, last_key, prefix_keys, reduction)
+    arguments.check_attention(OP, query, key, frame_ids, num_frames, first_key, last_key, prefix_keys, reduction)
     checks.shape(OP, "value", value, key.shape, "(B, Hkv, S, d)", "Its shape is that of `key`.")
     checks.dtype(OP, "value", value, (query.dtype,))
     checks.same_device(OP, "query", query, value=value)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     backend = dispatch.resolve(OP, backend, query.device, query.dtype, query.shape[-1], needs_grad)
-    query, key, value = (layout.unit_last_stride(t) for t in (query, key, value))
+    query, key, value = (arguments.unit_last_stride(t) for t in (query, key, value))
     results = _FrameAttention.apply(
         query,
         key,
         value,
         frame_ids.int(),
         *(None if bound is None else bound.int() for bound in (first_key, last_key, prefix_keys)),
-        layout.frame_weights(frame_ids, num_frames, reduction, compute_dtype(query.dtype)),
+        arguments.frame_weights(frame_ids, num_frames, reduction, compute_dtype(query.dtype)),
         1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
         num_frames,
         backend,
@@ -158,10 +159,10 @@ def forward_op(
     backend: str,
 ) -> None:
     if checks.values_enabled():
-        layout.check_values(OP, key.shape[2], frame_ids, mass.shape[-1], last_key, prefix_keys)
+        arguments.check_values(OP, key.shape[2], frame_ids, mass.shape[-1], last_key, prefix_keys)
     module = dispatch.implementation(OP, backend)
     assert module is not None
-    told = layout.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    told = arguments.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     module.forward(query, key, value, told, out, lse, mass)
 
 
@@ -188,7 +189,7 @@ def backward_op(
 ) -> None:
     module = dispatch.implementation(OP, backend)
     assert module is not None
-    told = layout.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    told = arguments.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     module.backward(query, key, value, told, out, lse, grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value)
 
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from appo_kernels import cuda_library
+from appo_kernels.attention import cuda_passes as passes
+from appo_kernels.attention.arguments import Layout
 from appo_kernels.dispatch import Problem
-from appo_kernels.layout import Layout
-from appo_kernels.ops.frame_attention import cuda as attention
 
 OP = "frame_mass"
 ROW_TILE = 64  # rows of a block: kRows
@@ -18,20 +18,20 @@ ROW_TILE = 64  # rows of a block: kRows
 class FrameMassParams(cuda_library.Params):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "lse", "frame_weights", "mass")),
-        ("visibility", attention.Visibility),
-        ("frames", attention.FrameIds),
-        *attention.strides("query", "bhr"),
-        *attention.strides("key", "bhs"),
-        *attention.strides("mass", "bhrf"),
-        *attention.SIZES,
-        *attention.counts("frames_per_block", "per_head"),
+        ("visibility", passes.Visibility),
+        ("frames", passes.FrameIds),
+        *passes.strides("query", "bhr"),
+        *passes.strides("key", "bhs"),
+        *passes.strides("mass", "bhrf"),
+        *passes.SIZES,
+        *passes.counts("frames_per_block", "per_head"),
         ("scale_log2", ctypes.c_float),
-        *attention.counts("head_dim", "element"),
+        *passes.counts("head_dim", "element"),
     )
 
 
 def unsupported(problem: Problem) -> str | None:
-    return attention.unsupported(problem)
+    return passes.unsupported(problem)
 
 
 def forward(
@@ -50,10 +50,10 @@ def forward(
         if new_lse is not None:
             new_lse.fill_(-math.inf)
         return
-    common = attention.operands(query, key, layout, frame_count)
+    common = passes.operands(query, key, layout, frame_count)
     if lse is None:
         assert new_lse is not None
-        attention.attend(
+        passes.attend(
             OP, "appo_frame_mass_one_pass", common, None, layout.frame_weights, None, new_lse, mass, per_head
         )  # fmt: skip
         return
@@ -67,7 +67,7 @@ def forward(
         lse=lse,
         frame_weights=weights,
         mass=mass,
-        **attention.stride_fields("mass", "bhrf", mass_BHRF),
+        **passes.stride_fields("mass", "bhrf", mass_BHRF),
         frames_per_block=frames_per_block(
             batch * -(-rows // ROW_TILE) * (heads if per_head else 1), frame_count, mass.device
         ),
@@ -90,9 +90,7 @@ def backward(
     head_mass = grad_mass if per_head else grad_mass[:, None] / query.shape[1]
     if layout.frame_weights is not None:
         head_mass = head_mass * layout.frame_weights[:, None, None]
-    attention.attend_backward(
-        OP, query, key, None, layout, None, lse, None, None, head_mass, grad_query, grad_key, None
-    )
+    passes.attend_backward(OP, query, key, None, layout, None, lse, None, None, head_mass, grad_query, grad_key, None)
 
 
 def frames_per_block(blocks: int, frame_count: int, device: torch.device) -> int:

@@ -8,7 +8,7 @@ A backend has
         writes the gradients that are not None, whatever was in the buffers before
 
     query, key     (B, Hq, R, d) and (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides, unit last
-    layout         which keys are of which frame, and which rows see which keys: ``appo_kernels.layout.Layout``
+    layout         which keys are of which frame, and which rows see which keys: ``attention.arguments.Layout``
     lse, new_lse   (B, Hq, R) fp32, natural log; lse -inf (also +inf) only in rows that see no key
     per_head       bool
     mass           (B, R, F), or (B, Hq, R, F) when per_head, fp32; any strides
@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from appo_kernels import checks, dispatch, layout
-from appo_kernels.logits import compute_dtype
+from appo_kernels import checks, dispatch
+from appo_kernels.attention import arguments
+from appo_kernels.dtypes import compute_dtype
 
 OP = "frame_mass"
 
@@ -81,7 +82,7 @@ def frame_mass(
         ValueError: a wrong shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,
             prefix_keys outside [0, S], an lse that is NaN, or +inf in a row that sees keys.
     """
-    layout.check_attention(OP, query, key, frame_ids, num_frames, first_key, last_key, prefix_keys, reduction)
+    arguments.check_attention(OP, query, key, frame_ids, num_frames, first_key, last_key, prefix_keys, reduction)
     batch, heads, rows, head_dim = query.shape
     dtype = compute_dtype(query.dtype)
     if lse is not None:
@@ -100,11 +101,11 @@ def frame_mass(
         frame_ids.int(),
         None if lse is None else lse.detach(),
         *(None if bound is None else bound.int() for bound in (first_key, last_key, prefix_keys)),
-        layout.frame_weights(frame_ids, num_frames, reduction, dtype),
+        arguments.frame_weights(frame_ids, num_frames, reduction, dtype),
         1.0 / math.sqrt(head_dim) if scale is None else float(scale),
         per_head,
     )
-    query, key = layout.unit_last_stride(query), layout.unit_last_stride(key)
+    query, key = arguments.unit_last_stride(query), arguments.unit_last_stride(key)
     if needs_grad:
         mass = _FrameMass.apply(query, key, *operands, num_frames, backend)
         return mass if out is None else out.add_(mass)
@@ -169,12 +170,12 @@ def forward_op(
     backend: str,
 ) -> None:
     if checks.values_enabled():
-        layout.check_values(OP, key.shape[2], frame_ids, mass.shape[-1], last_key, prefix_keys)
+        arguments.check_values(OP, key.shape[2], frame_ids, mass.shape[-1], last_key, prefix_keys)
         if lse is not None:
-            _check_lse(lse, layout.sees_any(key.shape[2], first_key, last_key, prefix_keys))
+            _check_lse(lse, arguments.sees_any(key.shape[2], first_key, last_key, prefix_keys))
     module = dispatch.implementation(OP, backend)
     assert module is not None
-    told = layout.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    told = arguments.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     module.forward(query, key, told, lse, per_head, mass, new_lse)
 
 
@@ -212,7 +213,7 @@ def backward_op(
 ) -> None:
     module = dispatch.implementation(OP, backend)
     assert module is not None
-    told = layout.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    told = arguments.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     module.backward(query, key, told, lse, per_head, grad_mass, grad_query, grad_key)
 
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from appo_kernels import dispatch
-from appo_kernels.layout import KeyTile, Layout, Rows, hide, key_tiles, row_tiles
-from appo_kernels.logits import compute_dtype
-from appo_kernels.ops.frame_attention import streaming as attention
+from appo_kernels.attention import torch_passes as passes
+from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.torch_tiles import KeyTile, Rows, hide, key_tiles, row_tiles
+from appo_kernels.dtypes import compute_dtype
 
 # Keys converted at a time, over all key/value heads: 4 Mi numbers are 16 MiB in fp32 whatever the heads are.
 KEY_NUMBERS = 4 << 20
@@ -37,7 +38,7 @@ def forward(
 ) -> None:
     if lse is None:
         assert new_lse is not None
-        attention.attend(
+        passes.attend(
             query, key, None, layout, None, new_lse, mass,
             per_head=per_head, max_keys=MAX_KEYS, tile_scores=TILE_SCORES,
         )  # fmt: skip
@@ -47,7 +48,7 @@ def forward(
     num_frames, group = mass.shape[-1], query.shape[1] // key.shape[1]
     if not mass.numel():
         return
-    factor, log2_e = attention.base_two(layout.scale, dtype)
+    factor, log2_e = passes.base_two(layout.scale, dtype)
     keys = max(MIN_KEYS, min(MAX_KEYS, KEY_NUMBERS // (key.shape[1] * head_dim)))
     for b in range(batch):
         # An empty row's lse of -inf or +inf becomes +inf, and exp(score - inf) the 0 it must be.
@@ -112,6 +113,6 @@ def backward(
     grad_query: Tensor | None,
     grad_key: Tensor | None,
 ) -> None:
-    attention.attend_backward(
+    passes.attend_backward(
         query, key, None, layout, None, lse, None, None, grad_mass, grad_query, grad_key, None, per_head=per_head
     )

@@ -2,16 +2,17 @@
 
 from torch import Tensor
 
+from appo_kernels import triton_launch
+from appo_kernels.attention import triton_passes as passes
+from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.triton_block_mask import key_plan, row_bounds
+from appo_kernels.attention.triton_mass import replay
 from appo_kernels.dispatch import Problem
-from appo_kernels.layout import Layout
-from appo_kernels.ops.frame_attention import triton as attention
-from appo_kernels.ops.frame_mass.triton_replay import replay
-from appo_kernels.tile_plan import key_plan, row_bounds
 from appo_kernels.triton_launch import FORWARD, architecture, tiling
 
 
 def unsupported(problem: Problem) -> str | None:
-    return attention.unsupported(problem)
+    return triton_launch.unsupported(problem)
 
 
 def forward(
@@ -26,7 +27,7 @@ def forward(
     mass_BHRF = mass if per_head else mass[:, None]
     if lse is None:
         assert new_lse is not None
-        attention.attend(query, key, None, layout, None, new_lse, mass_BHRF)
+        passes.attend(query, key, None, layout, None, new_lse, mass_BHRF)
         return
     (B, Hq, R, D), (HKV, S), F = query.shape, key.shape[1:3], mass.shape[-1]
     if not B * R * S * F:
@@ -47,7 +48,7 @@ def backward(
     grad_query: Tensor | None,
     grad_key: Tensor | None,
 ) -> None:
-    attention.attend_backward(
+    passes.attend_backward(
         query, key, None, layout, None, lse, None, None, grad_mass if per_head else grad_mass[:, None],
         grad_query, grad_key, None,
     )  # fmt: skip

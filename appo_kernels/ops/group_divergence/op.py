@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
-from appo_kernels.logits import check_projection, check_temperature, compute_dtype
+from appo_kernels.dtypes import compute_dtype
+from appo_kernels.vocabulary.torch_tiles import check_projection, check_temperature
 
 OP, OP_LOGITS = "group_divergence", "group_divergence_from_logits"
 KINDS = ("kl", "k3")

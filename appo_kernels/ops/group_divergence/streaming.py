@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
-from appo_kernels.logits import convertible_columns, logits_tile, operand, tiles
+from appo_kernels.vocabulary.torch_tiles import convertible_columns, logits_tile, operand, tiles
 
 # Bytes of a tile (unique rows x columns), of which there are two, and of a copy of the members of a chunk of slots
 # (slots x members x columns), of which there are up to three. All must fit in 128 MiB beside a copy of the selected

@@ -4,7 +4,7 @@
 import triton
 import triton.language as tl
 
-from appo_kernels.triton_rows import scaled
+from appo_kernels.vocabulary.triton_rows import scaled
 
 
 @triton.jit

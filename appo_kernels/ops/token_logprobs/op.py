@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
-from appo_kernels.logits import check_projection, compute_dtype
+from appo_kernels.dtypes import compute_dtype
+from appo_kernels.vocabulary.torch_tiles import check_projection
 
 OP = "token_logprobs"
 

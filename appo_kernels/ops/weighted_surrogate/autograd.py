@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from appo_kernels import dispatch
-from appo_kernels.logits import compute_dtype
+from appo_kernels.dtypes import compute_dtype
 from appo_kernels.ops.weighted_surrogate.arguments import check_values
 from appo_kernels.ops.weighted_surrogate.loss import METRICS, Settings
 

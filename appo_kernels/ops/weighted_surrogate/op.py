@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
-from appo_kernels.logits import compute_dtype
+from appo_kernels.dtypes import compute_dtype
 from appo_kernels.ops.weighted_surrogate import arguments
 from appo_kernels.ops.weighted_surrogate.autograd import (
     LinearWeightedSurrogate,

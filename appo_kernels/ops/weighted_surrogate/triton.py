@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from appo_kernels import dispatch
-from appo_kernels.logits import compute_dtype, tiles
+from appo_kernels.dtypes import compute_dtype
 from appo_kernels.ops.weighted_surrogate import streaming
 from appo_kernels.ops.weighted_surrogate.loss import MASK, SHARE, Settings, evaluate, token_slope
 from appo_kernels.triton_launch import unsupported as _unsupported
-from appo_kernels.triton_rows import fold, gradient, new_state, results
+from appo_kernels.vocabulary.output_head import OutputHead
+from appo_kernels.vocabulary.torch_tiles import tiles
+from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state, results
 
 # Stands for the log-probability of an impossible token in products with its probability, which is 0.
 IMPOSSIBLE = -1e4
@@ -97,7 +99,7 @@ def linear_forward(
     flat, M = batch * T + token, batch.shape[0]
     table_M, targets_M = table[:, batch, token], targets[batch, token].long()
     wants_grad = grad_hidden is not None or grad_weight is not None or grad_bias is not None
-    head = streaming._Head(weight, bias, grad_weight, grad_bias, M)
+    head = OutputHead(weight, bias, grad_weight, grad_bias, M)
     logprobs, entropy, lse = table.new_zeros(3, M)
     options: dict[str, Any] = {"temperature": settings.temperature, "softcap": settings.softcap}
     if grad_hidden is not None:

@@ -9,7 +9,7 @@ shuffle or exponential is added to the loop. The mass of small frames, which sha
 import triton
 import triton.language as tl
 
-from appo_kernels.triton_tiles import (
+from appo_kernels.attention.triton_device import (
     TO_BASE_2,
     TO_BASE_E,
     load_bounds,

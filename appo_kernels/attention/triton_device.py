@@ -7,13 +7,11 @@ for all of them: lane m is row m // G of the tile and query head m % G of the gr
 Shapes: R rows, S keys, F frames, D head size, DP the padded one. Pointers ``p_``, tiles in registers ``b_``.
 """
 
-import math
-
 import triton
 import triton.language as tl
 
-# Softmax is taken in base 2, lse is in base e.
-LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)
+from appo_kernels.dtypes import LN_2, LOG2_E
+
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 
 

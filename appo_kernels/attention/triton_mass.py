@@ -9,9 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from appo_kernels.tile_plan import KeyPlan
+from appo_kernels.attention.triton_block_mask import KeyPlan
+from appo_kernels.attention.triton_device import load_bounds, load_lse, load_rows, packed_rows, probabilities, sum_heads
+from appo_kernels.dtypes import LOG2_E
 from appo_kernels.triton_launch import Tiling, multiprocessors, on_its_device, padded_head_dim
-from appo_kernels.triton_tiles import LOG2_E, load_bounds, load_lse, load_rows, packed_rows, probabilities, sum_heads
 
 # Frames of a program, and of one where a program per key/value head is not enough to fill the GPU.
 FRAMES, FRAMES_SPLIT = 16, 4

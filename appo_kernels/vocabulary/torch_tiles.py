@@ -8,16 +8,13 @@ distributions lose the differences that a divergence is made of.
 Shapes: m rows of M, v vocabulary columns of V, D hidden size.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from appo_kernels import checks
-
-LOG2_E = math.log2(math.e)
-HALVES = (torch.float16, torch.bfloat16)
+from appo_kernels.dtypes import HALVES, compute_dtype
 
 # Bytes of one tile of logits. On a CPU a tile is read again by the passes after its matrix product and should
 # still be in the last level of cache then; a GPU wants few launches and matrix products that fill it.
@@ -51,11 +48,6 @@ def check_temperature(op: str, temperature: float) -> None:
     if not 0 < temperature < float("inf"):
         remedy = "Pass the temperature that the responses were sampled with."
         checks.fail(op, "temperature", "a positive finite number", temperature, remedy)
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits and of everything accumulated from them: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def operand(tensor: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from appo_kernels.logits import LOG2_E, tiles
+from appo_kernels.dtypes import LOG2_E
+from appo_kernels.vocabulary.torch_tiles import tiles
 
 # Bytes of logits that a CPU takes at a time: they, and the probabilities beside them, stay in cache through all passes.
 CPU_BLOCK_BYTES = 4 << 20

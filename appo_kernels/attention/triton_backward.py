@@ -10,7 +10,7 @@ tile of one frame it is one number per row, which is taken off delta once per ti
 import triton
 import triton.language as tl
 
-from appo_kernels.triton_tiles import (
+from appo_kernels.attention.triton_device import (
     TO_BASE_E,
     load_bounds,
     load_keys,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention_cases import FRAMES, LAYOUTS, case
 
-from appo_kernels.layout import key_tiles
+from appo_kernels.attention.torch_tiles import key_tiles
 
 # Sizes below, at and above a frame's keys and the whole sequence.
 SIZES = (1, 5, 16, 1000)

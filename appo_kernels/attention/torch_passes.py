@@ -1,0 +1,244 @@
+"""Attention passes in plain PyTorch: an online softmax over tiles of rows x keys sorted by frame, any device.
+
+Keys sorted by frame make the row sum, which the softmax takes anyway, a sum of frame sums: the mass costs nothing
+beside it. Exponentials are to base 2, which the vectorised libraries compute in about half the time of base e.
+Without a value they give the mass and the lse alone.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.torch_tiles import KeyTile, Rows, hide, key_tiles, row_tiles
+from appo_kernels.dtypes import LOG2_E, compute_dtype
+
+MAX_KEYS = 256
+# Scores of a tile, over the query heads of one key head: they stay in a cache while they are exponentiated and summed.
+TILE_SCORES = 1 << 19
+# What is kept of all query heads while a tile of rows walks the keys: 4 Mi numbers are 16 MiB in fp32.
+STATE_NUMBERS = 4 << 20
+
+
+def base_two(scale: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The factor of query . key, and that of natural logarithms, for exponentials to base 2 in ``dtype``.
+
+    The first is scale log2(e) rounded to ``dtype``, the second fits what was rounded, so that exp2(factor query . key -
+    log2_e lse) is a probability to the power of 1 + 6e-8. Rounded apart they would err by 6e-8 times the scores.
+    """
+    factor = float(torch.tensor(scale * LOG2_E, dtype=dtype))
+    return factor, factor / scale if factor else LOG2_E
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    layout: Layout,
+    out: Tensor | None,
+    lse: Tensor,
+    mass: Tensor,
+    *,
+    per_head: bool,
+    max_keys: int,
+    tile_scores: int,
+) -> None:
+    """Writes ``lse``, and ``out`` if there is a value; adds to ``mass``, (B, Hq, R, F) when ``per_head``."""
+    batch, heads, rows, head_dim = query.shape
+    num_frames, group = mass.shape[-1], heads // key.shape[1]
+    factor, log2_e = base_two(layout.scale, lse.dtype)
+    most_rows = STATE_NUMBERS // (heads * (num_frames + head_dim + 3))
+    for b in range(batch):
+        tiles = key_tiles(layout.frame_ids[b], num_frames, max_keys, frames_only=False)
+        size = min(most_rows, tile_scores // (group * max([len(tile) for tile in tiles], default=1)))
+        for part in row_tiles(b, rows, max(16, size), layout.bounds):
+            here = slice(part.start, part.stop)
+            one_value = None if value is None else value[b]
+            sums, peak, weighted = _online_softmax(
+                query[b, :, here], key[b], one_value, tiles, part, factor, num_frames
+            )
+            denominator = sums.sum(-1)  # (Hq, rows)
+            lse[b, :, here] = peak / log2_e + denominator.log()
+            inverse = torch.where(denominator == 0, 0, 1 / denominator)[..., None]
+            if out is not None and weighted is not None:
+                out[b, :, here] = weighted.mul_(inverse).to(out.dtype)
+            by_head = sums[..., :num_frames].mul_(inverse)
+            if layout.frame_weights is not None:
+                by_head *= layout.frame_weights[b]
+            if per_head:
+                mass[b, :, here] += by_head
+            else:
+                mass[b, here] += by_head.sum(0).mul_(1 / heads)
+
+
+def _online_softmax(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    tiles: list[KeyTile],
+    part: Rows,
+    factor: float,
+    num_frames: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Some rows of one sequence: query (Hq, rows, d), key and value (Hkv, S, d).
+
+    Returns the frame sums (Hq, rows, F + 1) and value product (Hq, rows, d) of exp2(factor query . key - peak), and the
+    peak (Hq, rows).
+    """
+    heads, rows, head_dim = query.shape
+    dtype, group = compute_dtype(query.dtype), heads // len(key)
+    queries = query.to(dtype).reshape(len(key), group * rows, head_dim)
+    sums = queries.new_zeros(len(key), group, rows, num_frames + 1)
+    peaks = queries.new_full((len(key), group, rows, 1), -math.inf)
+    weighted = None if value is None else torch.zeros_like(queries)
+    for tile in tiles:
+        hidden = part.hidden(tile)
+        if hidden is True:
+            continue
+        scores = queries.new_empty(group, rows, len(tile))
+        flat = scores.view(group * rows, -1)
+        for kv, peak in enumerate(peaks):
+            # The same rounding as in the gradient, whose probabilities then add up to 1 with this lse.
+            torch.addmm(flat, queries[kv], tile.take(key[kv], dtype).t(), beta=0, alpha=factor, out=flat)
+            if isinstance(hidden, Tensor):
+                hide(scores, hidden)
+            highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
+            finite = highest.masked_fill(torch.isneginf(highest), 0)  # a row that has seen no key yet
+            rescale = (peak - finite).exp2_()
+            scores.sub_(finite).exp2_()
+            tile.add_frame_sums(scores, sums[kv].mul_(rescale))
+            if weighted is not None and value is not None:
+                weighted[kv].mul_(rescale.view(-1, 1)).addmm_(flat, tile.take(value[kv], dtype))
+            peak.copy_(highest)
+    shape = (heads, rows, -1)
+    return sums.view(shape), peaks.view(heads, rows), None if weighted is None else weighted.view(shape)
+
+
+def attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    layout: Layout,
+    out: Tensor | None,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_mass: Tensor | None,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    *,
+    per_head: bool,
+) -> None:
+    """Writes the gradients asked for, from those of the results that were used (see op.py for the formulas)."""
+    dtype = compute_dtype(query.dtype)
+    batch, heads, rows, _ = query.shape
+    group = heads // key.shape[1]
+    num_frames = 0 if grad_mass is None else grad_mass.shape[-1]
+    factor, log2_e = base_two(layout.scale, dtype)
+    for b in range(batch):
+        # Without a gradient of the mass all frames are as no frame.
+        ids = layout.frame_ids[b] if grad_mass is not None else torch.full_like(layout.frame_ids[b], -1)
+        tiles = key_tiles(ids, num_frames, MAX_KEYS, frames_only=False)
+        size = max(16, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
+        shift = torch.where(
+            torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype)
+        )  # exp2(score - inf) = 0 in a row without keys
+        for kv in range(key.shape[1]):
+            dkey = torch.zeros_like(key[b, kv], dtype=dtype)
+            dvalue = torch.zeros_like(dkey)
+            for part in row_tiles(b, rows, size, layout.bounds):
+                here = slice(part.start, part.stop)
+                of_kv = slice(kv * group, (kv + 1) * group)
+                frame_grad = None
+                if grad_mass is not None:
+                    chosen = grad_mass[b, of_kv, here] if per_head else grad_mass[b, None, here] / heads
+                    chosen = chosen if layout.frame_weights is None else chosen * layout.frame_weights[b]
+                    frame_grad = torch.nn.functional.pad(chosen.to(dtype), (0, 1)).expand(group, -1, -1)  # none: F
+                delta = query.new_zeros(group, part.stop - part.start, dtype=dtype)
+                if grad_out is not None and out is not None:
+                    delta += (grad_out[b, of_kv, here].to(dtype) * out[b, of_kv, here]).sum(-1)
+                if grad_lse is not None:
+                    delta -= grad_lse[b, of_kv, here]
+                dquery = _rows_backward(
+                    query[b, of_kv, here].to(dtype),
+                    key[b, kv],
+                    None if value is None else value[b, kv],
+                    shift[of_kv, here],
+                    None if grad_out is None else grad_out[b, of_kv, here].to(dtype),
+                    frame_grad, delta, tiles, part, layout.scale, factor, dkey, dvalue,
+                )  # fmt: skip
+                if grad_query is not None:
+                    grad_query[b, of_kv, here] = dquery.to(query.dtype)
+            if grad_key is not None:
+                grad_key[b, kv] = dkey.to(key.dtype)
+            if grad_value is not None:
+                grad_value[b, kv] = dvalue.to(key.dtype)
+
+
+def _rows_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    shift: Tensor,
+    grad_out: Tensor | None,
+    frame_grad: Tensor | None,
+    delta: Tensor,
+    tiles: list[KeyTile],
+    part: Rows,
+    scale: float,
+    factor: float,
+    dkey: Tensor,
+    dvalue: Tensor,
+) -> Tensor:
+    """Some rows of the heads that share one key head: adds to dkey and dvalue (S, d), returns dquery (g, rows, d).
+
+    query and grad_out (g, rows, d), shift and delta (g, rows), frame_grad (g, rows, F + 1), key and value (S, d).
+    delta comes without the term of the mass, which takes a pass of its own over the keys of frames.
+    """
+    group = query.shape[0]
+    hidden = [part.hidden(tile) for tile in tiles]
+    if frame_grad is not None:
+        delta = delta.clone()
+        for tile, hides in zip(tiles, hidden, strict=True):
+            if hides is True or tile.runs[0][0] == frame_grad.shape[-1] - 1:
+                continue
+            column = tile.take(key, query.dtype).t()
+            for head in range(group):
+                probabilities = _probabilities(query[head], column, shift[head], hides, factor)
+                delta[head] += probabilities.mul_(frame_grad[head].index_select(1, tile.frames)).sum(-1)
+    dquery = torch.zeros_like(query)
+    for tile, hides in zip(tiles, hidden, strict=True):
+        if hides is True:
+            continue
+        keys = tile.take(key, query.dtype)  # (n, d)
+        values = None if value is None or grad_out is None else tile.take(value, query.dtype)
+        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(keys)
+        for head in range(group):
+            probabilities = _probabilities(query[head], keys.t(), shift[head], hides, factor)
+            minus_delta = -delta[head, :, None]
+            if values is not None and grad_out is not None:
+                dvalues.addmm_(probabilities.t(), grad_out[head])
+                dscores = torch.addmm(minus_delta, grad_out[head], values.t())
+            else:
+                dscores = minus_delta.expand_as(probabilities).clone()
+            if frame_grad is not None:
+                dscores += frame_grad[head].index_select(1, tile.frames)
+            dscores *= probabilities
+            dquery[head].addmm_(dscores, keys, alpha=scale)
+            dkeys.addmm_(dscores.t(), query[head], alpha=scale)
+        tile.add_to(dkey, dkeys)
+        if values is not None:
+            tile.add_to(dvalue, dvalues)
+    return dquery
+
+
+def _probabilities(query: Tensor, column: Tensor, shift: Tensor, hidden: bool | Tensor, factor: float) -> Tensor:
+    """(rows, n): exp2(factor query . key + shift), 0 where hidden."""
+    scores = query.new_empty(len(query), column.shape[1])
+    torch.addmm(scores, query, column, beta=0, alpha=factor, out=scores)
+    scores += shift[:, None]
+    if isinstance(hidden, Tensor):
+        hide(scores, hidden)
+    return scores.exp2_()

@@ -1,0 +1,18 @@
+"""Dtypes that operators compute in, and the constants between bases of logarithms."""
+
+import math
+
+import torch
+
+LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)  # softmax is taken in base 2, lse is in base e
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of logits and of everything accumulated from them: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name without "torch.", such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,1 @@
+"""Code shared by the operators on logits: tiles, passes over their rows, the output head."""
