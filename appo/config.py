@@ -67,6 +67,8 @@ class APPOConfig:
     top_p: float = 1.0
     rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})  # name: weight in the sum
 
+    rewards_lenient: bool = False  # read answers as models write them: "**B**", "\\boxed{B}", "00:13 - 00:29"
+
     # Dynamic sampling and overlong shaping (DAPO).
     dynamic_sampling: bool = False  # replace groups whose rewards are all equal by new prompts
     max_sampling_rounds: int = 4

@@ -37,9 +37,18 @@ def group_advantages(rewards: Tensor, *, scale: str = "group") -> Tensor:
     if checks.values_enabled() and not bool(rewards.isfinite().all()):
         checks.fail(op, "rewards", "finite values", rewards.tolist(), "Give a response without a reward 0.")
     dtype = rewards.dtype if rewards.dtype == torch.float64 else torch.float32
+    # In units of the largest one, so that neither differences nor squares of huge rewards overflow.
+    unit = rewards.detach().double().abs().max().clamp(min=1.0)
+    scaled_G = rewards.detach().double() / unit
     # Differences from the first reward: equal ones are then exactly 0, whatever the rounding of their mean.
-    difference_G = rewards.detach().double() - rewards[0].double()
+    difference_G = scaled_G - scaled_G[0]
     centred_G = difference_G - difference_G.mean()
-    if scale == "group" and len(rewards) > 1:
-        centred_G = centred_G / (centred_G.std() + 1e-4)
-    return centred_G.to(dtype)
+    if scale == "none":
+        advantages_G = (centred_G * unit).to(dtype)
+    elif len(rewards) > 1:
+        advantages_G = (centred_G / (centred_G.std() + 1e-4 / unit)).to(dtype)
+    else:
+        advantages_G = centred_G.to(dtype)
+    if checks.values_enabled() and not bool(advantages_G.isfinite().all()):
+        checks.fail(op, "rewards", f"differences within {dtype}", rewards.tolist(), "Scale rewards down.")
+    return advantages_G

@@ -5,63 +5,30 @@ to the record (temporal IoU of a record without time spans). What the model got 
 an error. Specification: section 8.
 """
 
-import difflib
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from appo.data.records import Record
+from appo.data.math_answers import equal, number, reads
+from appo.data.records import DataError, Record
+from appo.data.words import spaced, split_words
+from appo.rollout.lenient import lenient as read_leniently
+from appo.rollout.registry import REWARDS as REWARDS
+from appo.rollout.registry import UNREADABLE as UNREADABLE
+from appo.rollout.registry import Reward, get_reward, per_response, register
 
-Reward = Callable[[list[str], list[Record]], list[float | None]]
 Interval = tuple[float, float]
 
-REWARDS: dict[str, Reward] = {}
-
-_TAG = r"((?:(?!</?(?:think|answer|time)>).)*)"  # what stands between tags: text without any tag
-_FORMAT = re.compile(rf"\s*<think>{_TAG}</think>\s*<answer>{_TAG}</answer>\s*", re.DOTALL)
-_TIME_FORMAT = re.compile(
-    rf"\s*<think>{_TAG}</think>\s*"
-    rf"(?:<answer>{_TAG}</answer>\s*<time>{_TAG}</time>|<time>{_TAG}</time>\s*<answer>{_TAG}</answer>)\s*",
-    re.DOTALL,
-)
+_TAG = re.compile(r"</?(?:think|answer|time)>")
 _LETTER = re.compile(r"\(([A-Z])\)\s*(.*)|([A-Z])(?:[.:)]\s*(.*))?", re.DOTALL | re.IGNORECASE)
-_SECONDS = r"(\d+(?:\.\d+)?|\.\d+)"
-_SPAN = re.compile(rf"\s*{_SECONDS}\s*s?\s+to\s+{_SECONDS}\s*s?\s*")
-_WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # not a LaTeX command
-_NUMBER = re.compile(r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
-
-
-def register(name: str) -> Callable[[Reward], Reward]:
-    """Make a reward known under ``name``, for ``combine`` and for configuration files."""
-
-    def add(reward: Reward) -> Reward:
-        if name in REWARDS:
-            raise ValueError(f"register: `name`: expected a new name, got {name!r}. Choose another.")
-        REWARDS[name] = reward
-        return reward
-
-    return add
-
-
-def per_response(score: Callable[[str, Record], float | None]) -> Reward:
-    """A reward from a function of one response and its record."""
-
-    @functools.wraps(score)
-    def reward(completions: list[str], records: list[Record]) -> list[float | None]:
-        if len(completions) != len(records):
-            raise ValueError(
-                f"{score.__name__}: `records`: expected one per completion, {len(completions)}, got {len(records)}. "
-                "Repeat the record for each response of its group."
-            )
-        return [score(text, record) for text, record in zip(completions, records, strict=True)]
-
-    return reward
+_SECONDS = re.compile(r"\d+(?:\.\d+)?|\.\d+", re.ASCII)
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def tagged(text: str, tag: str) -> str | None:
@@ -76,35 +43,34 @@ def tagged(text: str, tag: str) -> str | None:
 @register("multiple_choice")
 @per_response
 def multiple_choice(completion: str, record: Record) -> float | None:
-    """1 where the only answer tag names the right option: "B", "(B)", "B.", or "B. a ball" with option B's own text."""
+    """1 where the only answer tag names the right option: "B", "(B)", "B.", or "B. a ball" with option B's own text.
+
+    Without a list of options any text may stand behind the letter.
+    """
     if record.kind != "multiple choice":
         return None
     match = _LETTER.fullmatch(tagged(completion, "answer") or "")
     if match is None:
-        return 0.0
+        return UNREADABLE
     letter, rest = (match[1] or match[3]).upper(), _plain(match[2] or match[4] or "")
     texts = {option[:1]: _plain(option[2:]) for option in record.options}
-    return float(letter == record.answer and (not rest or rest == texts.get(letter)))
+    return float(letter == record.answer and (not rest or not texts or rest == texts.get(letter)))
 
 
 @register("math")
 @per_response
 def mathematical(completion: str, record: Record) -> float | None:
-    """1 where math-verify finds the answer equal to the record's number or expression.
+    """1 where the answer is the record's number, with or without a unit, or math-verify finds the expressions equal.
 
-    Raises ValueError when the record's own answer cannot be parsed.
+    Raises DataError where the record's own answer cannot be read. Safe in any thread.
     """
     if record.kind not in ("numerical", "math"):
         return None
-    import math_verify
-
-    gold = _parse_math(record.answer)
-    if all(isinstance(reading, str) for reading in gold):
-        raise ValueError(f"{record.place}: `answer`: expected a number or expression, got {record.answer!r}.")
-    answer = tagged(completion, "answer") or ""
-    if _WORD.search(answer) and len(_NUMBER.findall(answer)) > 1 and "\\boxed" not in answer:
-        return 0.0  # "3 or 4" names no answer; math-verify would take the last number
-    return float(bool(answer) and math_verify.verify(gold, _parse_math(answer)))
+    answer = tagged(completion, "answer")
+    found = equal(record.answer, answer) if answer else None
+    if not found and not _readable_truth(record.answer):
+        raise DataError(f"{record.place}: `answer`: expected a number or expression, got {record.answer!r}.")
+    return UNREADABLE if found is None else float(found)
 
 
 @register("regression")
@@ -113,37 +79,46 @@ def regression(completion: str, record: Record) -> float | None:
     """1 - |answer - truth| / |truth|, at least 0, for an answer with exactly one number in it; else 0."""
     if record.kind != "regression":
         return None
-    truth, answer = _number(record.answer), _number(tagged(completion, "answer") or "")
+    truth, answer = number(record.answer), number(tagged(completion, "answer") or "")
     if truth is None:
-        raise ValueError(f"{record.place}: `answer`: expected one number, got {record.answer!r}.")
+        raise DataError(f"{record.place}: `answer`: expected one number, got {record.answer!r}.")
     if answer is None:
-        return 0.0
+        return UNREADABLE
     return max(0.0, 1 - abs(answer - truth) / abs(truth)) if truth else float(answer == 0)
 
 
 @register("ocr")
 @per_response
 def ocr(completion: str, record: Record) -> float | None:
-    """1 - word error rate (jiwer), at least 0: word edits between answer and truth per word of the truth."""
+    """1 - word error rate (jiwer), at least 0: word edits between answer and truth per word of the truth.
+
+    Scripts without spaces between words (Chinese, Japanese, Thai) are compared by characters.
+    """
     if record.kind != "ocr":
         return None
     import jiwer
 
     answer = tagged(completion, "answer")
-    return max(0.0, 1 - jiwer.wer(record.answer, answer)) if answer else 0.0
+    return max(0.0, 1 - jiwer.wer(spaced(record.answer), spaced(answer))) if answer else UNREADABLE
 
 
 @register("rouge")
 @per_response
 def rouge(completion: str, record: Record) -> float | None:
-    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L (stemmed); without ROUGE-2 where the truth is a single word."""
+    """Mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-L, without ROUGE-2 where the truth is a single word.
+
+    English words are stemmed, as rouge-score does; other scripts are split as `split_words` says.
+    """
     if record.kind != "free-form":
         return None
     answer = tagged(completion, "answer")
     if not answer:
-        return 0.0
+        return UNREADABLE
+    words = split_words(record.answer)
+    if not words:  # "?!": nothing that ROUGE counts
+        return float(answer.split() == record.answer.split())
     scores = _rouge_scorer().score(record.answer, answer)
-    names = ("rouge1", "rouge2", "rougeL") if len(record.answer.split()) > 1 else ("rouge1", "rougeL")
+    names = ("rouge1", "rouge2", "rougeL") if len(words) > 1 else ("rouge1", "rougeL")
     return sum(scores[name].fmeasure for name in names) / len(names)
 
 
@@ -171,9 +146,11 @@ def response_format(completion: str, record: Record) -> float | None:
 
     A record that asks for time also needs one <time>8.4 to 12.5, 25 to 30.2</time> before or after the answer.
     """
+    names = _sections(completion)
     if not record.asks_time:
-        return float(_FORMAT.fullmatch(completion) is not None)
-    return float(_TIME_FORMAT.fullmatch(completion) is not None and time_spans(completion) is not None)
+        return float(names == ["think", "answer"])
+    right = names in (["think", "answer", "time"], ["think", "time", "answer"])
+    return float(right and time_spans(completion) is not None)
 
 
 @register("temporal_iou")
@@ -183,14 +160,28 @@ def temporal_iou(completion: str, record: Record) -> float | None:
     if not record.time_spans:
         return None
     spans = time_spans(completion)
-    return 0.0 if spans is None else interval_iou(spans, record.time_spans)
+    return UNREADABLE if spans is None else interval_iou(spans, record.time_spans)
 
 
 def time_spans(completion: str) -> list[Interval] | None:
     """The (start, end) seconds of "<time>8.4 to 12.5, 25 to 30.2</time>"; None where any of it is not of this form."""
-    spans = [_SPAN.fullmatch(part) for part in (tagged(completion, "time") or "").split(",")]
-    found = [(float(match[1]), float(match[2])) for match in spans if match]
-    return found if len(found) == len(spans) and all(start <= end for start, end in found) else None
+    found = []
+    for part in (tagged(completion, "time") or "").split(","):
+        words = part.split()
+        if words.count("to") != 1:
+            return None
+        middle = words.index("to")
+        start, end = _seconds(words[:middle]), _seconds(words[middle + 1 :])
+        if start is None or end is None or not start <= end < math.inf:
+            return None
+        found.append((start, end))
+    return found
+
+
+def _seconds(words: list[str]) -> float | None:
+    """8.4 of ["8.4"], ["8.4s"] or ["8.4", "s"]."""
+    text = words[0].removesuffix("s") if words[1:] in ([], ["s"]) and words else ""
+    return float(text) if _SECONDS.fullmatch(text) else None
 
 
 def interval_iou(first: Sequence[Interval], second: Sequence[Interval]) -> float:
@@ -208,13 +199,17 @@ def think_length(minimum: int = 20, maximum: int = 300) -> Reward:
         raise ValueError(f"think_length: expected 0 < minimum <= maximum, got {minimum} and {maximum}.")
 
     def think_length(completion: str, record: Record) -> float | None:
-        words = len((tagged(completion, "think") or "").split())
+        thought = tagged(completion, "think")
+        if thought is None:
+            return UNREADABLE
+        words = len(thought.split())
         return min(1.0, words / minimum, max(0.0, 2 - words / maximum))
 
     return per_response(think_length)
 
 
 register("think_length")(think_length())
+_BUILT_IN = frozenset(REWARDS)
 
 
 def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor:
@@ -232,14 +227,21 @@ def overlong_penalty(lengths: Tensor, *, max_length: int, buffer: int) -> Tensor
 
 @dataclass(frozen=True)
 class Rewards:
-    """total: (n,) fp32, the weighted sum; by_name: each reward (n,) fp32, unweighted, NaN where it does not apply."""
+    """total: (n,) fp32, the weighted sum; by_name: each reward (n,) fp32, unweighted, NaN where it does not apply;
+    unreadable: (n,) bool for each reward, where a response had no answer that it could read (it is 0 there)."""
 
     total: Tensor
     by_name: dict[str, Tensor]
+    unreadable: dict[str, Tensor] = field(default_factory=dict)
 
 
-def combine(names_and_scales: Mapping[str, float], completions: list[str], records: list[Record]) -> Rewards:
+def combine(
+    names_and_scales: Mapping[str, float], completions: list[str], records: list[Record], *, lenient: bool = False
+) -> Rewards:
     """The weighted sum of the named rewards per response; a reward that does not apply to a record adds nothing to it.
+
+    names_and_scales: a registered name, or "FILE.py:NAME" for a function of the user's (`get_reward`), and its weight.
+    lenient: read answers as models write them (`appo.rollout.lenient`); rewards of the user's get the text as it is.
 
     Raises:
         ValueError: an unknown name, a scale that is not finite, a reward function that returns something else than one
@@ -249,11 +251,17 @@ def combine(names_and_scales: Mapping[str, float], completions: list[str], recor
         raise ValueError("combine: `names_and_scales`: expected at least one reward, got none. Pass {'accuracy': 1.0}.")
     if len(completions) != len(records):
         raise ValueError(f"combine: `records`: expected one per completion, {len(completions)}, got {len(records)}.")
-    by_name = {}
+    by_name, unreadable = {}, {}
     for name, scale in names_and_scales.items():
         if not math.isfinite(scale):
             raise ValueError(f"combine: scale of `{name}`: expected a finite number, got {scale!r}.")
-        by_name[name] = _checked(name, get_reward(name)(completions, records), records)
+        texts = completions
+        if lenient and name in _BUILT_IN:  # the format reward asks for tags: none are put in for it
+            pairs = zip(completions, records, strict=True)
+            texts = [read_leniently(text, record, anywhere=name != "format") for text, record in pairs]
+        values = get_reward(name)(texts, records)
+        by_name[name] = _checked(name, values, records)
+        unreadable[name] = torch.tensor([value is UNREADABLE for value in values], dtype=torch.bool)
     applies = torch.stack([~values.isnan() for values in by_name.values()]).any(dim=0)
     for record, ok in zip(records, applies.tolist(), strict=True):
         if not ok:
@@ -262,25 +270,33 @@ def combine(names_and_scales: Mapping[str, float], completions: list[str], recor
                 f"{record.kind!r}. Add `accuracy`, which applies to every kind."
             )
     scaled = [scale * by_name[name].nan_to_num(nan=0.0) for name, scale in names_and_scales.items()]
-    return Rewards(torch.stack(scaled).sum(dim=0), by_name)
-
-
-def get_reward(name: str) -> Reward:
-    """The reward registered under ``name``; raises ValueError naming the ones there are."""
-    if name not in REWARDS:
-        close = difflib.get_close_matches(name, REWARDS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else " Add your own with appo.rewards.register."
-        raise ValueError(f"reward: expected one of {', '.join(sorted(REWARDS))}, got {name!r}.{hint}")
-    return REWARDS[name]
+    total = torch.stack(scaled).sum(dim=0)
+    if not bool(total.isfinite().all()):
+        raise ValueError(f"combine: expected a sum of rewards within float32, got {total.tolist()}. Scale them down.")
+    return Rewards(total, by_name, unreadable)
 
 
 def _checked(name: str, values: list[float | None], records: list[Record]) -> Tensor:
     if len(values) != len(records):
         raise ValueError(f"reward {name!r}: expected one value per response, {len(records)}, got {len(values)}.")
     for value, record in zip(values, records, strict=True):
-        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+        if value is not None and not (isinstance(value, (int, float)) and abs(value) <= _LARGEST):
             raise ValueError(f"reward {name!r}: {record.place}: expected a finite number or None, got {value!r}.")
     return torch.tensor([math.nan if value is None else float(value) for value in values])
+
+
+def _sections(completion: str) -> list[str]:
+    """The names of the tags that ``completion`` is made of, in order; empty unless each is opened, closed and free of
+    other tags, with nothing but space outside."""
+    names, place, inside = [], 0, ""
+    for tag in _TAG.finditer(completion):
+        closing, name = tag[0][1] == "/", tag[0].strip("</>")
+        if closing != (inside == name) or (not closing and (inside or completion[place : tag.start()].strip())):
+            return []
+        if closing:
+            names.append(name)
+        inside, place = "" if closing else name, tag.end()
+    return names if not inside and not completion[place:].strip() else []
 
 
 def _union(intervals: Sequence[Interval]) -> list[Interval]:
@@ -298,24 +314,20 @@ def _plain(text: str) -> str:
     return " ".join(text.casefold().split()).strip(" .:)")
 
 
-def _number(text: str) -> float | None:
-    """The one number in ``text``, thousands separators allowed; None where there is none, or more than one."""
-    found = _NUMBER.findall(text)
-    return float(found[0].replace(",", "")) if len(found) == 1 else None
+@functools.lru_cache(4096)
+def _readable_truth(answer: str) -> bool:
+    return reads(answer)
 
 
-def _parse_math(text: str) -> list[Any]:
-    """math-verify's reading: a bare expression such as x^2 + 1 is read as LaTeX, prose as it is."""
-    import math_verify
+class _Words:
+    """`split_words` as a tokenizer of rouge-score."""
 
-    if "$" in text or "\\boxed" in text:
-        return math_verify.parse(text)
-    as_prose = math_verify.parse(text) if _WORD.search(text) else []
-    return as_prose or math_verify.parse(f"${text}$")
+    def tokenize(self, text: str) -> list[str]:
+        return split_words(text)
 
 
 @functools.cache
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())

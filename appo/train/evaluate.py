@@ -32,7 +32,8 @@ def evaluate(
     builder: keeps decoded prompts from one evaluation to the next. show: called with the number of records done.
     keep: a list that receives each answer. accelerator: every process takes a share and gets the means of all.
     Returns the means by name: ``accuracy``, ``accuracy/<task>`` where records name one, ``format``,
-    ``temporal_iou`` where records ask for times, ``length``, and ``records``, their number.
+    ``temporal_iou`` where records ask for times, ``length``, ``unreadable``, the share of answers that could not be
+    read, and ``records``, their number.
     """
     total = len(records)
     if accelerator is not None:
@@ -61,7 +62,8 @@ def evaluate(
         names = {"accuracy": 1.0, "format": 1.0}
         if any(record.asks_time for record in part):
             names["temporal_iou"] = 1.0
-        scores = combine(names, texts, part).by_name
+        rewards = combine(names, texts, part, lenient=config.rewards_lenient)
+        scores = rewards.by_name
         lengths = answers.mask.sum(1).tolist()
         for row, (record, text) in enumerate(zip(part, texts, strict=True)):
             found = {name: float(values[row]) for name, values in scores.items()} | {"length": lengths[row]}
@@ -69,6 +71,7 @@ def evaluate(
                 meter.add(name, value)
             if "task" in record.meta:
                 meter.add(f"accuracy/{record.meta['task']}", found["accuracy"])
+            meter.add("unreadable", float(rewards.unreadable["accuracy"][row]))
             if keep is not None:
                 keep.append({"id": record.id, "answer": record.answer, "text": text} | found)
         show(start + len(prompts))

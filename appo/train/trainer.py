@@ -179,10 +179,13 @@ class Trainer:
                 self.processor.tokenizer.decode(row[valid], skip_special_tokens=True)
                 for row, valid in zip(ids, mask, strict=True)
             ]
-            rewards = combine(self.reward_weights, texts, [prompt.record] * size)
+            rewards = combine(self.reward_weights, texts, [prompt.record] * size, lenient=config.rewards_lenient)
+            for name, unreadable in rewards.unreadable.items():
+                self.meter.add(f"reward/{name}/unreadable", float(unreadable.float().mean()))
             accuracy = rewards.by_name.get("accuracy")
             if accuracy is None:
-                accuracy = combine({"accuracy": 1.0}, texts, [prompt.record] * size).total
+                only = {"accuracy": 1.0}
+                accuracy = combine(only, texts, [prompt.record] * size, lenient=config.rewards_lenient).total
             total = rewards.total
             if config.overlong_buffer:
                 total = total + overlong_penalty(

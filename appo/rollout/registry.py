@@ -1,0 +1,98 @@
+"""Rewards by name: those of `appo.rollout.rewards`, those that a program registers, and functions of a user's file."""
+
+import difflib
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+from appo.data.records import Record
+
+Reward = Callable[[list[str], list[Record]], list[float | None]]
+REWARDS: dict[str, Reward] = {}
+
+
+class _Unreadable(float):
+    """The reward 0 of a response in which there was nothing to judge; `combine` counts these."""
+
+
+UNREADABLE = _Unreadable(0.0)
+
+
+def register(name: str) -> Callable[[Reward], Reward]:
+    """Make a reward known under ``name``, for ``combine`` and for configuration files."""
+
+    def add(reward: Reward) -> Reward:
+        if name in REWARDS:
+            raise ValueError(f"register: `name`: expected a new name, got {name!r}. Choose another.")
+        REWARDS[name] = reward
+        return reward
+
+    return add
+
+
+def per_response(score: Callable[[str, Record], float | None]) -> Reward:
+    """A reward from a function of one response and its record."""
+
+    @functools.wraps(score)
+    def reward(completions: list[str], records: list[Record]) -> list[float | None]:
+        if len(completions) != len(records):
+            raise ValueError(
+                f"{score.__name__}: `records`: expected one per completion, {len(completions)}, got {len(records)}. "
+                "Repeat the record for each response of its group."
+            )
+        return [score(text, record) for text, record in zip(completions, records, strict=True)]
+
+    return reward
+
+
+def get_reward(name: str) -> Reward:
+    """The reward registered under ``name``, or the function NAME of a file "FILE.py:NAME".
+
+    Such a function takes the text of one response and its `Record`, and returns a number, None where it does not apply,
+    or `UNREADABLE`. The file is run: name only files that you trust. Relative paths start from the working directory.
+
+    Raises ValueError naming the rewards there are, or saying what is wrong with the file.
+    """
+    if name in REWARDS:
+        return REWARDS[name]
+    file, colon, function = name.rpartition(":")
+    if colon and file.endswith(".py"):
+        return _from_file(str(Path(file).resolve()), function)
+    close = difflib.get_close_matches(name, REWARDS, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else " Register your own, or name a function of a file: my.py:name."
+    raise ValueError(f"reward: expected one of {', '.join(sorted(REWARDS))}, got {name!r}.{hint}")
+
+
+@functools.cache
+def _from_file(file: str, function: str) -> Reward:
+    place = f"reward {file}:{function}"
+    found = getattr(_module(file), function, None)
+    if not callable(found):
+        raise ValueError(f"{place}: expected a function of that name in the file, got {found!r}. Define it there.")
+
+    def score(text: str, record: Record) -> float | None:
+        try:
+            value = found(text, record)
+            return value if value is None or value is UNREADABLE else float(value)
+        except Exception as error:
+            raise ValueError(f"{place}: {record.place}: {type(error).__name__}: {error}") from error
+
+    return per_response(score)
+
+
+@functools.cache
+def _module(file: str) -> ModuleType:
+    if not Path(file).is_file():
+        raise ValueError(f"reward {file}: no such file. Relative paths start from the working directory.")
+    specification = importlib.util.spec_from_file_location(f"appo_reward_{Path(file).stem}_{abs(hash(file))}", file)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module  # dataclasses of the file look themselves up
+    try:
+        specification.loader.exec_module(module)
+    except Exception as error:
+        raise ValueError(f"reward {file}: cannot be loaded: {type(error).__name__}: {error}") from error
+    return module
