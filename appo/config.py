@@ -42,17 +42,17 @@ class ConfigError(ValueError):
 
 @dataclass
 class APPOConfig:
-    """Every setting of a training run (SPEC section 7). Lengths in tokens, times in seconds, sizes in pixels."""
+    """Every setting of a training run (docs/training.md). Lengths in tokens, times in seconds, sizes in pixels."""
 
     # What to train, on what, and where results go.
     model: str = ""  # a folder or hub name that transformers can load
-    data: str = ""  # records, .json or .jsonl (SPEC section 8)
+    data: str = ""  # records, .json or .jsonl (docs/data.md)
     data_root: str | None = None  # media paths are relative to it (default: the folder of `data`)
     eval_data: str | None = None
     output: str = "runs/appo"
     seed: int = 0
 
-    # Video (SPEC section 7).
+    # Video (docs/training.md).
     fps: float = 1.0
     max_frames: int = 16  # video frames before temporal merging
     max_pixels: int = 64 * 28 * 28  # of one frame
@@ -75,7 +75,7 @@ class APPOConfig:
     min_groups: int = 1  # with fewer informative groups no update is made: few tokens never take a full step
     overlong_buffer: int = 0  # soft punishment over the last tokens before max_new_tokens; 0: off
 
-    # Attention-guided weights (SPEC sections 3-5).
+    # Attention-guided weights (docs/method.md sections 3-5).
     method: str = "appo"  # "grpo": W = 1, nothing recorded
     layers: int = 3  # the last n layers are tapped
     mass_reduction: str = "mean"
@@ -88,7 +88,7 @@ class APPOConfig:
     alpha: float = 1.7
     average: str = "frames"
 
-    # Loss (SPEC section 6).
+    # Loss (docs/method.md section 6).
     eps_low: float = 0.2
     eps_high: float = 0.28
     delta: float | None = None
@@ -154,12 +154,12 @@ class APPOConfig:
 
     @classmethod
     def paper(cls, **overrides: Any) -> "APPOConfig":
-        """The settings of the paper (SPEC section 7)."""
+        """The settings of the paper (docs/training.md)."""
         return cls(**overrides)
 
     @classmethod
     def released(cls, **overrides: Any) -> "APPOConfig":
-        """The settings of the authors' released trainer on SEED-Bench-R1 and Video-R1 (SPEC section 7)."""
+        """The settings of the authors' released trainer on SEED-Bench-R1 and Video-R1 (docs/training.md)."""
         settings: dict[str, Any] = {
             "strategy": "all",
             "slot_tokens": 128,

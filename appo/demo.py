@@ -96,7 +96,7 @@ def warm_start(
 ) -> None:
     """A tiny Qwen2.5-VL that has learned the answer format on the easy split, saved as transformers saves models.
 
-    model_options: of `appo.tiny.build_tiny`. options: of `appo.warmup.warm_up`.
+    model_options: of `appo.tasks.tiny.build_tiny`. options: of `appo.tasks.warmup.warm_up`.
     """
     from appo.tasks.tiny import build_tiny
     from appo.tasks.warmup import warm_up

@@ -3,7 +3,7 @@
 Heads, hidden sizes and vocabularies are those of published models (`appo.architectures`); videos are given as frames x
 keys of a frame:
 
-    16 x 64     the released trainer's setting: 16 frames of 224 x 224 pixels (SPEC section 7), 384 response tokens
+    16 x 64     the released trainer's setting: 16 frames of 224 x 224 pixels (docs/training.md), 384 response tokens
     64 x 64     four times the frames: what an hour's lecture is sampled to
     768 x 256   Qwen2.5-VL's own limit of 768 frames at 448 x 448 pixels, 2,048 response tokens: long videos
 
@@ -121,7 +121,7 @@ def attention_shapes() -> dict[str, AttentionShape]:
 
 
 def vocabulary_shapes() -> dict[str, VocabularyShape]:
-    """By name of the model; G = 8 responses of N = 384 tokens (SPEC section 7)."""
+    """By name of the model; G = 8 responses of N = 384 tokens (docs/training.md)."""
     return {
         model: VocabularyShape(model, 8, 384, ARCHITECTURES[model].hidden, ARCHITECTURES[model].vocabulary)
         for model in MODELS

@@ -94,7 +94,7 @@ def batch_of(logprobs: Tensor) -> Batch:
 
 
 def clipped_loss(logprobs: Tensor, batch: Batch) -> Tensor:
-    """The loss of SPEC section 6 as trainers write it, over valid tokens."""
+    """The loss of docs/method.md section 6 as trainers write it, over valid tokens."""
     ratio, A = (logprobs - batch.old).exp(), batch.advantages[:, None]
     per_token = -torch.min(ratio * A, ratio.clamp(1 - EPS_LOW, 1 + EPS_HIGH) * A)
     return (per_token * batch.mask).sum() / batch.mask.sum()

@@ -76,7 +76,7 @@ def weights(model: Any, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def expected(attentions: Any, ids: Tensor, layers: list[int], reduction: str = "mean") -> Tensor:
-    """(B, S, F), SPEC section 3 written out."""
+    """(B, S, F), docs/method.md section 3 written out."""
     one_hot = (ids[:, :, None] == torch.arange(int(ids.max()) + 1)).double()  # (B, S, F)
     if reduction == "mean":
         one_hot = one_hot / one_hot.sum(1, keepdim=True).clamp_min(1)

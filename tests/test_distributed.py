@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import hashlib, sys
 import training
-from appo.trainer import Trainer
+from appo.train.trainer import Trainer
 model, processor = training.tiny()
 settings = training.config(sys.argv[1], max_steps=2, updates_per_step=2, eval_samples=1)
 trainer = Trainer(model, processor, training.records(), config=settings, eval_dataset=training.records()[:3])

@@ -35,7 +35,7 @@ def test_importing_the_packages_is_light():
     """The operators need torch and triton only, and naming appo loads nothing."""
     code = (
         "import sys, appo; assert 'torch' not in sys.modules\n"
-        "import appo_kernels; assert 'transformers' not in sys.modules and 'appo.trainer' not in sys.modules\n"
+        "import appo_kernels; assert 'transformers' not in sys.modules and 'appo.train.trainer' not in sys.modules\n"
         "assert not {'accelerate', 'numpy.testing', 'rich', 'omegaconf'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)

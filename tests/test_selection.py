@@ -212,7 +212,7 @@ def test_perception_slots_refuses_frames_that_are_not_there(frames: torch.Tensor
 
 
 def by_the_book(mass: list, lengths: list[int], rewards: list[float], strategy: str, K1: int, K2: int) -> list[int]:
-    """SPEC section 4 in plain Python."""
+    """docs/method.md section 4 in plain Python."""
     F = len(mass[0][0])
     A, psi = {}, {}
     for i, n in enumerate(lengths):

@@ -1,4 +1,4 @@
-"""The published record formats: how each spells its fields, and how to tell them apart. Specification: section 8."""
+"""The published record formats: how each spells its fields, and how to tell them apart (docs/data.md)."""
 
 import math
 import random

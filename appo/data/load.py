@@ -40,7 +40,7 @@ def load_records(
             break
         records.append(parse_record(raw, file=path, index=index, root=root, seed=seed))
     if not records:
-        raise DataError(f"{path}: expected at least one record, got none. See SPEC section 8 for the formats.")
+        raise DataError(f"{path}: expected at least one record, got none. docs/data.md lists the formats.")
     return records
 
 

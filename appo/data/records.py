@@ -1,7 +1,6 @@
 """Records of video questions: one class for every published format, read from .json or .jsonl, checked field by field.
 
-``appo.formats`` knows how each format spells its fields; this module has what they become, and the file around them.
-Specification: section 8.
+``appo.data.formats`` knows how each format spells its fields; this module has what they become (docs/data.md).
 """
 
 from dataclasses import dataclass, field

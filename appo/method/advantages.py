@@ -1,4 +1,4 @@
-"""Advantages of a group. Specification: section 6."""
+"""Advantages of a group (docs/method.md eq. 16)."""
 
 import torch
 from torch import Tensor

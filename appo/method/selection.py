@@ -2,10 +2,10 @@
 
 The path of one token: ``mass[i, t, f]`` says how much response token t looks at frame f; ``select_frames`` finds
 the frames that matter for the group; ``perception_slots`` finds the tokens that look at them;
-``weights.token_weights`` turns how much those tokens disagree into W[i, t].
+``token_weights`` turns how much those tokens disagree into W[i, t].
 
 Shapes: G responses of one prompt, N response tokens, F frames, K target frames, J slots per frame.
-Specification: sections 4 and 5; paper: arXiv 2602.23823, section 3.
+Equations 6 to 10 of docs/method.md (arXiv 2602.23823, section 3).
 """
 
 import torch

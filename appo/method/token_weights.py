@@ -1,6 +1,6 @@
 """From divergence to W[i, t], the factor on each token's policy-gradient term.
 
-This is where a perception token's disagreement becomes its weight. Specification: section 5.
+This is where a perception token's disagreement becomes its weight: equations 13 to 15 of docs/method.md.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Which video frame each token of a prompt belongs to.
 
-A frame is one step of the vision tower's temporal grid (SPEC section 2): with a temporal patch of 2 it stands for two
-sampled video frames. ``video_grid_thw``, as processors return it, has one row (t, h, w) per video, in patches; the
-video then takes t frames of h * w / merge_size**2 tokens each.
+A frame is one step of the vision tower's temporal grid (docs/method.md section 2): with a temporal patch of 2 it
+stands for two sampled video frames. ``video_grid_thw``, as processors return it, has one row (t, h, w) per video, in
+patches; the video then takes t frames of h * w / merge_size**2 tokens each.
 """
 
 from typing import Any, NamedTuple

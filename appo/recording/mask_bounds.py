@@ -1,7 +1,7 @@
 """The keys that query rows see, as intervals, from what a transformers attention function is given.
 
-The operators know one rule (SPEC section 3): row r sees keys first_key <= v <= last_key, and v < prefix_keys. Causal
-attention, padding, packing, sliding windows and a shared prompt are such rules. A mask that is none is refused.
+The operators know one rule (docs/method.md eq. 5): row r sees keys first_key <= v <= last_key, and v < prefix_keys.
+Causal attention, padding, packing, sliding windows and a shared prompt are such rules. A mask that is none is refused.
 """
 
 from typing import Any, NamedTuple

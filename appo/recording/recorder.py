@@ -26,7 +26,7 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "block_table")
 
 
 def response_rows(prompt_length: int, response_length: int) -> slice:
-    """Rows of the response's tokens: token t is predicted at position prompt_length - 1 + t (SPEC section 2)."""
+    """Rows of the response's tokens: token t is predicted at position prompt_length - 1 + t (docs/method.md 2)."""
     if prompt_length < 1 or response_length < 1:
         checks.fail(
             "response_rows",
@@ -46,7 +46,7 @@ def record_frame_mass(
     layers: int | Sequence[int] = 3,
     reduction: str = "mean",
 ) -> "FrameMassRecorder":
-    """Context manager that records the frame attention mass (SPEC section 3) of every forward of ``model``.
+    """Context manager that records the frame attention mass (docs/method.md section 3) of every forward of ``model``.
 
     Args:
         model: a transformers model whose text layers attend through transformers' attention interface; bare, or inside

@@ -2,7 +2,7 @@
 
 A reward takes the responses and the record of each, and gives one number per response, or None where it does not apply
 to the record (temporal IoU of a record without time spans). What the model got wrong is 0; what the data got wrong is
-an error. Specification: section 8.
+an error (docs/data.md).
 """
 
 import functools

@@ -47,7 +47,7 @@ def make_task(
     ``DIFFICULTIES``. side: pixels, even. duration: seconds. shuffle_options: draw the order of the options of
     each question instead of a fixed one.
 
-    Records are in the Video-R1 format (SPEC section 8), with ``path`` relative to DIR, and have besides:
+    Records are in the Video-R1 format (docs/data.md), with ``path`` relative to DIR, and have besides:
     ``time_spans`` [[start, end]] in seconds, the moments that decide the question; ``duration`` in seconds;
     ``task``, the question kind; and those of the kind "cue" ``seen`` [[start, end, word]], what is shown when.
     Returns the path of each split's records.
@@ -93,7 +93,7 @@ def think_text(task: str, steps: Sequence[int], answer: str) -> str:
 
 
 def response_text(think: str, letter: str) -> str:
-    """The response format of SPEC section 8."""
+    """The response format of docs/data.md."""
     return f"<think> {think}</think><answer>{letter}</answer>"
 
 

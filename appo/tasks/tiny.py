@@ -1,7 +1,7 @@
 """A tiny vision-language model and its processor, built from nothing: what the demo trains and tests run on.
 
 Everything is a class of transformers, so that the code that serves Qwen2.5-VL-7B serves this model too; only
-the sizes and the tokenizer, one token per word, are our own. Random weights: ``appo.warmup`` teaches it to
+the sizes and the tokenizer, one token per word, are our own. Random weights: ``appo.tasks.warmup`` teaches it to
 answer.
 """
 

@@ -29,7 +29,7 @@ class Group:
     old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # (G, N) fp32
     ref_logprobs: Tensor | None = None  # (G, N) fp32, with beta > 0
     entropy: Tensor = field(default_factory=lambda: torch.empty(0))  # (G, N) fp32
-    weights: Tensor | None = None  # (G, N) fp32: W of SPEC section 5; None: all ones
+    weights: Tensor | None = None  # (G, N) fp32: W of docs/method.md section 5; None: all ones
     target_frames: Tensor | None = None  # (K,) int64: psi'
     mass: Tensor | None = None  # (G, N, F) fp32
     mass_reduction: str = "mean"

@@ -25,7 +25,7 @@ class Sequences:
     token_types: Tensor | None  # (S, L) int64: 0 text, 1 image, 2 video
     position_ids: Tensor | None  # (3, S, L) or (S, L) int64; None: the model finds them
     frame_ids: Tensor  # (S, L) int32, -1 for text
-    rows: Tensor  # (S, R) int64: position whose logits predict each response token; S x R = B x N (SPEC section 2)
+    rows: Tensor  # (S, R) int64: position whose logits predict each response token; S x R = B x N (docs/method.md 2)
     media_repeats: int  # how often each prompt stands in the batch
     shape: tuple[int, int]  # (B, N)
 

@@ -35,7 +35,7 @@ from appo_kernels import SurrogateOutput, group_divergence, linear_weighted_surr
 
 
 class Trainer:
-    """Trains a video model with APPO, or with GRPO and DAPO as settings of the same code (SPEC sections 3-6).
+    """Trains a video model with APPO, or with GRPO and DAPO as settings of the same code (docs/method.md sections 3-6).
 
     Args:
         model: a vision-language model of transformers (see `Policy`).
@@ -163,7 +163,7 @@ class Trainer:
         return groups or sampled[:1]
 
     def sample_groups(self, records: Sequence[Record], generator: torch.Generator) -> list[Group]:
-        """G responses to each record, with rewards and advantages (SPEC sections 6 and 8)."""
+        """G responses to each record, with rewards and advantages (docs/method.md section 6, docs/data.md)."""
         config, size = self.config, self.config.group_size
         with self.timed("decode"):
             self.build_prompt.prefetch(records)
@@ -243,7 +243,7 @@ class Trainer:
     def weigh(
         self, group: Group, mass: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor
     ) -> None:
-        """What a group's responses looked at becomes the weight of each of their tokens (SPEC sections 4 and 5)."""
+        """Token weights of a group from its frame mass (docs/method.md sections 4 and 5)."""
         config, device = self.config, mass.device
         mask, accuracy = group.mask.to(device), group.accuracy.to(device)
         frames = select_frames(
@@ -306,7 +306,7 @@ class Trainer:
         self.meter.add("lr", rate)
 
     def loss(self, groups: Sequence[Group], tokens: float, responses: float) -> Tensor:
-        """The weighted surrogate of some groups as part of a batch of ``tokens`` and ``responses`` (SPEC section 6)."""
+        """The weighted surrogate of some groups as part of a batch of ``tokens`` and ``responses`` (eq. 20)."""
         config = self.config
         batch = batch_groups(groups, self.pad_id, self.accelerator.device)
 

@@ -59,7 +59,7 @@ def frame_attention(
     reduction: str = "sum",
     backend: str = "auto",
 ) -> FrameAttentionOutput:
-    """Attention and its mass on every frame, mean_h sum_{v in f} softmax_v(...), in one pass (SPEC section 3).
+    """Attention and its mass on every frame, mean_h sum_{v in f} softmax_v(...), in one pass (docs/method.md eq. 2).
 
     Args:
         query: (B, Hq, R, d) fp32, fp16, bf16 or fp64.

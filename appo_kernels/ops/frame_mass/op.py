@@ -51,7 +51,7 @@ def frame_mass(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Frame attention mass M[b,r,f] = mean_h sum_{v in f} softmax_v(scale query_h,r . key_v) (SPEC section 3).
+    """Frame attention mass M[b,r,f] = mean_h sum_{v in f} softmax_v(scale query_h,r . key_v) (docs/method.md eq. 2).
 
     Args:
         query: (B, Hq, R, d) fp32, fp16, bf16 or fp64.

@@ -1,4 +1,4 @@
-"""The definition of frame_mass (SPEC section 3): dense, in the dtype of its inputs, differentiated by autograd."""
+"""The definition of frame_mass (docs/method.md eq. 2): dense, in the dtype of its inputs, under plain autograd."""
 
 from torch import Tensor
 

@@ -36,7 +36,7 @@ def group_divergence(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Divergence of the members of every slot (SPEC.md section 5).
+    """Divergence of the members of every slot (docs/method.md eqs. 11, 12).
 
     p_i = softmax(softcap(hidden weight^T + bias) / temperature) at member i, softcap(x) = cap tanh(x / cap).
 

@@ -44,7 +44,7 @@ def token_logprobs(
 ) -> TokenLogprobs:
     """Log-probabilities of ``targets`` under softmax(softcap(hidden weight^T + bias) / temperature).
 
-    This is the p of SPEC.md sections 5 and 6, and the ``lse`` is the one that ``group_divergence`` asks for.
+    This is the p of docs/method.md sections 5 and 6, and the ``lse`` is the one that ``group_divergence`` asks for.
     softcap(x) = cap tanh(x / cap); None leaves the logits as they are.
 
     Args:

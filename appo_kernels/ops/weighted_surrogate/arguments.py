@@ -66,7 +66,7 @@ def _check_aggregation(
     op: str, like: Tensor, aggregation: str, num_items: int | float | Tensor | None, max_length: int | None
 ) -> None:
     if aggregation not in AGGREGATIONS:
-        remedy = 'Pass one of these; SPEC.md section 6 is "dapo".'
+        remedy = 'Pass one of these; the default is "dapo" (docs/method.md section 6).'
         checks.fail(op, "aggregation", f"one of {', '.join(AGGREGATIONS)}", repr(aggregation), remedy)
     if aggregation == "dr_grpo" and (max_length is None or not max_length > 0):
         remedy = "Pass the longest response that may be sampled, in tokens."

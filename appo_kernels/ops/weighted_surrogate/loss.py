@@ -1,4 +1,4 @@
-"""The loss of SPEC.md section 6 per token, its closed-form gradient, its aggregation and its metrics.
+"""The loss of docs/method.md section 6 per token, its closed-form gradient, its aggregation and its metrics.
 
 Everything a token needs besides its log-probability travels in one table, (7, B, T) in the compute dtype, so that every
 backend reads the same thing. Its rows, all 0 where the mask is 0, whatever garbage the arguments held there:

@@ -45,7 +45,7 @@ def weighted_surrogate(
     max_length: int | None = None,
     backend: str = "auto",
 ) -> SurrogateOutput:
-    """The APPO loss (SPEC.md section 6; arXiv 2602.23823); token weights of 1 make it GRPO, DAPO and their relatives.
+    """The APPO loss (docs/method.md section 6); token weights of 1 make it GRPO, DAPO and their relatives.
 
         ratio = exp(logprobs - old_logprobs),  clipped = clamp(ratio, 1 - eps_low, 1 + eps_high)
         loss of a token = -W c min(min(ratio, delta) A, clipped A) + beta (exp(r) - r - 1)

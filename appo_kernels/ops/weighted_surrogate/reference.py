@@ -1,4 +1,4 @@
-"""The definition: SPEC.md section 6, dense, in the dtype of the inputs, differentiated by ordinary autograd.
+"""The definition: docs/method.md section 6, dense, in the dtype of the inputs, differentiated by ordinary autograd.
 
 Arguments are those of the public functions. Masked tokens are cleared at the start, so that nothing else has to.
 """

@@ -1,0 +1,177 @@
+"""What the documents say of the code holds: places, settings, examples, names."""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from appo.config import APPOConfig
+from appo.data.load import load_records
+from appo.rollout import rewards
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
+PLACE = re.compile(r"`([\w./-]+\.(?:py|cu|cuh|h|cpp)):([A-Za-z_][\w.]*)")
+NAME_OF_A_FILE = re.compile(r"`((?:appo|appo_kernels|csrc|ptxsim|tests|benchmarks|examples|docs)/[\w./-]+\.\w+)[`:]")
+
+
+def tracked_files() -> list[Path]:
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+    )
+    if names.returncode:
+        pytest.skip(f"not a git checkout: {names.stderr.strip()}")
+    return [ROOT / name for name in names.stdout.splitlines() if (ROOT / name).is_file()]
+
+
+def defined_names(path: Path) -> set[str]:
+    """Functions, classes, methods ("Class.method") and module constants of a Python file; words of any other file."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return set(re.findall(r"\w+", text))
+    names = set()
+    for node in ast.parse(text).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {target.id for target in targets if isinstance(target, ast.Name)}
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            inner = [child for child in node.body if isinstance(child, ast.FunctionDef)]
+            names |= {f"{node.name}.{child.name}" for child in inner}
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_place_that_a_document_names_exists(document):
+    text = document.read_text()
+    wrong = [name for name in NAME_OF_A_FILE.findall(text) if not (ROOT / name).exists()]
+    assert not wrong, f"{document.name} names files that do not exist"
+    for file, name in PLACE.findall(text):
+        assert (ROOT / file).is_file(), f"{document.name}: {file}:{name}: no such file"
+        assert name in defined_names(ROOT / file), f"{document.name}: {file}:{name}: no such name there"
+
+
+def test_the_method_names_a_function_beside_every_equation():
+    text = (ROOT / "docs/method.md").read_text()
+    numbers = [int(number) for number in re.findall(r"^    \((\d+)\) ", text, re.MULTILINE)]
+    assert numbers == list(range(1, len(numbers) + 1)), "equations are numbered in order"
+    cited = {int(n) for n in re.findall(r"\((\d+)\)", re.sub(r"^    \(\d+\) ", "", text, flags=re.MULTILINE))}
+    assert cited <= set(numbers), "only numbers of equations are cited"
+    for section in re.split(r"^## ", text, flags=re.MULTILINE):
+        assert PLACE.search(section) or not re.search(r"^    \(\d+\) ", section, re.MULTILINE), section[:40]
+
+
+def test_links_between_documents_lead_somewhere():
+    for document in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", document.read_text()):
+            if not target.startswith(("http://", "https://", "mailto:")):
+                assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_code_cites_only_documents_and_equations_that_exist():
+    equations = re.findall(r"^    \((\d+)\) ", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    sections = re.findall(r"^## (\d+)\.", (ROOT / "docs/method.md").read_text(), re.MULTILINE)
+    for path in tracked_files():
+        if path.suffix not in (".py", ".cu", ".cuh", ".h", ".yaml", ".md"):
+            continue
+        text = path.read_text()
+        for name in re.findall(r"\bdocs/\w+\.md\b", text):
+            assert (ROOT / name).is_file(), f"{path.relative_to(ROOT)} cites {name}"
+        for numbers in re.findall(r"docs/method\.md,? eqs?\. ([\d, ]*\d)", text):
+            assert set(re.findall(r"\d+", numbers)) <= set(equations), f"{path.relative_to(ROOT)}: equations {numbers}"
+        for number in re.findall(r"docs/method\.md,? sections? (\d+)", text):
+            assert number in sections, f"{path.relative_to(ROOT)}: section {number}"
+
+
+def test_nothing_refers_to_a_document_that_users_do_not_have():
+    hidden = "".join(("SP", "EC"))  # so that this file does not contain the word
+    for path in tracked_files():
+        if path.suffix in (".png", ".svg") or path.name == "LICENSE":
+            continue
+        text = path.read_text(errors="replace")
+        assert not re.search(rf"\b{hidden}\b|\bSpecification: section", text), path.relative_to(ROOT)
+
+
+def settings_table() -> dict[str, str]:
+    rows = re.findall(r"^\| `(\w+)` \| `(.*?)` \|", (ROOT / "docs/training.md").read_text(), re.MULTILINE)
+    return dict(rows)
+
+
+def test_the_table_of_settings_is_the_configuration():
+    written, defaults = settings_table(), APPOConfig()
+    fields = [field.name for field in dataclasses.fields(APPOConfig)]
+    assert sorted(written) == sorted(fields), "docs/training.md has one row for every field of APPOConfig"
+    for name in fields:
+        value = APPOConfig.from_dict({name: yaml.safe_load(written[name])})
+        assert getattr(value, name) == getattr(defaults, name), f"docs/training.md: default of `{name}`"
+
+
+def test_allowed_values_are_those_of_the_configuration():
+    from appo.config import CHOICES
+
+    text = (ROOT / "docs/training.md").read_text()
+    for name, allowed in CHOICES.items():
+        row = re.search(rf"^\| `{name}` \| .*$", text, re.MULTILINE)
+        assert row, name
+        values = {value.strip() for value in row[0].split("|")[3].split(",")}
+        assert values == set(allowed), f"docs/training.md: values of `{name}`"
+
+
+def test_the_released_presets_values_stand_in_the_table():
+    text, released, paper = (ROOT / "docs/training.md").read_text(), APPOConfig.released(), APPOConfig.paper()
+    for field in dataclasses.fields(APPOConfig):
+        value = getattr(released, field.name)
+        if value == getattr(paper, field.name):
+            continue
+        row = re.search(rf"^\| `{field.name}` \| .*$", text, re.MULTILINE)
+        assert row and "released: " in row[0], field.name
+        said = row[0].split("released: ")[1]
+        expected = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+        assert said.startswith(expected), f"docs/training.md: `{field.name}`: {expected}"
+
+
+def test_the_records_shown_are_read(tmp_path):
+    shown = re.search(r"```json\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+    assert shown
+    file = tmp_path / "records.json"
+    file.write_text(shown[1])
+    first, second = load_records(file)
+    assert (first.answer, first.kind, first.duration) == ("B", "multiple choice", 12.0)
+    assert (second.answer, second.time_spans, second.asks_time) == ("A", ((3.5, 6.0),), True)
+    assert len(json.loads(shown[1])) == 2
+
+
+def test_rewards_are_named_in_the_document():
+    written = set(re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/data.md").read_text(), re.MULTILINE))
+    ours = {name for name, reward in rewards.REWARDS.items() if _module(reward).startswith("appo.")}
+    assert written == ours
+
+
+def _module(function: object) -> str:
+    return getattr(function, "__module__", "")
+
+
+def test_the_reward_of_ones_own_works(monkeypatch):
+    monkeypatch.setattr(rewards, "REWARDS", dict(rewards.REWARDS))
+    text = (ROOT / "docs/training.md").read_text()
+    shown = re.search(r"## A reward of your own\n```python\n(.*?)```", text, re.DOTALL)
+    assert shown
+    exec(compile(shown[1], "docs/training.md", "exec"), {})
+    from appo.data.records import Record
+
+    records = [Record("1", "q", "A", kind) for kind in ("multiple choice", "multiple choice", "ocr")]
+    assert rewards.get_reward("short")(["a b", "word " * 41, "a"], records) == [1.0, 0.0, None]
+
+
+def test_every_module_named_in_a_docstring_exists():
+    """Dotted names of our packages in the text of modules lead to a module or to something in it."""
+    for path in tracked_files():
+        if path.suffix != ".py" or path.parts[len(ROOT.parts)] not in ("appo", "appo_kernels", "examples"):
+            continue
+        for name in re.findall(r"`(appo(?:_kernels)?(?:\.[a-z_]+)+)", path.read_text()):
+            assert importlib.util.find_spec(name.rpartition(".")[0]) is not None, f"{path.relative_to(ROOT)}: {name}"
