@@ -1,54 +1,74 @@
 # Every target makes the environment it needs: `make demo` and `make test` are all a fresh machine wants.
+# Installed are the versions of constraints.txt, which have passed the tests; `make renew` renews them.
 PYTHON ?= python3
 VENV   ?= .venv
-BIN    := $(VENV)/bin
+RUN    := $(VENV)/bin/python -m
 STAMP  := $(VENV)/.installed
+EXTRAS := train,dev
 # Test files run side by side on the cores there are; torch then takes one thread in each.
 JOBS   ?= 2
+SUITE  := pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu'
 
-.PHONY: setup demo test test-slow test-browser test-gpu bench-gpu bench bench-check bench-learning lint format clean
+.PHONY: setup demo test test-slow test-browser test-gpu test-newest renew lint format clean
+.PHONY: bench bench-check bench-gpu bench-learning
+
+# $(call install,ENVIRONMENT,EXTRAS[,CONSTRAINTS]): the package, editable. pip comes first, since a Python may bring an old one.
+# What a package is built with is installed elsewhere, under constraints of its own.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "appo needs Python 3.10 or later: make PYTHON=...")'
+	@echo "Installing into $(1), which takes some minutes"
+	$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install --quiet --upgrade $(if $(3),--constraint $(3)) pip
+	$(1)/bin/python -m pip install --quiet $(if $(3),--constraint $(3) --build-constraint $(3)) --editable '.[$(2)]'
+endef
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[train,dev]'
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,$(VENV),$(EXTRAS),constraints.txt)
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/appo demo
+	$(RUN) appo demo
 
 test: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu'
+	OMP_NUM_THREADS=1 $(RUN) $(SUITE)
+
+# What `pip install` gives a user today, whatever constraints.txt says.
+test-newest:
+	rm -rf .venv-newest
+	$(call install,.venv-newest,$(EXTRAS))
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m $(SUITE)
+
+renew:
+	PYTHON=$(PYTHON) .ci/renew.sh
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(RUN) pytest -m slow
 
 test-browser: $(STAMP)
-	$(BIN)/python -m pytest -m browser
+	$(RUN) pytest -m browser
 
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu
+	$(RUN) pytest -m gpu
 
 bench-gpu: $(STAMP)
-	$(BIN)/python -m benchmarks.gpu
+	$(RUN) benchmarks.gpu
 
 lint: $(STAMP)
-	$(BIN)/ruff format --check .
-	$(BIN)/ruff check .
-	$(BIN)/mypy
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) mypy
 
 format: $(STAMP)
-	$(BIN)/ruff format .
-	$(BIN)/ruff check --fix .
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
 
 # Peers are in an environment of their own, never in the package's.
 BENCH := .venv-bench
-$(BENCH)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(BENCH)
-	$(BENCH)/bin/python -m pip install --quiet --upgrade pip
-	$(BENCH)/bin/python -m pip install --quiet --editable '.[train,bench]'
+BENCH_EXTRAS := train,bench
+$(BENCH)/.installed: pyproject.toml constraints.txt
+	$(call install,$(BENCH),$(BENCH_EXTRAS),constraints.txt)
 	@touch $@
 
 bench: $(BENCH)/.installed
@@ -68,4 +88,4 @@ bench-learning: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks.page
 
 clean:
-	rm -rf $(VENV) $(BENCH) build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) .venv-newest .venv-renew build .pytest_cache .mypy_cache .ruff_cache
