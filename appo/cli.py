@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from appo_kernels.pipes import quiet_on_closed_pipe
+
 try:
     import typer
 except ModuleNotFoundError:
@@ -190,6 +192,7 @@ def _required(settings: "APPOConfig", name: str) -> str:
     return value
 
 
+@quiet_on_closed_pipe()
 def main() -> None:
     """Errors in what the user gave are one line; everything else keeps its traceback."""
     from appo.config import ConfigError

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from appo_kernels.pipes import quiet_on_closed_pipe
 from benchmarks import harness, plots
 from benchmarks.shapes import DEFAULT_ATTENTION, DEFAULT_VOCABULARY
 
@@ -89,4 +90,5 @@ def headline(rows: list[dict], device: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    main()
+    with quiet_on_closed_pipe():
+        main()

@@ -13,6 +13,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from appo import frame_ids, record_frame_mass
+from appo.models.loaded import cache_argument, disable_checkpointing, enable_checkpointing
 from appo.recording.frame_ids import FrameIds
 from appo.recording.hooks import _TAPS, NAME
 from appo.recording.recorder import response_rows
@@ -53,7 +54,7 @@ def case(built: Case) -> Iterator[Case]:
     built.model.set_attn_implementation("sdpa")
     built.model.eval().zero_grad()
     yield built
-    built.model.gradient_checkpointing_disable()
+    disable_checkpointing(built.model)
     assert_nothing_left(built.model)
 
 
@@ -172,7 +173,7 @@ def test_gradient_checkpointing(case: Case, reentrant: bool, backward_inside: bo
     }
     case.model.zero_grad()
 
-    case.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    enable_checkpointing(case.model, reentrant=reentrant)
     calls = count_calls(case.model)
     with record_frame_mass(case.model, case.frames, rows=ROWS) as recorder:
         loss = case.model(**case.inputs, labels=labels).loss
@@ -256,7 +257,7 @@ def test_recomputation_after_a_failed_forward_is_not_taken_for_it(case: Case) ->
         raise OSError("disk full")
 
     case.model.train()
-    case.model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(case.model)
     with record_frame_mass(case.model, case.frames, rows=ROWS) as recorder:
         loss = case.logits().sum()
         handle = case.model.get_decoder().layers[1].register_forward_pre_hook(fail)
@@ -323,23 +324,34 @@ def test_with_a_kv_cache_rows_are_positions_in_the_whole_sequence(case: Case) ->
     known = inspect.signature(case.model.model.get_rope_index).parameters
     positions, _ = case.model.model.get_rope_index(**{k: v for k, v in case.inputs.items() if k in known})
     rest["position_ids"] = positions[..., prompt:]
+    name = cache_argument(case.model)
     with torch.no_grad():
-        case.model(**first, past_key_values=cache)
+        case.model(**first, **{name: cache})
         with record_frame_mass(case.model, case.frames, rows=slice(prompt, length)) as recorder:
-            case.model(**rest, past_key_values=cache)
+            case.model(**rest, **{name: cache})
         assert_close(recorder.mass, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, prompt:])
         cache.crop(prompt - length)
         with (
             pytest.raises(ValueError, match=rf"`rows`: expected positions {prompt} to {length - 1}.*got {prompt - 1}"),
             record_frame_mass(case.model, case.frames, rows=response_rows(prompt, RESPONSE)),
         ):
-            case.model(**rest, past_key_values=cache)
-        static = StaticCache(config=case.model.config.text_config, max_cache_len=length + 3)
-        with (
-            pytest.raises(ValueError, match=r"past_key_values.*StaticCache. .*DynamicCache"),
-            record_frame_mass(case.model, case.frames, rows=ROWS),
-        ):
-            case.model(**case.inputs, past_key_values=static)
+            case.model(**rest, **{name: cache})
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])  # of transformers 5.24 and later, and of earlier ones
+def test_a_static_cache_is_refused_under_any_name(case: Case, name: str) -> None:
+    static = StaticCache(config=case.model.config.text_config, max_cache_len=case.valid.shape[1] + 3)
+    decoder = case.model.get_decoder()
+    with (
+        pytest.raises(ValueError, match=r"a KV cache.*StaticCache. .*DynamicCache"),
+        record_frame_mass(case.model, case.frames, rows=ROWS),
+    ):
+        decoder(input_ids=case.inputs["input_ids"], **{name: static})
+    with (
+        pytest.raises(ValueError, match=r"a KV cache.*StaticCache. .*DynamicCache"),
+        record_frame_mass(case.model, case.frames, rows=ROWS),
+    ):
+        case.model(**case.inputs, **{cache_argument(case.model): static})
 
 
 def test_frames_of_the_wrong_shape_are_refused_in_the_forward(case: Case) -> None:

@@ -236,7 +236,7 @@ sizes = medium(name)
 model = build(sizes).model.language_model
 head = torch.nn.Parameter(torch.randn(sizes.vocabulary, sizes.hidden) * 0.02)
 if checkpointing:
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpointing(model)
 model.train()
 parameters = [*model.parameters(), head]
 optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False)

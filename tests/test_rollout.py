@@ -4,7 +4,13 @@ import pytest
 import torch
 from transformers.video_utils import VideoMetadata
 
-from appo.models.loaded import prompt_positions, vision_token_ids
+from appo.models.loaded import (
+    cache_argument,
+    disable_checkpointing,
+    enable_checkpointing,
+    prompt_positions,
+    vision_token_ids,
+)
 from appo.rollout.engine import TransformersRollout
 from appo.tasks.tiny import build_tiny
 
@@ -64,6 +70,31 @@ def test_greedy_equals_generate(tiny):
     theirs = theirs[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(ours.ids[0::2, : theirs.shape[1]], theirs)
     assert torch.equal(ours.ids[0::2], ours.ids[1::2])
+
+
+# The two names that versions of transformers give the argument.
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_cache_goes_by_the_name_that_the_forward_takes(tiny, name, monkeypatch):
+    model, _, inputs = tiny
+    expected = rollout(tiny).generate(inputs, torch.Generator().manual_seed(4))
+    installed, forward, caches = cache_argument(model), model.forward, []
+
+    def old(past_key_values=None, **rest):
+        caches.append(past_key_values)
+        return forward(**{installed: past_key_values}, **rest)
+
+    def new(cache=None, **rest):
+        return old(cache, **rest)
+
+    monkeypatch.setattr(model, "forward", old if name == "past_key_values" else new)
+    assert cache_argument(model) == name
+    assert torch.equal(rollout(tiny).generate(inputs, torch.Generator().manual_seed(4)).ids, expected.ids)
+    assert len(caches) > 1 and all(cache is caches[0] is not None for cache in caches)
+
+
+def test_a_forward_without_a_cache_is_refused():
+    with pytest.raises(ValueError, match=r"`cache` or `past_key_values`, got Linear, which takes input"):
+        cache_argument(torch.nn.Linear(2, 2))
 
 
 # Temperatures away from 1 tell whether logits or log-probabilities are divided.
@@ -163,13 +194,13 @@ def test_vision_runs_once_per_prompt(tiny):
 def test_training_mode_and_checkpointing_are_set_aside(tiny):
     model, _, inputs = tiny
     expected = rollout(tiny).generate(inputs, torch.Generator().manual_seed(4))
-    model.gradient_checkpointing_enable()
+    enable_checkpointing(model)
     model.train()
     try:
         done = rollout(tiny).generate(inputs, torch.Generator().manual_seed(4))
         assert model.training
     finally:
-        model.gradient_checkpointing_disable()
+        disable_checkpointing(model)
         model.eval()
     assert torch.equal(done.ids, expected.ids)
 

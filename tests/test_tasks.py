@@ -10,7 +10,7 @@ import torch
 
 from appo.data.load import check_media, load_records
 from appo.data.video import read_video
-from appo.tasks import DIFFICULTIES, KINDS, Difficulty, make_task, response_text, think_text
+from appo.tasks import DIFFICULTIES, KINDS, Difficulty, dataset, make_task, response_text, think_text
 from appo.tasks.questions import DIRECTIONS, MARK, NUMBERS
 from appo.tasks.render import COLOURS, NEUTRAL
 from appo.tasks.warmup import time_marked
@@ -143,6 +143,28 @@ def test_every_answer_occurs():
 
 def files(root):
     return {p.relative_to(root): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+def encodings(root, sizes):
+    """The files of five times the same clips; the frames are drawn anew as well."""
+    written = []
+    for time in range(5):
+        make_task(root / str(time), sizes=sizes)
+        written.append(files(root / str(time)))
+    return written
+
+
+def test_clips_of_the_demo_are_the_same_bytes_five_times(tmp_path):
+    # x264 takes decisions by sums of float32 unless told otherwise: every second clip then has several encodings.
+    first, *others = encodings(tmp_path, dict.fromkeys(DIFFICULTIES, 4))
+    assert all(other == first for other in others)
+
+
+@pytest.mark.slow
+def test_all_clips_of_the_demo_are_the_same_bytes_five_times(tmp_path):
+    first, *others = encodings(tmp_path, None)
+    assert len(first) == sum(dataset.SIZES.values()) + len(DIFFICULTIES)
+    assert all(other == first for other in others)
 
 
 def test_deterministic_by_seed(tmp_path):

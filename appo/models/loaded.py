@@ -1,7 +1,7 @@
 """What a loaded transformers model says of itself: positions of its prompts, its vision tokens, its end tokens."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -30,6 +30,36 @@ def end_ids(model: Any, tokenizer: Any) -> list[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids = [configured] if isinstance(configured, int) else list(configured or [])
     return sorted({*ids, tokenizer.eos_token_id})
+
+
+def cache_argument(model: Any) -> str:
+    """Name under which the model's forward takes a KV cache: "cache" since transformers 5.24, "past_key_values" before.
+
+    Raises ValueError for a forward that takes neither.
+    """
+    forward = unwrapped(model).forward
+    accepted = inspect.signature(forward).parameters
+    for name in ("cache", "past_key_values"):
+        if name in accepted:
+            return name
+    raise ValueError(
+        f"model: expected a forward that takes a KV cache as `cache` or `past_key_values`, got "
+        f"{type(unwrapped(model)).__name__}, which takes {', '.join(accepted)}. Use a model of transformers."
+    )
+
+
+def enable_checkpointing(model: Any, *, reentrant: bool = False) -> None:
+    """Compute activations again in the backward; the method has another name since transformers 5.24."""
+    _either(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": reentrant})
+
+
+def disable_checkpointing(model: Any) -> None:
+    _either(model, "activation_checkpointing_disable", "gradient_checkpointing_disable")()
+
+
+def _either(model: Any, new: str, old: str) -> Callable[..., None]:
+    found: Callable[..., None] = getattr(model, new if hasattr(model, new) else old)
+    return found
 
 
 def unwrapped(model: Any) -> Any:

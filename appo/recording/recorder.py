@@ -153,14 +153,16 @@ class FrameMassRecorder:
 
     def _begin_forward(self, decoder: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         self._reset()
-        if getattr(keywords.get("past_key_values"), "is_compileable", False):
-            checks.fail(
-                OP,
-                "past_key_values",
-                "no cache, or one that grows with the sequence",
-                type(keywords["past_key_values"]).__name__,
-                "Its keys hold unwritten places; pass a DynamicCache.",
-            )
+        # Known by what it is: transformers has renamed the argument, and a caller may pass it by place.
+        for cache in (*arguments, *keywords.values()):
+            if getattr(cache, "is_compileable", False):
+                checks.fail(
+                    OP,
+                    "model",
+                    "a forward without a KV cache, or with one that grows with the sequence",
+                    type(cache).__name__,
+                    "Its keys hold unwritten places; pass a DynamicCache.",
+                )
         self._in_forward = True
 
     def _end_forward(self, decoder: nn.Module, arguments: Any, output: Any) -> None:

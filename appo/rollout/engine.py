@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from appo.models.loaded import end_ids, prompt_positions, vision_token_ids
+from appo.models.loaded import cache_argument, end_ids, prompt_positions, vision_token_ids
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class TransformersRollout:
     def _sample(self, inputs: dict[str, Any], prompt_mask: Tensor, generator: torch.Generator) -> Completions:
         positions = prompt_positions(self.model, inputs)  # (3, P, L) or (P, L)
         cache = DynamicCache(config=self.model.config.get_text_config())
-        output = self.model(**inputs, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        caching = {cache_argument(self.model): cache, "use_cache": True}
+        output = self.model(**inputs, position_ids=positions, logits_to_keep=1, **caching)
         cache.batch_repeat_interleave(self.group_size)
         logits = output.logits[:, -1].repeat_interleave(self.group_size, 0)  # (B, V) with B = P * G
         position = positions[..., -1:].repeat_interleave(self.group_size, -2)
@@ -116,8 +117,7 @@ class TransformersRollout:
                 input_ids=ids[-1][:, None],
                 attention_mask=mask[:, : prompt_mask.shape[1] + step + 1],
                 position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
+                **caching,
             )
             logits = output.logits[:, -1]
         return Completions(torch.stack(ids, 1), torch.stack(valid, 1), torch.stack(logprobs, 1), ~running)

@@ -100,7 +100,8 @@ def encode(frames: np.ndarray, path: str | os.PathLike[str], *, fps: int, crf: i
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
-        stream.options = {"crf": str(crf), "preset": "veryfast", "threads": "1"}
+        # mb-tree sums over blocks in an order that differs from run to run on CPUs with AVX-512.
+        stream.options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
         for array in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         container.mux(stream.encode())

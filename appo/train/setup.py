@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from appo.config import APPOConfig, ConfigError
+from appo.models.loaded import enable_checkpointing
 from appo.train.policy import Policy
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -47,7 +48,7 @@ def prepare_model(model: nn.Module, config: APPOConfig) -> nn.Module:
         for parameter in vision_tower(model).parameters():
             parameter.requires_grad_(False)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable_checkpointing(model)
     if config.lora_rank:
         from peft import LoraConfig, get_peft_model
 
