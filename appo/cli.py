@@ -31,6 +31,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Seeds clips, model, warm start and training.")] = 0,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 48,
     method: Annotated[str, typer.Option(help="appo, grpo or dapo.")] = "appo",
+    compare: Annotated[bool, typer.Option(help="Train with GRPO as well, beside APPO on the page.")] = True,
 ) -> None:
     """Make clips, warm up a tiny Qwen2.5-VL, train it with APPO and report. No GPU, no download, a few minutes.
 
@@ -38,7 +39,7 @@ def demo(
     """
     from appo.demo import run_demo
 
-    run_demo(output, seed=seed, steps=steps, method=method)
+    run_demo(output, seed=seed, steps=steps, method=method, compare=compare)
 
 
 @app.command()

@@ -1,12 +1,16 @@
 """`appo demo`: the whole job on clips of our own and a tiny Qwen2.5-VL, in minutes on a CPU.
 
-Four stages, each left alone when its result is there: clips -> warm start -> training -> pages. What the demo shows is
-the method at work on a task where one short moment of a clip decides the answer.
+Stages, each left alone when its result is there: clips -> warm start -> training (with APPO, then with GRPO) -> pages.
+What the demo shows is the method at work: in each clip a mark says which time is meant, and a response that misreads
+the mark looks at other frames than a right one, so that there are frames to pick.
 """
 
 import shutil
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from appo.config import APPOConfig, ConfigError
 from appo.data.load import load_records
 from appo.data.prompts import PromptBuilder
-from appo.reports.inspect_clip import draw_record
+from appo.reports.inspect_clip import draw_group, sample_group
 from appo.reports.run_report import write_report
+from appo.reports.runs import Run, read_runs
+from appo.reports.story import mean_of
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
 
@@ -52,20 +58,61 @@ SETTINGS: dict[str, Any] = {
     "sample_every": 12,
 }
 
+# The task of the demo, and what suits it: options of `make_task`, of `warm_start`, fields of the config. The look-up of
+# a colour is one token's and may happen in the first layer: every layer counts, and the one largest mass.
+CLIPS: dict[str, Any] = {"kinds": ("cue",)}
+WARM_START: dict[str, Any] = {
+    "model_options": {"num_hidden_layers": 2},
+    "looking_steps": 40,
+    "steps": 200,
+    "label_noise": 0.4,
+}
+LOOKING: dict[str, Any] = {"layers": 2, "top_tokens": 1, "top_frames": 1}
+CLOSEUPS = 3  # clips that are drawn up close, of the first TRIED whose answers differ
+TRIED = 16
+
 PRESETS = {"appo": "paper", "grpo": "grpo", "dapo": "dapo"}
 
 
-def run_demo(output: Path, *, seed: int = 0, steps: int = 48, method: str = "appo") -> Path:
-    """Run every stage that has not been run and return the page to open."""
+def run_demo(output: Path, *, seed: int = 0, steps: int = 48, method: str = "appo", compare: bool = True) -> Path:
+    """Run every stage that has not been run and return the page to open.
+
+    compare: with method "appo", train with GRPO too, from the same warm start on the same questions.
+    """
     if method not in PRESETS:
         raise ConfigError(f"`method`: expected one of {', '.join(PRESETS)}, got {method!r}.")
     started = time.perf_counter()
     torch.set_num_threads(1)  # the model is so small that a second thread costs more than it brings
-    clips = stage("clips", output / "data", lambda folder: make_clips(folder, seed))
-    warm = stage("warm start", output / "warm", lambda folder: warm_start(folder, clips, seed))
-    page = train_and_report(output / f"run-{method}", clips, warm, method=method, seed=seed, steps=steps)
+    with own_lines_only():
+        clips = stage("clips", output / "data", lambda folder: make_clips(folder, seed, **CLIPS))
+        warm = stage("warm start", output / "warm", lambda folder: warm_start(folder, clips, seed, **WARM_START))
+        folders = []
+        for name in [method, "grpo"] if compare and method == "appo" else [method]:
+            console.print(f"training: {name.upper()}, {output / f'run-{name}'}")
+            folders.append(train(output / f"run-{name}", clips, warm, method=name, seed=seed, steps=steps))
+        page = write_report(folders, output / "report.html")
+        for line in summary(read_runs(folders)):
+            console.print(line, highlight=False)
     console.print(f"Done in {time.perf_counter() - started:.0f} s. Open [bold]{page}[/bold]")
     return page
+
+
+@contextmanager
+def own_lines_only() -> Iterator[None]:
+    """Keep progress bars, notes and warnings of libraries out of the demo's lines; errors are raised as ever."""
+    from transformers.utils import logging
+
+    bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def stage(name: str, folder: Path, make: Callable[[Path], None]) -> Path:
@@ -120,15 +167,42 @@ def warm_start(
     processor.save_pretrained(folder)
 
 
-def train_and_report(run: Path, clips: Path, warm: Path, *, method: str, seed: int, steps: int) -> Path:
-    """Train on the hard split, answer the held-out splits before and after, and draw what happened."""
+def train(run: Path, clips: Path, warm: Path, *, method: str, seed: int, steps: int) -> Path:
+    """Train on the hard split, answer the held-out splits before and after, and draw a few clips up close."""
     where = {"model": str(warm), "data": str(clips / "train.json"), "output": str(run)}
-    config = APPOConfig.from_dict(SETTINGS | where | {"preset": PRESETS[method], "seed": seed, "max_steps": steps})
+    changes = LOOKING | where | {"preset": PRESETS[method], "seed": seed, "max_steps": steps}
+    config = APPOConfig.from_dict(SETTINGS | changes)
     held_out = {split: load_records(clips / f"{split}.json") for split in ("validation", "ood")}
     model, processor = load_model(config)
     trainer = Trainer(model, processor, load_records(config.data), config=config, eval_dataset=held_out)
     trainer.train()
     if config.method == "appo":
-        for record in held_out["validation"][:3]:
-            draw_record(trainer, record, run / "inspect" / record.id)
-    return write_report([run], run / "report.html")
+        groups = (sample_group(trainer, record) for record in held_out["validation"][:TRIED])
+        for group in islice((group for group in groups if group.informative), CLOSEUPS):
+            draw_group(trainer, group, run / "inspect" / group.prompt.record.id)
+    return run
+
+
+def summary(runs: list[Run]) -> list[str]:
+    """What the first run picked, against chance, and the held-out accuracy of all."""
+    first, lines = runs[0], []
+    share = {
+        name: mean_of(first, name)
+        for name in ("frames/empty", "weight/share")
+        + tuple(f"frames/{metric}{chance}" for metric in ("precision", "recall") for chance in ("", "_chance"))
+    }
+    if share["frames/empty"] is not None and share["frames/precision"] is not None:
+        lines = [
+            f"Frames were picked in {1 - share['frames/empty']:.0%} of the questions whose answers differed in reward.",
+            f"Of the picked frames {share['frames/precision']:.0%} decide the question "
+            f"({share['frames/precision_chance']:.0%} of frames drawn at random would), and of those that decide it "
+            f"{share['frames/recall']:.0%} were picked ({share['frames/recall_chance']:.0%} by chance).",
+            f"{share['weight/share']:.0%} of the words count more than once.",
+        ]
+    accuracy = [(run.method, run.evaluation_series("accuracy")[1]) for run in runs]
+    lines.append(
+        "Held-out accuracy: "
+        + ", ".join(f"{method} {values[0]:.0%} -> {values[-1]:.0%}" for method, values in accuracy)
+        + (". One seed: a few points between methods are chance." if len(runs) > 1 else ".")
+    )
+    return lines

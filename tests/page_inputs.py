@@ -88,6 +88,8 @@ def _metrics(step: int, chance: random.Random, weighted: bool) -> dict[str, Any]
             "frames/target": near(1.4, 0.2),
             "frames/empty": min(1.0, near(0.35, 0.05)),
             "frames/precision": min(1.0, near(0.3 + 0.3 * rise, 0.05)),
+            "frames/precision_chance": 0.25,
+            "frames/recall_chance": near(0.17, 0.02),
             "frames/recall": min(1.0, near(0.35 + 0.35 * rise, 0.05)),
             "mass/frames": near(0.45, 0.02),
         }

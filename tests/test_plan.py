@@ -229,6 +229,7 @@ MEASURE = """
 import gc, json, sys, torch
 from appo_kernels import linear_weighted_surrogate
 from appo_kernels.testing import peak_extra_bytes
+from appo.models.loaded import enable_checkpointing
 from tests.test_plan import build, medium
 name, checkpointing = sys.argv[1], sys.argv[2] == "True"
 torch.set_num_threads(1)

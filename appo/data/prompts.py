@@ -67,7 +67,7 @@ class Prompt:
         default_factory=lambda: torch.empty(0, dtype=torch.int32)
     )  # (P,) frame of each token or -1
     num_frames: int = 0  # F
-    clip: Clip | None = None  # the sampled frames, for pages that show them
+    clips: tuple[Clip, ...] = ()  # the sampled frames of each video, for pages that show them
     frame_times: list[tuple[float, float]] = field(default_factory=list)  # F spans (first, last sample) in seconds
 
     def __len__(self) -> int:
@@ -117,8 +117,8 @@ class PromptBuilder:
             self._prompts.popitem(last=False)
 
     def _build(self, record: Record) -> Prompt:
-        video_processor = getattr(self.processor, "video_processor", None) or self.processor.image_processor
-        factor = video_processor.patch_size * video_processor.merge_size
+        sizes = video_processor(self.processor)
+        factor = sizes.patch_size * sizes.merge_size
         images, clips = [], []
         for media in record.media:
             try:
@@ -156,8 +156,8 @@ class PromptBuilder:
             vision=vision,
             frame_ids=ids.ids[0],
             num_frames=int(ids.num_frames[0]),
-            clip=clips[0] if clips else None,
-            frame_times=_frame_times(clips, video_processor.temporal_patch_size),
+            clips=tuple(clips),
+            frame_times=_frame_times(clips, sizes.temporal_patch_size),
         )
 
     def _read(self, path: Any, factor: int) -> Clip:
@@ -169,6 +169,11 @@ class PromptBuilder:
             factor=factor,
             timeout=self.config.decode_timeout,
         )
+
+
+def video_processor(processor: Any) -> Any:
+    """The part of a processor that turns videos into patches, and says of what size."""
+    return getattr(processor, "video_processor", None) or processor.image_processor
 
 
 def _metadata(clip: Clip) -> Any:

@@ -174,7 +174,7 @@ def _data(found: Inspection) -> str:
     frames = [
         {
             "image": jpeg_uri(picture, side=max(160, 160 * picture.shape[0] // picture.shape[1])),
-            "time": _clock(*found.times[index]),
+            "time": (f"video {found.videos[index] + 1}, " if found.videos[-1] else "") + _clock(*found.times[index]),
             "picked": index in found.selected,
             "crucial": index in found.crucial,
         }

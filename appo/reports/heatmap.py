@@ -75,9 +75,10 @@ def _thumbnails(axes: Any, found: "Inspection", height: float) -> None:
             )
         if index in found.crucial:
             axes.add_patch(Rectangle((index - 0.46, -0.08 / height), 0.92, 0.05 / height, color=TRUTH, linewidth=0))
-        axes.text(
-            index, -0.11 / height, f"{found.times[index][0]:.1f} s", ha="center", va="top", fontsize=6.5, color=MUTED
-        )
+        label = f"{found.times[index][0]:.1f} s"
+        if found.videos[-1] > 0 and found.videos[index] != found.videos[index - 1]:  # the first frame of each video
+            label += f"\nvideo {found.videos[index] + 1}"
+        axes.text(index, -0.11 / height, label, ha="center", va="top", fontsize=6.5, color=MUTED)
     axes.set(xlim=(-0.5, len(found.times) - 0.5), ylim=(-0.26 / height, 1 + 0.18 / height))
     axes.axis("off")
 
@@ -111,4 +112,4 @@ def _weights(axes: Any, found: "Inspection", index: int) -> None:
     axes.tick_params(labelleft=False)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
-    axes.set_title("weight - 1", fontsize=7.5, color=MUTED, loc="left", pad=3)
+    axes.set_title("weight W; bars from 1", fontsize=7.5, color=MUTED, loc="left", pad=3)

@@ -5,11 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from appo.config import APPOConfig, ConfigError
 from appo.data.load import check_media
+from appo.data.prompts import video_processor
 from appo.data.records import DataError, Media, Record
+from appo.data.video import Clip
 from appo.reports.attention_map import write_inspection
+from appo.train.groups import Group
 from appo.train.metrics import token_texts
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
@@ -52,18 +56,28 @@ def examine(
 
 def draw_record(trainer: Trainer, record: Record, output: Path) -> list[Path]:
     """Sample a group for ``record``, score it as a training step does, and write picture and page to ``output``."""
+    return draw_group(trainer, sample_group(trainer, record), output)
+
+
+def sample_group(trainer: Trainer, record: Record) -> Group:
+    """A group of responses to ``record``, with rewards; the seed of the run decides it."""
     trainer.policy.eval()
     generator = torch.Generator(trainer.accelerator.device).manual_seed(trainer.config.seed)
     (group,) = trainer.sample_groups([record], generator)
+    return group
+
+
+def draw_group(trainer: Trainer, group: Group, output: Path) -> list[Path]:
+    """Score a sampled group as a training step does, and write picture and page to ``output``."""
+    record = group.prompt.record
     trainer.score([group])
-    clip = group.prompt.clip
-    if clip is None or group.mass is None or group.target_frames is None:
+    if not group.prompt.clips or group.mass is None or group.target_frames is None:
         raise DataError(
             f"{record.place}: expected a record with a video, got {[media.kind for media in record.media]}."
         )
     return write_inspection(
         output,
-        frames=clip.frames,
+        frames=pictures(group.prompt.clips, video_processor(trainer.processor).temporal_patch_size),
         times=group.prompt.frame_times,
         tokens=token_texts(group, trainer.processor),
         mass=group.mass,
@@ -76,3 +90,18 @@ def draw_record(trainer: Trainer, record: Record, output: Path) -> list[Path]:
         answer=record.answer,
         crucial=group.prompt.crucial_frames(),
     )
+
+
+def pictures(clips: Sequence[Clip], merged: int) -> Tensor:
+    """(T, 3, H, W) uint8: the sampled frames of all videos in order, of which the model sees ``merged`` as one frame.
+
+    The last one of a video is repeated where that frame has fewer; smaller videos stand on white, in the middle.
+    """
+    height, width = (max(clip.frames.shape[axis] for clip in clips) for axis in (2, 3))
+    shown = []
+    for clip in clips:
+        frames = torch.cat([clip.frames, clip.frames[-1:].expand(-len(clip.frames) % merged, -1, -1, -1)])
+        down, across = height - frames.shape[2], width - frames.shape[3]
+        around = (across // 2, across - across // 2, down // 2, down - down // 2)
+        shown.append(torch.nn.functional.pad(frames, around, value=255))
+    return torch.cat(shown)

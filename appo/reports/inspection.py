@@ -23,5 +23,11 @@ class Inspection:
     accuracy: list[float]  # G
 
     @property
+    def videos(self) -> list[int]:
+        """The video that each frame belongs to, from 0; time starts anew with each."""
+        begun = [i > 0 and self.times[i][0] <= self.times[i - 1][0] for i in range(len(self.times))]
+        return np.cumsum(begun).tolist()
+
+    @property
     def top_weight(self) -> float:
         return max((float(w.max()) for w in self.weights if w.size), default=1.0)

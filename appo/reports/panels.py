@@ -75,9 +75,16 @@ GROUPS = (
         "The frames APPO picked in each group, and the tokens that looked at them.",
         (
             _panel(
-                "Deciding moment",
-                "Against the true moments: how many were picked (recall), how many picks are true (precision).",
-                {"recall": "frames/recall", "precision": "frames/precision"},
+                "Picked frames that decide",
+                "Precision: of the picked frames, the share from a moment that decides the question.",
+                {"picked": "frames/precision", "by chance": "frames/precision_chance"},
+                percent=True,
+                floor=0.0,
+            ),
+            _panel(
+                "Deciding frames picked",
+                "Recall: of the frames that decide the question, the share that was picked.",
+                {"picked": "frames/recall", "by chance": "frames/recall_chance"},
                 percent=True,
                 floor=0.0,
             ),

@@ -8,7 +8,7 @@ from pathlib import Path
 from appo.reports import panels
 from appo.reports.html import key, png_uri, section, tile, token_spans, verdict, weight_scale, write_page
 from appo.reports.runs import ReportError, Run, read_runs
-from appo.reports.story import explanation
+from appo.reports.story import at_work, explanation
 
 __all__ = ["ReportError", "write_report"]
 
@@ -38,6 +38,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
         + _head(found)
         + (_comparison(found) if several else _tiles(found[0]))
         + explanation(found)
+        + "".join(at_work(run, several=several) for run in found)
         + "".join(_closeup(run, output, several) for run in found)
         + _curves(found)
         + _tasks(found)
@@ -113,13 +114,6 @@ def _accuracy_tile(run: Run, split: str, *, first: bool) -> str:
 
 
 TILES = (
-    (
-        "Deciding moment found",
-        ("frames/recall",),
-        "{:.0%}",
-        "Of the frames that decide a question, so many were picked.",
-    ),
-    ("Weighted words", ("weight/share",), "{:.0%}", "Tokens that count more than once."),
     ("Questions without signal", ("groups/no_signal",), "{:.0%}", "All their answers were equally good."),
     ("Time per step", ("time/step",), "{:.2f} s", "Rollout, scoring, update."),
 )
@@ -130,7 +124,7 @@ COLUMNS = (
     ("Gradient norm", ("grad_norm",), "{:.2f}"),
     ("Reward", ("reward",), "{:.2f}"),
     ("Weight > 1", ("weight/share",), "{:.0%}"),
-    ("Moment found", ("frames/recall",), "{:.0%}"),
+    ("Picks that decide", ("frames/precision",), "{:.0%}"),
     ("No signal", ("groups/no_signal",), "{:.0%}"),
     ("s / step", ("time/step",), "{:.2f}"),
 )

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from appo.reports.html import section
+from appo.reports.html import section, tile
 from appo.reports.runs import Run
 
 STRATEGIES = {
@@ -40,6 +40,38 @@ def explanation(runs: list[Run]) -> str:
         "One run shows the method at work; whether the weights help is a question for several seeds side by side.</p>"
     )
     return section("What happened here", lead, f'<ol class="steps">{steps}</ol>{note}')
+
+
+def mean_of(run: Run, name: str) -> float | None:
+    """Mean of a metric over all steps that have it."""
+    values = run.series(name)[1]
+    return sum(values) / len(values) if values else None
+
+
+def at_work(run: Run, *, several: bool) -> str:
+    """What the method picked in this run, beside what as many frames drawn at random would have been."""
+    tiles = []
+    empty = mean_of(run, "frames/empty")
+    if empty is not None:
+        tiles.append(
+            tile(
+                "Questions with frames picked", f"{1 - empty:.0%}", "In the others every word counts once.", strong=True
+            )
+        )
+    for name, metric in (("Picked frames that decide", "precision"), ("Deciding frames picked", "recall")):
+        value, chance = mean_of(run, f"frames/{metric}"), mean_of(run, f"frames/{metric}_chance")
+        if value is not None:
+            note = "" if chance is None else f"{chance:.0%} if as many frames were drawn at random."
+            tiles.append(tile(name, f"{value:.0%}", note, strong=True))
+    share = mean_of(run, "weight/share")
+    if share is not None:
+        tiles.append(tile("Weighted words", f"{share:.0%}", "Tokens that count more than once."))
+    lead = (
+        "Means over all steps, of the questions whose answers were not all equally good. A frame decides a question "
+        "when it was sampled in a moment that the data names."
+    )
+    name = f"The method at work in {run.label}" if several else "The method at work"
+    return section(name, lead, f'<div class="tiles">{"".join(tiles)}</div>' if tiles else "")
 
 
 def _steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -45,15 +45,21 @@ def mass_on_frames(group: Group) -> Tensor:
 
 
 def measure_frames(meter: Meter, group: Group) -> None:
-    """How many frames were picked, and how often they are the ones that decide the question (where that is known)."""
+    """How many frames were picked, and how often they are the ones that decide the question (where that is known).
+
+    frames/precision: of the picked frames, the share that decide; frames/recall: of those that decide, the share that
+    was picked. "chance" after either: what as many frames drawn at random would have on average.
+    """
     picked = set() if group.target_frames is None else set(group.target_frames.tolist())
     meter.add("frames/target", len(picked))
     meter.add("frames/empty", float(not picked))
     crucial = set(group.prompt.crucial_frames())
     if crucial:
         meter.add("frames/recall", len(picked & crucial) / len(crucial))
+        meter.add("frames/recall_chance", len(picked) / group.prompt.num_frames)
         if picked:
             meter.add("frames/precision", len(picked & crucial) / len(picked))
+            meter.add("frames/precision_chance", len(crucial) / group.prompt.num_frames)
 
 
 def measure_loss(meter: Meter, result: SurrogateOutput, tokens: int, weighted: float) -> None:
