@@ -24,7 +24,7 @@ from appo.data.prompts import PromptBuilder
 from appo.reports.inspect_clip import draw_group, sample_group
 from appo.reports.run_report import write_report
 from appo.reports.runs import Run, read_runs
-from appo.reports.story import mean_of
+from appo.reports.story import picked
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
 
@@ -184,25 +184,17 @@ def train(run: Path, clips: Path, warm: Path, *, method: str, seed: int, steps: 
 
 
 def summary(runs: list[Run]) -> list[str]:
-    """What the first run picked, against chance, and the held-out accuracy of all."""
-    first, lines = runs[0], []
-    share = {
-        name: mean_of(first, name)
-        for name in ("frames/empty", "weight/share")
-        + tuple(f"frames/{metric}{chance}" for metric in ("precision", "recall") for chance in ("", "_chance"))
-    }
-    if share["frames/empty"] is not None and share["frames/precision"] is not None:
-        lines = [
-            f"Frames were picked in {1 - share['frames/empty']:.0%} of the questions whose answers differed in reward.",
-            f"Of the picked frames {share['frames/precision']:.0%} decide the question "
-            f"({share['frames/precision_chance']:.0%} of frames drawn at random would), and of those that decide it "
-            f"{share['frames/recall']:.0%} were picked ({share['frames/recall_chance']:.0%} by chance).",
-            f"{share['weight/share']:.0%} of the words count more than once.",
-        ]
-    accuracy = [(run.method, run.evaluation_series("accuracy")[1]) for run in runs]
-    lines.append(
-        "Held-out accuracy: "
-        + ", ".join(f"{method} {values[0]:.0%} -> {values[-1]:.0%}" for method, values in accuracy)
-        + (". One seed: a few points between methods are chance." if len(runs) > 1 else ".")
-    )
+    """Lines on what each run picked, beside what as many frames drawn at random would be, and on held-out accuracy."""
+    lines = []
+    for run in runs:
+        found = picked(run)
+        if found:
+            lines.append(f"What {run.method} picked, mean over {len(run.metrics)} steps:")
+        for figure in found:
+            chance = "" if figure.chance is None else f"  ({figure.chance:.0%} by chance)"
+            lines.append(f"  {figure.name.lower():30} {figure.value:4.0%}{chance}")
+    lines.append("Held-out accuracy, before and after" + (" (one seed: a few points are chance):" if runs[1:] else ":"))
+    for run in runs:
+        values = run.evaluation_series("accuracy")[1]
+        lines.append(f"  {run.method:30} {values[0]:4.0%} -> {values[-1]:.0%}")
     return lines

@@ -9,8 +9,10 @@ import torch
 from page_inputs import inspection, write_run, write_small_run
 from PIL import Image
 
+from appo.data.video import Clip
 from appo.reports.attention_map import write_inspection
 from appo.reports.charts import smoothing_window, trailing_mean
+from appo.reports.inspect_clip import pictures
 from appo.reports.run_report import ReportError, write_report
 
 
@@ -31,6 +33,7 @@ def test_one_run(tmp_path: Path) -> None:
     assert f'Held-out accuracy, ood</h3><b><span class="from">{other[0]:.0%} →</span> {other[-1]:.0%}' in text
     assert headings(page) == [
         "What happened here",
+        "The method at work",
         "Learning and exploring",
         "Where the model looked",
         "Answers and step size",
@@ -186,6 +189,33 @@ def test_files_that_do_not_parse(tmp_path: Path, name: str, content: str, messag
     (run / name).write_text(content)
     with pytest.raises(ReportError, match=message):
         write_report([run], tmp_path / "x.html")
+
+
+def test_the_pictures_of_two_videos_stand_in_order_whole_and_told_apart(tmp_path: Path) -> None:
+    def clip(frames: int, height: int, width: int, first: int) -> Clip:
+        grey = torch.arange(first, first + frames, dtype=torch.uint8)
+        return Clip(
+            frames=grey[:, None, None, None].expand(-1, 3, height, width),
+            timestamps=torch.arange(frames) / 2,
+            duration=frames / 2,
+            source_fps=2.0,
+        )
+
+    shown = pictures([clip(3, 4, 8, 10), clip(2, 6, 4, 20)], 2)  # of two sampled frames each: 2 frames, then 1
+    assert shown.shape == (6, 3, 6, 8)
+    assert shown[:, 0, 3, 4].tolist() == [10, 11, 12, 12, 20, 21]
+    assert (shown[:4, :, [0, 5]] == 255).all() and (shown[4:, :, :, [0, 1, 6, 7]] == 255).all()
+
+    mass = torch.rand(1, 2, 3)
+    page = write_inspection(
+        tmp_path, frames=shown, times=[(0.0, 0.5), (1.0, 1.0), (0.0, 0.5)], tokens=[["a", "b"]], mass=mass,
+        selected=None, weights=None, rewards=[1.0],
+    )[1]  # fmt: skip
+    assert [frame["time"] for frame in page_data(page)["frames"]] == [
+        "video 1, 0.0-0.5 s",
+        "video 1, 1.0 s",
+        "video 2, 0.0-0.5 s",
+    ]
 
 
 def test_smoothing() -> None:

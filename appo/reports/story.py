@@ -1,6 +1,6 @@
 """What APPO does, in plain words for a reader who has never met it, with the numbers of the runs at hand."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from appo.reports.html import section, tile
 from appo.reports.runs import Run
@@ -42,30 +42,43 @@ def explanation(runs: list[Run]) -> str:
     return section("What happened here", lead, f'<ol class="steps">{steps}</ol>{note}')
 
 
-def mean_of(run: Run, name: str) -> float | None:
-    """Mean of a metric over all steps that have it."""
-    values = run.series(name)[1]
-    return sum(values) / len(values) if values else None
+class Figure(NamedTuple):
+    """A share of what a run picked, and the share that as many frames drawn at random would have on average."""
+
+    name: str
+    value: float
+    chance: float | None
+    note: str
+
+
+def picked(run: Run) -> list[Figure]:
+    """What the method picked, as means over all steps; empty for a run that picks nothing, such as GRPO's."""
+
+    def mean(metric: str) -> float | None:
+        values = run.series(metric)[1]
+        return sum(values) / len(values) if values else None
+
+    empty = mean("frames/empty")
+    figures = (
+        ("Questions with frames picked", None if empty is None else 1 - empty, None, "In others all words count once."),
+        ("Picked frames that decide", mean("frames/precision"), mean("frames/precision_chance"), ""),
+        ("Deciding frames picked", mean("frames/recall"), mean("frames/recall_chance"), ""),
+        ("Weighted words", mean("weight/share"), None, "Tokens that count more than once."),
+    )
+    return [Figure(name, value, chance, note) for name, value, chance, note in figures if value is not None]
 
 
 def at_work(run: Run, *, several: bool) -> str:
-    """What the method picked in this run, beside what as many frames drawn at random would have been."""
-    tiles = []
-    empty = mean_of(run, "frames/empty")
-    if empty is not None:
-        tiles.append(
-            tile(
-                "Questions with frames picked", f"{1 - empty:.0%}", "In the others every word counts once.", strong=True
-            )
+    """What the method picked in this run, against chance."""
+    tiles = [
+        tile(
+            figure.name,
+            f"{figure.value:.0%}",
+            figure.note if figure.chance is None else f"{figure.chance:.0%} if as many frames were drawn at random.",
+            strong=figure.chance is not None,
         )
-    for name, metric in (("Picked frames that decide", "precision"), ("Deciding frames picked", "recall")):
-        value, chance = mean_of(run, f"frames/{metric}"), mean_of(run, f"frames/{metric}_chance")
-        if value is not None:
-            note = "" if chance is None else f"{chance:.0%} if as many frames were drawn at random."
-            tiles.append(tile(name, f"{value:.0%}", note, strong=True))
-    share = mean_of(run, "weight/share")
-    if share is not None:
-        tiles.append(tile("Weighted words", f"{share:.0%}", "Tokens that count more than once."))
+        for figure in picked(run)
+    ]
     lead = (
         "Means over all steps, of the questions whose answers were not all equally good. A frame decides a question "
         "when it was sampled in a moment that the data names."

@@ -1,0 +1,94 @@
+"""The demo, small: its own lines only, its page, and what it says of the frames that were picked."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from appo import demo
+from appo.reports.runs import Run
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from appo import demo
+demo.CLIPS["sizes"] = {"warmup": 16, "train": 32, "validation": 6, "ood": 2}
+demo.WARM_START |= {"looking_steps": 2, "steps": 3}
+demo.SETTINGS |= {"eval_samples": 1, "eval_every": 2, "save_every": 2, "sample_every": 1}
+demo.run_demo(Path(sys.argv[1]), steps=2)
+"""
+# Lines of the demo. What a library prints between them (a bar, a warning, a note) is none of these.
+OWN = (
+    r"clips: \S+ \(\d+ s\)",
+    r"clips: using \S+",
+    r"decoding clips .* 16/16",
+    r"warm start, loss .* \d+/\?",
+    r"warm start: \S+ \(\d+ s\)",
+    r"warm start: using \S+",
+    r"training: (APPO|GRPO), \S+",
+    r"step 2/2 .* accuracy \d\.\d\d .* s/step .*",
+    r"What APPO picked, mean over 2 steps:",
+    r"(questions with frames picked|weighted words) +\d+%",
+    r"(picked frames that decide|deciding frames picked) +\d+%  \(\d+% by chance\)",
+    r"Held-out accuracy, before and after \(one seed: a few points are chance\):",
+    r"(APPO|GRPO) +\d+% -> \d+%",
+    r"Done in \d+ s\. Open \S+/report\.html",
+)
+
+
+def test_the_demo_prints_its_own_lines_and_draws_one_page(tmp_path: Path) -> None:
+    def run() -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-W", "default", "-c", SCRIPT, "out"],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout
+        return [line.strip() for line in done.stdout.splitlines() if line.strip()]
+
+    lines = run()
+    assert [line for line in lines if not any(re.fullmatch(own, line) for own in OWN)] == []
+    assert sum(line.startswith("training: ") for line in lines) == 2
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "2 training runs side by side" in page and "The method at work in run-appo" in page
+    # Interrupted or not, the same command goes on from what is there.
+    again = run()
+    assert [line for line in again if line.startswith(("clips", "warm start"))] == [
+        "clips: using out/data",
+        "warm start: using out/warm",
+    ]
+    assert again[-9:-1] == lines[-9:-1] and lines[-9].startswith("What APPO picked")
+
+
+def test_the_summary_says_what_chance_would_have_picked() -> None:
+    metrics = [
+        {"step": 1, "frames/empty": 0.5, "frames/precision": 0.75, "frames/precision_chance": 0.25,
+         "frames/recall": 0.5, "frames/recall_chance": 0.125, "weight/share": 0.25},
+        {"step": 2, "frames/empty": 0.0, "frames/precision": 0.25, "frames/precision_chance": 0.25,
+         "frames/recall": 0.0, "frames/recall_chance": 0.125, "weight/share": 0.75},
+    ]  # fmt: skip
+    evaluations = [{"step": step, "split": "validation", "accuracy": value} for step, value in ((0, 0.4), (2, 0.9))]
+    run = Run(Path("run-appo"), "run-appo", {"method": "appo"}, metrics, evaluations, [])
+    other = Run(Path("run-grpo"), "run-grpo", {"method": "grpo"}, [{"step": 1}], evaluations, [])
+    assert [re.sub(" +", " ", line.strip()) for line in demo.summary([run, other])] == [
+        "What APPO picked, mean over 2 steps:",
+        "questions with frames picked 75%",
+        "picked frames that decide 50% (25% by chance)",
+        "deciding frames picked 25% (12% by chance)",
+        "weighted words 50%",
+        "Held-out accuracy, before and after (one seed: a few points are chance):",
+        "APPO 40% -> 90%",
+        "GRPO 40% -> 90%",
+    ]
+    assert len(demo.summary([other])) == 2
+
+
+def test_an_unknown_method_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(demo.ConfigError, match="`method`: expected one of appo, grpo, dapo, got 'ppo'"):
+        demo.run_demo(tmp_path / "out", method="ppo")
+    assert not (tmp_path / "out").exists()
