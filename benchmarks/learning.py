@@ -39,7 +39,7 @@ import torch
 from appo.config import APPOConfig
 from appo.data.load import load_records
 from appo.data.prompts import PromptBuilder
-from appo.demo import CLIPS, LOOKING, SETTINGS, WARM_START, make_clips, stage, warm_start
+from appo.demo import CLIPS, SETTINGS, WARM_START, make_clips, stage, warm_start
 from appo.method.selection import select_frames
 from appo.train.evaluate import evaluate
 from appo.train.setup import load_model
@@ -71,7 +71,8 @@ class Task:
 
 TASKS = {
     "moment": Task(),
-    "cue": Task(CLIPS, WARM_START, LOOKING),
+    # The look-up is one token's and may happen in the first layer: every layer counts, and the one largest mass.
+    "cue": Task(CLIPS, WARM_START, {"layers": 2, "top_tokens": 1, "top_frames": 1}),
 }
 
 
