@@ -59,8 +59,8 @@ SETTINGS: dict[str, Any] = {
 }
 
 # The task of the demo, and what suits it: options of `make_task`, of `warm_start`, fields of the config. The look-up of
-# a colour is one token's and may happen in the first layer: every layer counts, and the one largest mass. "hard" would
-# leave no frame in a third of the groups and more as they get better; the rate keeps them disagreeing for most of a run.
+# a colour is one token's and may happen in the first layer: every layer counts, and the one largest mass. Frames are
+# those of right answers ("soft"): less those of wrong ones, many groups would have none. A low rate keeps groups apart.
 CLIPS: dict[str, Any] = {"kinds": ("cue",)}
 WARM_START: dict[str, Any] = {
     "model_options": {"num_hidden_layers": 2},
