@@ -17,6 +17,7 @@ CHOICES = {
     "advantage_scale": ("group", "none"),
     "dtype": ("float32", "bfloat16", "float16"),
     "share_prompt": ("auto", "on", "off"),
+    "video_decoder": ("auto", "pyav", "decord"),
     "lr_schedule": ("constant", "cosine", "linear"),
 }
 
@@ -57,6 +58,7 @@ class APPOConfig:
     max_frames: int = 16  # video frames before temporal merging
     max_pixels: int = 64 * 28 * 28  # of one frame
     decode_timeout: float = 60.0
+    video_decoder: str = "auto"  # PyAV, then decord; or one of them
     instructions: bool = True  # tell the model in words how to format its answer; off for one that was taught
 
     # Rollouts.

@@ -1,7 +1,7 @@
 """Decoding: which frames come back, at what size, and what is said about files that cannot be read."""
 
 import logging
-import time
+import tracemalloc
 
 import av
 import numpy as np
@@ -9,21 +9,23 @@ import pytest
 import torch
 
 from appo.data import video
-from appo.data.video import VideoError, fit_size, read_video
-from appo.data.video_worker import sample_indices
+from appo.data.video import VideoError, read_video
+from appo.data.video_decoders import Source, decode_pyav
+from appo.data.video_pixels import fit_size
+from appo.data.video_timeline import Sampling, choose
 
 FPS = 8
 READ = {"fps": 4.0, "max_frames": 16, "max_pixels": 28 * 28, "factor": 14}
 
 
 def write(path, frames, *, size=(48, 64), **options):
-    """A video whose n-th frame is grey of level 8 n + 4, so that a decoded frame tells its number."""
+    """A video whose n-th frame is grey of level 8 n + 4 (n modulo 31), so that a decoded frame tells its number."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
         stream.options = {"crf": "4", "preset": "veryfast", **options}
         for number in range(frames):
-            array = np.full((*size, 3), 8 * number + 4, np.uint8)
+            array = np.full((*size, 3), 8 * (number % 31) + 4, np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
         container.mux(stream.encode())
     return path
@@ -38,43 +40,70 @@ def clip_path(tmp_path_factory):
     return write(tmp_path_factory.mktemp("video") / "clip.mp4", 30)
 
 
-# One group of pictures, or a keyframe every five frames (seeking); with and without frames stored out of
-# order.
-@pytest.mark.parametrize("options", [{}, {"g": "5"}, {"g": "5", "bf": "0"}])
-# Every frame, every second, a few out of all (long gaps, so that whole groups are skipped).
-@pytest.mark.parametrize(("fps", "max_frames"), [(8.0, 64), (4.0, 64), (8.0, 4)])
-def test_both_decoders_take_the_same_frames(tmp_path, options, fps, max_frames):
-    path = write(tmp_path / "clip.mp4", 30, **options)
-    first, second = (
-        read_video(path, **{**READ, "fps": fps, "max_frames": max_frames}, decoder=decoder)
-        for decoder in video.DECODERS
-    )
-    count = min(round(30 / FPS * fps) // 2 * 2, max_frames)
-    expected = [i * 30 // count for i in range(count)]
-    assert numbers(first) == numbers(second) == expected
-    assert torch.equal(first.frames, second.frames)
-    assert torch.equal(first.timestamps, second.timestamps)
-    torch.testing.assert_close(first.timestamps, torch.tensor(expected, dtype=torch.float64) / FPS)
-    assert first.source_fps == pytest.approx(FPS) and second.source_fps == pytest.approx(FPS)
-    assert first.duration == pytest.approx(30 / FPS) and second.duration == pytest.approx(30 / FPS)
-
-
 # A clip of one frame, of fewer frames than wanted, an odd number, an hour at 30 frames a second.
 @pytest.mark.parametrize("num_frames", [1, 3, 9, 30 * 3600])
 @pytest.mark.parametrize(("fps", "max_frames", "min_frames"), [(1.0, 16, 2), (0.01, 16, 4), (30.0, 7, 2)])
 def test_sampling_is_even_in_number_and_over_time(num_frames, fps, max_frames, min_frames):
-    indices = sample_indices(num_frames, num_frames / 30, fps, max_frames, min_frames)
+    times, duration = np.arange(num_frames) / 30, num_frames / 30
+    indices, seconds = choose(times, duration, Sampling(fps, max_frames, min_frames, 28 * 28, 14))
     assert len(indices) % 2 == 0 and 2 <= len(indices) <= max(max_frames, 2)
     assert indices[0] == 0 and indices[-1] < num_frames
     steps = np.diff(indices)
     assert (steps >= (num_frames > 1)).all() and steps.max() - steps.min() <= 1
     assert num_frames - indices[-1] <= steps.max() + 1
+    assert (np.diff(seconds) > 0).all() and seconds[0] == 0 and seconds[-1] < duration
+
+
+def brute_choice(times, duration, count, begin, end):
+    """The frame on the screen when each of ``count`` equal parts begins, found by looking at all frames."""
+    ends = [*times[1:], duration]
+    starts = [begin + (end - begin) * i / count for i in range(count)]
+    return [next(f for f in range(len(times)) if times[f] <= s + 1e-6 and s + 1e-6 < ends[f]) for s in starts]
+
+
+# Clips whose rate varies by a factor of 1,000, whole and in segments.
+@pytest.mark.parametrize("seed", range(20))
+def test_sampling_takes_what_is_on_the_screen(seed):
+    generator = np.random.default_rng(seed)
+    times = np.concatenate([[0.0], np.cumsum(10 ** generator.uniform(-2, 1, 60))])
+    duration = times[-1] + 0.5
+    begin, end = sorted(generator.uniform(0, duration, 2)) if seed % 2 else (None, None)
+    indices, seconds = choose(times, duration, Sampling(1.0, 32, 2, 28 * 28, 14, begin, end))
+    first, last = begin or 0.0, duration if end is None else end
+    assert indices.tolist() == brute_choice(times, duration, len(indices), first, last)
+    assert (np.diff(seconds) > 0).all() and seconds[0] >= first and seconds[-1] < last
+    shown = np.append(times, duration)
+    assert ((shown[indices] <= seconds + 1e-9) & (seconds < shown[indices + 1])).all()
+
+
+# 600 frames in 30 groups of pictures, of which 6 are asked for.
+@pytest.mark.parametrize("name", ["long.mp4", "long.mkv", "long.ts", "long.flv", "long.mov"])
+def test_few_frames_of_a_long_clip_need_few_decoded(tmp_path, name, monkeypatch):
+    source = Source(str(write(tmp_path / name, 600, g="20", keyint_min="20", sc_threshold="0")))
+    decoded = []
+    output = Source._output
+    monkeypatch.setattr(Source, "_output", lambda *a: (decoded.append(frame) or frame for frame in output(*a)))
+    wanted = np.array([0, 19, 120, 121, 340, 590])
+    assert [index for index, _ in source.frames(wanted)] == wanted.tolist()
+    # The wanted ones and what their groups hold before them; MPEG-TS is read to its end, which could be cut.
+    assert len(decoded) <= 20 + 2 + 1 + 11 + 20 * name.endswith("ts")
+    source.close()
+
+
+def test_frames_are_scaled_as_they_are_decoded(tmp_path):
+    """The memory for a clip of large frames is that of a few of them, however many are taken."""
+    path = write(tmp_path / "large.mp4", 32, size=(720, 1280))
+    tracemalloc.start()
+    frames, *_ = decode_pyav(str(path), Sampling(8.0, 32, 2, 28 * 28, 14))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(frames) == 32 and peak < 4 * 720 * 1280 * 3 + 10 * frames.nbytes
 
 
 def test_a_single_frame_is_given_twice(tmp_path):
     clip = read_video(write(tmp_path / "one.mp4", 1), **READ)
     assert clip.frames.shape == (2, 3, 14, 28) or clip.frames.shape == (2, 3, 28, 28)
-    assert numbers(clip) == [0, 0]
+    assert numbers(clip) == [0, 0] and clip.timestamps.tolist() == [0, 1 / FPS / 2]
 
 
 # Square, wide, tall, already small, larger than the limit by little, extreme; with the factors of both
@@ -128,7 +157,7 @@ def broken_files(folder, clip_path):
         "folder.mp4": "not a regular file",
         "empty.mp4": "is empty",
         "text.mp4": "is not a video, or is broken",
-        "cut.mp4": "is not a video, or is broken",
+        "cut.mp4": "ends early",
         "sound.wav": "is not a video, or is broken",
     }
 
@@ -141,50 +170,79 @@ def test_files_that_cannot_be_read_are_named(tmp_path, clip_path):
         assert str(caught.value).rstrip().endswith("."), "the remedy is missing"
 
 
-def worker(monkeypatch, tmp_path, code):
-    """Replaces the decoding process by one in which ``code`` ran before the first request."""
-    real = video.WORKER
-    script = tmp_path / "worker.py"
-    script.write_text(
-        "import importlib.util, os, sys, time\n"
-        f"spec = importlib.util.spec_from_file_location('real_worker', {str(real)!r})\n"
-        "module = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(module)\n"
-        f"{code}\nmodule.main()\n"
-    )
-    monkeypatch.setattr(video, "WORKER", script)
+@pytest.fixture
+def worker(monkeypatch):
+    """Replaces the decoding process by one in which ``code`` ran before the first request; all workers it started."""
+    started = []
+    real = video._Worker
+
+    def start():
+        started.append(real())
+        return started[-1]
+
+    monkeypatch.setattr(video, "_Worker", start)
     monkeypatch.setattr(video, "_idle", [])
 
+    def prepare(code):
+        head, _, main = video.WORKER.rpartition("; ")
+        prelude = "import os, time, appo.data.video_worker as module"
+        monkeypatch.setattr(video, "WORKER", f"{head}\n{prelude}\n{code}\n{main}")
+        return started
 
-def test_a_decoder_that_hangs_is_stopped(monkeypatch, tmp_path, clip_path):
-    worker(monkeypatch, tmp_path, "module.DECODERS = dict.fromkeys(module.DECODERS, lambda *a: time.sleep(300))")
-    started = time.monotonic()
-    with pytest.raises(VideoError, match=r"clip\.mp4 could not be decoded within 2 s"):
-        read_video(clip_path, **READ, timeout=2.0)
-    assert time.monotonic() - started < 20
+    yield prepare
+    for process in started:
+        process.close()
 
 
+def test_a_decoder_that_hangs_is_stopped(worker, clip_path):
+    started = worker("module.DECODERS.update(dict.fromkeys(module.DECODERS, lambda *a: time.sleep(10**6)))")
+    with pytest.raises(VideoError, match=r"clip\.mp4 could not be decoded within 3 s"):
+        read_video(clip_path, **READ, timeout=3.0)
+    assert [process.alive() for process in started] == [False]
+
+
+# Decoding that dies, fails, or is not installed.
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
-        ("module.DECODERS['decord'] = lambda *a: time.sleep(300)", "timeout"),
-        ("module.DECODERS['decord'] = lambda *a: os._exit(9)", "crashed"),
-        ("module.DECODERS['decord'] = lambda *a: 1 / 0", "ZeroDivisionError"),
+        ("module.DECODERS['pyav'] = lambda *a: os._exit(9)", "crashed"),
+        ("module.DECODERS['pyav'] = lambda *a: 1 / 0", "ZeroDivisionError"),
     ],
 )
-def test_pyav_reads_what_decord_cannot(monkeypatch, tmp_path, clip_path, caplog, code, reason):
+def test_decord_is_the_second(worker, clip_path, caplog, code, reason):
     expected = read_video(clip_path, **READ, decoder="pyav")
-    worker(monkeypatch, tmp_path, code)
+    worker(code)
+    video._idle.clear()
     with caplog.at_level(logging.WARNING, "appo.data.video"):
-        clip = read_video(clip_path, **READ, timeout=30.0 if reason != "timeout" else 10.0)
-    assert torch.equal(clip.frames, expected.frames)
+        clip = read_video(clip_path, **READ, timeout=300.0)
+    assert numbers(clip) == numbers(expected) and torch.equal(clip.timestamps, expected.timestamps)
     assert reason in caplog.text and "clip.mp4" in caplog.text
+    with pytest.raises(VideoError, match=f"clip.mp4 .*{reason}"):
+        read_video(clip_path, **READ, timeout=300.0, decoder="pyav")
 
 
-def test_decord_need_not_be_installed(monkeypatch, tmp_path, clip_path):
-    worker(monkeypatch, tmp_path, "sys.modules['decord'] = None")
-    assert numbers(read_video(clip_path, **READ)) == numbers(read_video(clip_path, **READ, decoder="pyav"))
-    with pytest.raises(VideoError, match=r"no decoder is installed \(decord: ModuleNotFoundError"):
-        read_video(clip_path, **READ, decoder="decord")
+def test_decord_need_not_be_installed(worker, clip_path):
+    worker("sys.modules['decord'] = None")
+    assert len(read_video(clip_path, **READ, timeout=300.0).frames) == 14
+    with pytest.raises(VideoError, match=r"a decoder is not installed \(decord: ModuleNotFoundError"):
+        read_video(clip_path, **READ, timeout=300.0, decoder="decord")
+
+
+def test_nothing_is_read_without_pyav(worker, clip_path):
+    worker("sys.modules['av'] = None")
+    with pytest.raises(VideoError, match=r"a decoder is not installed \(pyav: Mod.*decord: Mod.*Install av"):
+        read_video(clip_path, **READ, timeout=300.0)
+
+
+def test_playlists_open_no_other_file(tmp_path, clip_path):
+    """Text that FFmpeg would follow to other files or addresses is not a video."""
+    for name, text in {
+        "concat.mp4": f"ffconcat version 1.0\nfile '{clip_path}'\n",
+        "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{clip_path}\n#EXT-X-ENDLIST\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(VideoError, match="is not a video, or is broken"):
+            read_video(tmp_path / name, **READ)
 
 
 def test_a_forked_process_starts_its_own_worker(monkeypatch, clip_path):
@@ -206,6 +264,13 @@ def test_a_forked_process_starts_its_own_worker(monkeypatch, clip_path):
         ({"max_pixels": 100}, "max_pixels"),
         ({"timeout": 0.0}, "timeout"),
         ({"decoder": "opencv"}, "decoder"),
+        ({"fps": float("inf")}, "fps"),
+        ({"fps": float("nan")}, "fps"),
+        ({"timeout": float("inf")}, "timeout"),
+        ({"start": -1.0}, "start"),
+        ({"start": float("nan")}, "start"),
+        ({"end": float("inf")}, "end"),
+        ({"start": 2.0, "end": 2.0}, "end"),
     ],
 )
 def test_arguments_that_no_video_satisfies(clip_path, changes, named):

@@ -168,6 +168,7 @@ class PromptBuilder:
             max_pixels=self.config.max_pixels,
             factor=factor,
             timeout=self.config.decode_timeout,
+            decoder=self.config.video_decoder,
         )
 
 
@@ -176,15 +177,23 @@ def video_processor(processor: Any) -> Any:
     return getattr(processor, "video_processor", None) or processor.image_processor
 
 
+TICKS = 1000.0  # per second: the clock of the times below
+
+
 def _metadata(clip: Clip) -> Any:
-    """What processors turn into timestamps and second-per-grid values: the true place of each sampled frame."""
+    """What processors turn into timestamps and second-per-grid values: the true time of each sampled frame.
+
+    Processors know a time as an index divided by a rate. Frames counted at the average rate of a file would be off
+    where its rate varies, so the indices here count milliseconds; ``total_num_frames`` is the length of what was
+    sampled in the same unit, from which they take the samples per second.
+    """
     from transformers.video_utils import VideoMetadata
 
     return VideoMetadata(
-        total_num_frames=max(len(clip.timestamps), round(clip.duration * clip.source_fps)),
-        fps=clip.source_fps,
+        total_num_frames=max(len(clip.timestamps), round((clip.end - clip.start) * TICKS)),
+        fps=TICKS,
         duration=clip.duration,
-        frames_indices=[round(time * clip.source_fps) for time in clip.timestamps.tolist()],
+        frames_indices=[round(time * TICKS) for time in clip.timestamps.tolist()],
     )
 
 

@@ -1,10 +1,12 @@
-"""Video decoding: a few frames of a file, evenly spread, at a bounded size, with the time of each.
+"""Video decoding: a few frames of a file, evenly spread in time, at a bounded size, with the time of each.
 
-decord decodes where it is installed; PyAV reads what decord cannot. Both run in a process of their own
-(``video_worker.py``), which is killed when the time limit is reached: decord is known to hang on some files.
+PyAV decodes; decord is the second, and a setting, for the files on which it was found to be right. Both run in a
+process of their own (``video_worker.py``), which is killed when the time limit is reached: decoders are known to hang
+and to crash on some files.
 """
 
 import atexit
+import json
 import logging
 import math
 import os
@@ -20,10 +22,13 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from appo.data.video_timeline import Sampling
+
 logger = logging.getLogger(__name__)
 
-DECODERS = ("decord", "pyav")
-WORKER = Path(__file__).with_name("video_worker.py")
+DECODERS = ("pyav", "decord")
+# The process imports what this one would, as processes that multiprocessing spawns do.
+WORKER = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from appo.data.video_worker import main; main()"
 
 
 class VideoError(ValueError):
@@ -32,16 +37,19 @@ class VideoError(ValueError):
 
 @dataclass(frozen=True)
 class Clip:
-    """Sampled frames of a video.
+    """Sampled frames of a video, or of its segment from ``start`` to ``end``.
 
-    frames: (T, 3, H, W) uint8, RGB; T is even. timestamps: (T,) fp64, seconds from the first frame of the
-    file. source_fps: frames per second in the file. duration: seconds.
+    frames: (T, 3, H, W) uint8, RGB; T is even. timestamps: (T,) fp64, ascending, seconds from the first frame of the
+    file, of a segment too. source_fps: frames per second in the file, on average. duration: seconds, of the file.
+    start, end: seconds from the first frame of the file.
     """
 
     frames: Tensor
     timestamps: Tensor
     source_fps: float
     duration: float
+    start: float
+    end: float
 
 
 def read_video(
@@ -54,75 +62,63 @@ def read_video(
     factor: int = 28,
     timeout: float = 30.0,
     decoder: str = "auto",
+    start: float | None = None,
+    end: float | None = None,
 ) -> Clip:
-    """Reads an even number of frames spread over the whole file.
+    """An even number T of frames, evenly spread in time over the whole file or over a segment of it.
 
-    fps: frames to take of each second, within ``min_frames`` and ``max_frames`` in all.
+    The i-th frame is the one on the screen when the i-th of T equal parts begins, whatever the frame rate does. Its
+    time is the frame's own, or the beginning of the part where the frame has been on the screen since an earlier one;
+    a clip of one frame gives it twice, since models merge frames in pairs. Frames are upright (display matrices of
+    cameras, mirrored ones too) and have the shape in which they are displayed (pixels that are not square are
+    resampled). Interlaced frames are given as they are stored, both fields in one picture.
+
+    fps: frames to take of each second, within ``min_frames`` and ``max_frames`` in all, and no more than the file has.
     max_pixels: H * W of a frame is at most this. Both sides are multiples of ``factor`` (patch size times spatial
         merge of the vision tower: 28 for Qwen2.5-VL), and the aspect ratio is kept as well as that allows.
     timeout: seconds after which decoding is stopped, whatever the decoder is doing.
-    decoder: "auto" takes decord and, where that is missing or fails, PyAV (with a warning); "decord" or "pyav"
-        takes that one.
+    decoder: "auto" takes PyAV and, where that is missing or fails, decord (with a warning); "pyav" or "decord" takes
+        that one. decord is refused on files on which it gives other frames than those asked for.
+    start, end: the segment, in seconds from the first frame of the file; None: the beginning, the end of the file.
 
-    Raises VideoError (a ValueError) naming the file: it does not exist, is not a video, is broken, has no frames, or
-    decoding it took too long. ValueError for arguments that no video could satisfy.
+    Raises VideoError (a ValueError) naming the file: it does not exist, is not a video, is broken, ends early, has no
+    frames or no times, does not reach the segment, or decoding it took too long. ValueError for arguments that no
+    video could satisfy.
     """
     _check_arguments(fps, max_frames, min_frames, max_pixels, factor, timeout, decoder)
+    _check_segment(start, end)
     name = os.fspath(path)
     if not Path(name).is_file():
         what = "is not a regular file" if Path(name).exists() else "does not exist"
         _fail(name, what, "Check the path and the data root.")
     if os.path.getsize(name) == 0:
         _fail(name, "is empty (0 bytes)", "Fetch it again.")
+    sampling = Sampling(fps, max_frames, min_frames, max_pixels, factor, start, end)
     deadline = time.monotonic() + timeout
     reasons: list[str] = []
     for choice in DECODERS if decoder == "auto" else (decoder,):
-        # Half of the time for the first of two decoders: when it hangs, the second still has its chance.
-        share = (deadline - time.monotonic()) / (2 if decoder == "auto" and choice == "decord" else 1)
-        status, *result = _decode(choice, name, max(share, 0.001), (fps, max_frames, min_frames))
+        status, *result = _decode(choice, name, max(deadline - time.monotonic(), 0.001), sampling)
         if status == "ok":
             frames, seconds, source_fps, duration = result
-            pixels = _resize(torch.from_numpy(frames).permute(0, 3, 1, 2), max_pixels, factor)
-            return Clip(pixels, torch.from_numpy(seconds), float(source_fps), float(duration))
+            return Clip(
+                frames=torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(),
+                timestamps=torch.from_numpy(seconds),
+                source_fps=source_fps,
+                duration=duration,
+                start=start or 0.0,
+                end=duration if end is None else min(end, duration),
+            )
         reasons.append(f"{choice}: {result[0]}")
-        if decoder == "auto" and choice == "decord":
-            log = logger.debug if status == "missing" else logger.warning
-            log("%s: decord %s (%s); reading it with PyAV", name, status, result[0])
-    if status == "timeout":
-        _fail(
-            name,
-            f"could not be decoded within {timeout:g} s ({'; '.join(reasons)})",
-            "Re-encode it or raise `timeout`.",
-        )
+        if status == "refused" and choice in (decoder, "pyav"):
+            _fail(name, *result)
+        if status == "timeout":
+            what = f"could not be decoded within {timeout:g} s ({'; '.join(reasons)})"
+            _fail(name, what, "Re-encode it or raise `timeout`.")
+        if decoder == "auto" and choice == "pyav":
+            logger.warning("%s: PyAV %s (%s); trying decord", name, status, result[0])
     if status == "missing":
-        _fail(name, f"cannot be decoded: no decoder is installed ({'; '.join(reasons)})", "Install decord or av.")
+        _fail(name, f"cannot be decoded: a decoder is not installed ({'; '.join(reasons)})", "Install av.")
     _fail(name, f"is not a video, or is broken ({'; '.join(reasons)})", "Fetch it again or re-encode it as H.264 mp4.")
-
-
-def fit_size(height: int, width: int, max_pixels: int, factor: int) -> tuple[int, int]:
-    """(height, width) to resize to: multiples of ``factor``, ``max_pixels`` at most, aspect ratio kept.
-
-    A frame that fits already keeps its size, rounded to multiples of ``factor``.
-    """
-    scale = min(1.0, math.sqrt(max_pixels / (height * width)))
-    fitted = [max(factor, round(side * scale / factor) * factor) for side in (height, width)]
-    while fitted[0] * fitted[1] > max_pixels:
-        # Rounding went over the limit: shorten the side that was lengthened most, but never below one unit.
-        ratios = [
-            side / original if side > factor else -1.0 for side, original in zip(fitted, (height, width), strict=True)
-        ]
-        longer = ratios.index(max(ratios))
-        fitted[longer] -= factor
-    return fitted[0], fitted[1]
-
-
-def _resize(frames: Tensor, max_pixels: int, factor: int) -> Tensor:
-    """(T, 3, H, W) uint8 at the size of ``fit_size``: bicubic, antialiased, as the Qwen processors resize."""
-    size = fit_size(frames.shape[-2], frames.shape[-1], max_pixels, factor)
-    if size == tuple(frames.shape[-2:]):
-        return frames.contiguous()
-    resized = torch.nn.functional.interpolate(frames.float(), size=size, mode="bicubic", antialias=True)
-    return resized.round_().clamp_(0, 255).to(torch.uint8)
 
 
 class _Worker:
@@ -130,7 +126,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-u", str(WORKER)],
+            [sys.executable, "-u", "-c", WORKER, json.dumps(sys.path)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # FFmpeg's chatter; what matters comes back as an exception
@@ -179,7 +175,7 @@ _owner = os.getpid()
 _lock = threading.Lock()
 
 
-def _decode(decoder: str, path: str, seconds: float, sampling: tuple[float, int, int]) -> tuple[Any, ...]:
+def _decode(decoder: str, path: str, seconds: float, sampling: Sampling) -> tuple[Any, ...]:
     global _owner
     with _lock:
         if _owner != os.getpid():
@@ -189,7 +185,7 @@ def _decode(decoder: str, path: str, seconds: float, sampling: tuple[float, int,
     if worker is None or not worker.alive():
         worker = _Worker()
     try:
-        result = worker.ask((decoder, path, *sampling), seconds)
+        result = worker.ask((decoder, path, sampling), seconds)
     except BaseException:
         worker.close()  # an interrupted exchange would leave its answer to the next request
         raise
@@ -214,10 +210,10 @@ def _check_arguments(
     def wrong(argument: str, expected: str, got: object, remedy: str) -> NoReturn:
         raise ValueError(f"read_video: `{argument}`: expected {expected}, got {got!r}. {remedy}")
 
-    if not fps > 0:
-        wrong("fps", "a positive number of frames per second", fps, "1.0 is usual.")
-    if not timeout > 0:
-        wrong("timeout", "a positive number of seconds", timeout, "30 is usual.")
+    if not 0 < fps < math.inf:
+        wrong("fps", "a positive, finite number of frames per second", fps, "1.0 is usual.")
+    if not 0 < timeout <= threading.TIMEOUT_MAX:
+        wrong("timeout", f"a positive number of seconds, at most {threading.TIMEOUT_MAX:.0f}", timeout, "30 is usual.")
     if max_frames < 2 or min_frames < 1 or min_frames > max_frames:
         wrong(
             "max_frames",
@@ -235,7 +231,15 @@ def _check_arguments(
             "One token needs that many pixels.",
         )
     if decoder not in ("auto", *DECODERS):
-        wrong("decoder", f"one of {('auto', *DECODERS)}", decoder, "auto tries decord, then PyAV.")
+        wrong("decoder", f"one of {('auto', *DECODERS)}", decoder, "auto tries PyAV, then decord.")
+
+
+def _check_segment(start: float | None, end: float | None) -> None:
+    for name, value in (("start", start), ("end", end)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"read_video: `{name}`: expected seconds from the first frame, got {value!r}.")
+    if end is not None and not (start or 0.0) < end:
+        raise ValueError(f"read_video: `end`: expected more than `start` = {start or 0.0:g} s, got {end!r}.")
 
 
 def _fail(path: str, what: str, remedy: str) -> NoReturn:
