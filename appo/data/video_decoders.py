@@ -104,9 +104,12 @@ class Source:
 
     def frames(self, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
         """(index, frame) of the wanted indices, ascending and distinct. Raises ValueError where one is missing."""
-        last = len(self.timeline.order) - 1
-        if self.container.format.name in WITHOUT_LENGTH and wanted[-1] < last:
+        chosen, last = set(wanted.tolist()), len(self.timeline.order) - 1
+        if self.container.format.name in WITHOUT_LENGTH and last not in chosen:
             wanted = np.append(wanted, last)
+        yield from ((index, frame) for index, frame in self._frames(wanted) if index in chosen)
+
+    def _frames(self, wanted: np.ndarray) -> Iterator[tuple[int, Any]]:
         if self.timeline.by_count:
             yield from self._by_count(wanted)
             return
@@ -204,8 +207,7 @@ def decode_pyav(path: str, sampling: Sampling) -> tuple[Any, ...]:
         indices, seconds = choose(source.seconds, source.duration, sampling)
         check_times(seconds, source.duration)
         shaper = Shaper(sampling.max_pixels, sampling.factor, source.aspect)
-        chosen = set(indices.tolist())
-        found = {i: _shaped(source, f, shaper) for i, f in source.frames(np.unique(indices)) if i in chosen}
+        found = {index: _shaped(source, frame, shaper) for index, frame in source.frames(np.unique(indices))}
         return np.stack([found[index] for index in indices.tolist()]), seconds, source.fps, source.duration
     finally:
         source.close()
