@@ -77,7 +77,9 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks.whole_model
 	$(BENCH)/bin/python -m benchmarks.training_step
 	$(BENCH)/bin/python -m benchmarks.growth
+	$(BENCH)/bin/python -m benchmarks.peer_losses
 	$(BENCH)/bin/python -m benchmarks.page
+	$(BENCH)/bin/python -m benchmarks.readme --write
 
 bench-check: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks.check

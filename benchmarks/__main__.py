@@ -1,6 +1,6 @@
 """python -m benchmarks [OPERATOR ...]: verify, time, measure memory, print one table, write results/operators-*
 
-Every operator, shape and backend that can run here, beside its limit and its peers. `--list` shows the shapes.
+Every operator, shape and backend that can run here, beside its lower bound and its peers. `--list` shows the shapes.
 """
 
 import argparse

@@ -153,7 +153,7 @@ def flex(work: Attention) -> tuple[Any, str]:
 
 
 def matrix_product(work: Attention) -> Any:
-    """The limit of a replay: response rows with the keys of frames, into a buffer that is there already."""
+    """The lower bound of a replay: response rows with the keys of frames, into a buffer that is there already."""
     shape, count = work.shape, work.shape.frames * work.shape.frame_keys
     start = shape.text // 2
     if work.device == "cuda":

@@ -45,7 +45,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case | None:
     runs = {f"ours, {name}, fused": partial(ours, name) for name, reason in backends.items() if not reason}
     runs["ours, flash and frame_mass"] = flash_and_replay
     contestants = [Contestant(name, "ours", run) for name, run in runs.items()]
-    contestants.append(Contestant("limit: flash attention", "limit", partial(peers.flash, work)))
+    contestants.append(Contestant("bound: flash attention", "bound", partial(peers.flash, work)))
     if work.matrix:
         runs["eager attention and its matrix"] = partial(peers.eager, work)
         contestants.append(Contestant("eager attention and its matrix", "peer", partial(peers.eager, work)))

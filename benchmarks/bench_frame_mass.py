@@ -35,7 +35,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
         contestants.append(Contestant(f"ours, {backend}, lse given", "ours", partial(ours, backend, lse)))
     for backend in usable:
         contestants.append(Contestant(f"ours, {backend}, lse computed", "ours", partial(ours, backend, None)))
-    contestants.append(Contestant("limit: matrix product", "limit", peers.matrix_product(work)))
+    contestants.append(Contestant("bound: matrix product", "bound", peers.matrix_product(work)))
     masses = {c.name: c.run for c in contestants if c.role == "ours"}
 
     def add(name: str, run, *, possible: bool, mass=None) -> None:

@@ -46,7 +46,7 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, kind: str) -> 
     rows = torch.cat(unique)
     buffer = torch.empty(len(rows), shape.vocabulary, dtype=dtype, device=device)
     product = partial(torch.mm, rows, head.weight.t(), out=buffer)
-    contestants.append(Contestant("limit: product of the unique rows", "limit", product))
+    contestants.append(Contestant("bound: product of the unique rows", "bound", product))
     work = f"{shape.describe()}, {len(rows)} unique rows"
     verify = partial(check, head, slots, kind, usable)
     return Case(
@@ -71,7 +71,7 @@ def from_logits(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case
     unique = [slots[:, i].unique() for i in range(shape.responses)]
     # The rows are read; nothing of their size is written.
     rows = torch.cat([logits[i, positions] for i, positions in enumerate(unique)])
-    contestants.append(Contestant("limit: sum of the unique rows", "limit", partial(torch.sum, rows, -1)))
+    contestants.append(Contestant("bound: sum of the unique rows", "bound", partial(torch.sum, rows, -1)))
 
     def verify() -> None:
         part = slots[:1, :, :2]

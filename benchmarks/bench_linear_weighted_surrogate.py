@@ -49,7 +49,7 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
         Contestant(name, "ours" if name.startswith("ours") else "peer", partial(run, loss), head.clear)
         for name, loss in losses.items()
     ]
-    contestants.append(Contestant("limit: 3 products", "limit", peers.products(head, 3)))
+    contestants.append(Contestant("bound: 3 matrix products", "bound", peers.products(head, 3)))
 
     def with_gradients(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         head.clear()

@@ -55,7 +55,7 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
         for name, loss in losses.items()
     ]
     # The logits are read and a gradient of their size is written.
-    contestants.append(Contestant("limit: copy of the logits", "limit", logits.detach().clone))
+    contestants.append(Contestant("bound: copy of the logits", "bound", logits.detach().clone))
 
     def with_gradient(name: str) -> tuple[Tensor, ...]:
         clear()

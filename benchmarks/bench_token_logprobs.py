@@ -54,7 +54,9 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, *, gradients: 
     ]
     # Without logits in memory the backward computes them again: four products.
     count = 4 if gradients else 1
-    contestants.append(Contestant(f"limit: {count} products", "limit", peers.products(head, count)))
+    contestants.append(
+        Contestant(f"bound: {count} matrix product{'s' if count > 1 else ''}", "bound", peers.products(head, count))
+    )
     work = shape.describe() + (", forward and backward" if gradients else ", forward")
     op = f"{OP} {'fwd+bwd' if gradients else 'fwd'}"
     verify = partial(check, head, functions)

@@ -39,7 +39,7 @@ def case(shape: VocabularyShape, device: str) -> Case:
     runs = {name: partial(run, loss) for name, loss in losses.items()}
     contestants = [Contestant(name, "ours" if name.startswith("ours") else "peer", one) for name, one in runs.items()]
     copies = [logprobs.detach(), batch.old, batch.mask]
-    contestants.append(Contestant("limit: copy of inputs", "limit", lambda: [tensor.clone() for tensor in copies]))
+    contestants.append(Contestant("bound: copy of inputs", "bound", lambda: [tensor.clone() for tensor in copies]))
     verify = partial(peers.loss_and_gradients_agree, OP, runs, torch.float32)
     work = f"{RESPONSES} responses of {TOKENS:,} tokens, forward and backward"
     return Case(OP, shape.name, "float32", work, device, verify, contestants, skipped)

@@ -1,7 +1,7 @@
 """The regression guard: python -m benchmarks.check, or make bench-check.
 
 Runs a few cases again and compares ratios, never times, with the committed ones in results/operators-<device>.json: our
-time to the limit's, and each peer's to ours. A ratio fails when it is worse than the committed one by more than the
+time to the bound's, and each peer's to ours. A ratio fails when it is worse than the committed one by more than the
 noise: the larger of `--tolerance` and the spread of the two times within their runs, then and now; and when it is so a
 second time.
 """

@@ -1,8 +1,8 @@
-"""python -m benchmarks.gpu: every operator on this machine's GPU, correctness first, then times, peers, limits.
+"""python -m benchmarks.gpu: every operator on this machine's GPU, correctness first, then times, peers, bounds.
 
 Prints a table per case and writes results/<GPU>.csv and results/<GPU>.png. The cases are those of `python -m
 benchmarks`, with FlexAttention and flash-attn (where installed) beside frame_attention. Times are medians by CUDA
-events, L2 cache flushed before each. Two limits are given: `x limit`, the time of the vendor's kernel that does the
+events, L2 cache flushed before each. Two bounds are given: `x bound`, the time of the vendor's kernel that does the
 unavoidable part of the work (see bench_<op>.py), and the fraction of the tensor-core rate that a large matrix product
 reaches on this very GPU.
 """
@@ -89,7 +89,7 @@ class Gpu:
     def rate(self, dtype: torch.dtype) -> float:
         size = 8192 if dtype != torch.float32 else 4096
         a = torch.randn(size, size, device="cuda", dtype=dtype)
-        product = harness.Contestant("product", "limit", lambda: a @ a)
+        product = harness.Contestant("product", "bound", lambda: a @ a)
         return 2.0 * size**3 / self.seconds(product, 0.5)[0]
 
 
@@ -103,19 +103,19 @@ class Row:
     role: str
     milliseconds: float
     runs: int
-    to_limit: float | None  # times the time of the vendor's kernel
+    to_bound: float | None  # times the time of the vendor's kernel
     tensor_fraction: float | None  # of the rate of a large matrix product
 
 
 def measure(case: harness.Case, shape: Any, machine: Machine, rates: dict[str, float], budget: float) -> list[Row]:
     case.verify()
     timed = [(c, *machine.seconds(c, budget)) for c in case.contestants]
-    limit = next((seconds for c, seconds, _ in timed if c.role == "limit"), None)
+    bound = next((seconds for c, seconds, _ in timed if c.role == "bound"), None)
     flop = FLOP[case.op](shape) if case.op in FLOP else None
     return [
         Row(
             machine.name, case.op, case.shape, case.dtype, c.name, c.role, 1e3 * seconds, runs,
-            None if limit is None else seconds / limit,
+            None if bound is None else seconds / bound,
             None if flop is None or c.role == "peer" else flop / seconds / rates[case.dtype],
         )
         for c, seconds, runs in timed
@@ -148,9 +148,9 @@ def attention_peers(case: harness.Case, shape: Any, dtype: torch.dtype, device: 
 
 
 def table(rows: Sequence[Row]) -> str:
-    lines = [f"{'':40s} {'median':>12s} {'x limit':>8s} {'of tensor rate':>15s}"]
+    lines = [f"{'':40s} {'median':>12s} {'x bound':>8s} {'of tensor rate':>15s}"]
     for row in rows:
-        ratio = "" if row.to_limit is None else f"{row.to_limit:.2f}"
+        ratio = "" if row.to_bound is None else f"{row.to_bound:.2f}"
         fraction = "" if row.tensor_fraction is None else f"{100 * row.tensor_fraction:.0f}%"
         lines.append(f"  {row.name:38s} {row.milliseconds:9.3f} ms {ratio:>8s} {fraction:>15s}")
     return "\n".join(lines)

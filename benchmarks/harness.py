@@ -1,8 +1,8 @@
 """One way to measure: check first, then time everybody in turns in one run, then measure memory.
 
-A `Case` is one piece of work (operator, shape, dtype) and its contestants: ours by backend, peers, and the limit that
-no implementation can beat (a matrix product alone, say). Contestants take turns, so that a machine that slows down
-slows all of them; a ratio is the median over rounds of the ratio within a round.
+A `Case` is one piece of work (operator, shape, dtype) and its contestants: ours by backend, peers, and a lower bound:
+the matrix products that ours does, alone (what needs fewer of them can beat it). Contestants take turns, so that a
+machine that slows down slows all of them; a ratio is the median over rounds of the ratio within a round.
 """
 
 import csv
@@ -30,7 +30,7 @@ PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "flash-att
 
 @dataclass
 class Contestant:
-    """name: as in the table. role: "ours", "peer" or "limit". run: the work; its result is returned, so
+    """name: as in the table. role: "ours", "peer" or "bound". run: the work; its result is returned, so
     that memory counts it. before: called untimed before each run."""
 
     name: str
@@ -59,7 +59,7 @@ class Case:
 
 @dataclass
 class Row:
-    """Times in seconds: median and quartiles over rounds. ratio: to the limit; to_ours: to our own time."""
+    """Times in seconds: median and quartiles over rounds. ratio: to the bound; to_ours: to our own time."""
 
     op: str
     shape: str
@@ -97,14 +97,14 @@ def in_turn(contestants: Sequence[Contestant], number: int) -> Sequence[Contesta
 
 
 def rows_of(case: Case, times: dict[str, list[float]], extra: dict[str, int]) -> list[Row]:
-    limit = next((c.name for c in case.contestants if c.role == "limit"), None)
+    bound = next((c.name for c in case.contestants if c.role == "bound"), None)
     ours = next((c.name for c in case.contestants if c.role == "ours"), None)
     return [
         Row(
             case.op, case.shape, case.dtype, case.work, contestant.name, contestant.role,
             *spread(times[contestant.name]),
             rounds=len(times[contestant.name]),
-            ratio=paired_ratio(times, contestant.name, limit),
+            ratio=paired_ratio(times, contestant.name, bound),
             to_ours=paired_ratio(times, contestant.name, ours),
             extra_bytes=extra[contestant.name],
         )
@@ -245,7 +245,7 @@ def load(name: str) -> dict[str, Any] | None:
 
 def table(rows: Sequence[Row]) -> str:
     lines = [
-        f"{'':36s} {'median':>10s} {'quartiles':>19s} {'x limit':>8s} {'x ours':>7s} {'extra memory':>13s}",
+        f"{'':36s} {'median':>10s} {'quartiles':>19s} {'x bound':>8s} {'x ours':>7s} {'extra memory':>13s}",
     ]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"

@@ -1,10 +1,10 @@
-"""Pictures of results: contests of ours, peers and limits, and differences with their intervals."""
+"""Pictures of results: contests of ours, peers and lower bounds, and differences with their intervals."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"ours": "#1b6ca8", "peer": "#b0b0b0", "limit": "#2e8b57"}
+COLOURS = {"ours": "#1b6ca8", "peer": "#b0b0b0", "bound": "#2e8b57"}
 
 
 def contests(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -23,7 +23,10 @@ def contests(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         labels = [f"{row['to_ours']:.2g}x, {row['extra_bytes'] / 2**20:,.0f} MiB" for row in chosen]
         panel.bar_label(bars, labels, padding=3, fontsize=7)
         panel.set_xlim(0, 1.35 * max(times))
-        panel.set_title(", ".join(case), fontsize=9, loc="left", fontweight="bold")
+        operator, shape, dtype = case
+        panel.set_title(f"{operator}, {dtype}\n", fontsize=9, loc="left", fontweight="bold")
+        work = f"from {shape.split('/')[0]}: {chosen[0]['work']}"
+        panel.text(0, 1.03, work, fontsize=6.5, transform=panel.transAxes)
         panel.tick_params(labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     figure.supxlabel("time, ours = 1 (bars: median; beside them: peak extra memory)", fontsize=9)

@@ -20,7 +20,7 @@ from benchmarks import harness
 FRAMES, FRAME_KEYS, RESPONSE, LENGTH = 16, 64, 384, 1560
 TAPPED, HEAD_DIM = 3, 128
 VIDEO, START, END = 5, 3, 4  # token ids
-RECORDED, PLAIN, EAGER = "ours: sdpa, mass recorded", "limit: sdpa, plain forward", "eager, output_attentions, mass"
+RECORDED, PLAIN, EAGER = "ours: sdpa, mass recorded", "bound: sdpa, plain forward", "eager, output_attentions, mass"
 FAMILIES = ("Qwen2.5-VL", "Qwen3-VL")
 # Most CPUs have no fast products in bf16: these layers would take minutes.
 DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
@@ -139,7 +139,7 @@ def case(family: str, options: argparse.Namespace) -> harness.Case:
     )
     contestants = [
         harness.Contestant(RECORDED, "ours", recorded, use("sdpa")),
-        harness.Contestant(PLAIN, "limit", plain, use("sdpa")),
+        harness.Contestant(PLAIN, "bound", plain, use("sdpa")),
         harness.Contestant(EAGER, "peer", eager, use("eager")),
     ]
     return harness.Case("recording", family, options.dtype, work, options.device, lambda: None, contestants)

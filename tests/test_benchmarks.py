@@ -23,7 +23,7 @@ def row(name: str, role: str, median: float, spread: float = 1.05, **changes) ->
 
 
 def run_of(ours: float, limit: float, peer: float, **changes) -> list[dict]:
-    rows = (("ours, torch", "ours", ours), ("limit", "limit", limit), ("eager", "peer", peer))
+    rows = (("ours, torch", "ours", ours), ("bound", "bound", limit), ("eager", "peer", peer))
     return [row(*one, **changes) for one in rows]
 
 
@@ -34,8 +34,8 @@ def run_of(ours: float, limit: float, peer: float, **changes) -> list[dict]:
         ((3.0, 1.5, 12.0), set()),  # a machine three times slower
         ((1.2, 0.5, 4.0), set()),  # within the tolerance of 30%
         ((0.5, 0.5, 4.0), set()),  # better is no failure
-        ((1.6, 0.5, 4.0), {"limit", "eager"}),
-        ((1.6, 0.5, 8.0), {"limit"}),  # the peer became slower as well
+        ((1.6, 0.5, 4.0), {"bound", "eager"}),
+        ((1.6, 0.5, 8.0), {"bound"}),  # the peer became slower as well
     ],
 )
 def test_guard_compares_ratios(now, failing):
@@ -147,8 +147,8 @@ def test_vocabulary_shapes_cut_for_a_cpu(name):
 
 def test_ratios_are_within_rounds():
     """A machine that slows down in between changes no ratio."""
-    times = {"ours": [1.0, 3.0, 1.0], "limit": [0.5, 1.5, 0.5]}
-    assert harness.paired_ratio(times, "ours", "limit") == 2.0
+    times = {"ours": [1.0, 3.0, 1.0], "bound": [0.5, 1.5, 0.5]}
+    assert harness.paired_ratio(times, "ours", "bound") == 2.0
     assert harness.paired_ratio(times, "ours", None) is None
 
 
@@ -175,7 +175,7 @@ def test_measure_takes_turns_and_counts_memory():
 
         return harness.Contestant(name, role, run)
 
-    contestants = [contestant("a", "ours", 1 << 20), contestant("b", "limit", 1 << 18)]
+    contestants = [contestant("a", "ours", 1 << 20), contestant("b", "bound", 1 << 18)]
     case = harness.Case("op", "shape", "float32", "work", "cpu", lambda: None, contestants)
     rows = harness.measure(case, seconds=0, least=3, most=3)
     assert turns[:8] == ["a", "b", "a", "b", "b", "a", "a", "b"]  # the first two are not timed
@@ -188,7 +188,7 @@ def test_pictures_and_page_of_results(tmp_path, monkeypatch):
     rows = [
         harness.Row(op, "Qwen2.5-VL-7B", "float32", "small", name, role, 1.0, 0.9, 1.1, 3, 2.0, ours, 1 << 20)
         for op in ("group_divergence kl", "linear_weighted_surrogate", "something else")
-        for name, role, ours in (("ours, torch", "ours", 1.0), ("limit: nothing", "limit", 0.5))
+        for name, role, ours in (("ours, torch", "ours", 1.0), ("bound: nothing", "bound", 0.5))
     ]
     path = command.write("operators-cpu", rows, {"a": {"ours, cuda": "no GPU"}}, None, "cpu")
     assert path.with_suffix(".png").stat().st_size > 5000

@@ -16,6 +16,7 @@ from appo.data.load import load_records
 from appo.data.records import Record
 from appo.rollout import rewards as built_in
 from appo.rollout.registry import REWARDS, get_reward
+from benchmarks import readme
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")])
@@ -171,3 +172,24 @@ def test_every_module_named_in_a_docstring_exists():
             continue
         for name in re.findall(r"`(appo(?:_kernels)?(?:\.[a-z_]+)+)", path.read_text()):
             assert importlib.util.find_spec(name.rpartition(".")[0]) is not None, f"{path.relative_to(ROOT)}: {name}"
+
+
+def test_readmes_figures_are_those_of_the_results():
+    text = (ROOT / "README.md").read_text()
+    assert readme.written(text) == text, "run `python -m benchmarks.readme --write`"
+
+
+def test_the_diagram_is_what_its_script_draws():
+    specification = importlib.util.spec_from_file_location("idea", ROOT / "docs/images/idea.py")
+    assert specification and specification.loader
+    idea = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(idea)
+    assert idea.draw() == idea.FILE.read_text(), "run `python docs/images/idea.py`"
+
+
+def test_the_first_screen_has_what_a_newcomer_asks():
+    """What it is, what is not proved, how to install and the code, before line 50."""
+    screen = "\n".join((ROOT / "README.md").read_text().splitlines()[:50])
+    for words in ("no GPU", "no better than GRPO", "pip install", "record_frame_mass", "linear_weighted_surrogate"):
+        assert words in screen
+    assert "| operator |" in screen

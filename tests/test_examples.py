@@ -5,9 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import models
 import pytest
+import torch
 
+from appo import frame_ids, record_frame_mass
 from appo.config import APPOConfig
+from appo_kernels import linear_weighted_surrogate
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,8 +25,48 @@ def test_own_trainer_runs_as_written():
 
 
 def test_readme_shows_the_example_as_it_is():
-    shown = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert shown and shown[1].strip() in (ROOT / "examples/own_trainer.py").read_text()
+    assert snippet("# 1. Score") in (ROOT / "examples/own_trainer.py").read_text()
+
+
+def snippet(first_words: str) -> str:
+    """The Python of README.md that has these words in its first line."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (found,) = [block for block in blocks if first_words in block.split("\n")[0]]
+    return found.strip()
+
+
+def test_readmes_first_pair_gives_the_same_mass():
+    made = models.qwen2_5_vl()
+    made.model.set_attn_implementation("eager")
+    inputs = made.inputs([models.random_video(3, 56, 56)], ["What falls?"], response="a cup")
+    frames = frame_ids(inputs["input_ids"], made.config, video_grid_thw=inputs["video_grid_thw"])
+    count = int(frames.num_frames[0])
+    names = {
+        "model": made.model, "inputs": inputs, "torch": torch, "record_frame_mass": record_frame_mass, "frames": frames,
+        "rows": slice(-5, None), "one_hot_of_frames": (frames.ids[..., None] == torch.arange(count)).float(),
+    }  # fmt: skip
+    before, after = snippet("output_attentions=True").split("\n\n")
+    with torch.no_grad():
+        exec(before, names)
+        expected, logits = names["mass"], names["out"].logits
+        exec(after, names)
+    assert torch.equal(names["out"].logits, logits)
+    torch.testing.assert_close(names["mass"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_readmes_second_pair_gives_the_same_loss():
+    B, T, D, V = 4, 7, 8, 19
+    mask = torch.arange(T) < torch.tensor([[7], [1], [5], [7]])
+    names = {
+        "torch": torch, "hidden": torch.randn(B, T, D), "weight": torch.randn(V, D), "mask": mask, "A": torch.randn(B),
+        "targets": torch.randint(V, (B, T)), "old_logprobs": -3 + 0.2 * torch.randn(B, T), "W": torch.ones(B, T),
+        "linear_weighted_surrogate": linear_weighted_surrogate,
+    }  # fmt: skip
+    before, after = snippet("before: two tensors").split("\n\n")
+    exec(before, names)
+    expected = names["loss"]
+    exec(after, names)
+    torch.testing.assert_close(names["loss"], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)

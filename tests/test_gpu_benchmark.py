@@ -63,9 +63,9 @@ def test_every_operator_is_checked_timed_and_written(tmp_path, capsys):
     assert [row["name"] for row in written] == [row.name for row in rows]
     assert (tmp_path / "stand-in-gpu-40-gb.png").stat().st_size > 5000
     printed = capsys.readouterr().out
-    assert "x limit" in printed and "not run:" in printed
-    limited = [row for row in rows if row.role == "limit"]
-    assert limited and all(row.to_limit == 1.0 for row in limited)
+    assert "x bound" in printed and "not run:" in printed
+    limited = [row for row in rows if row.role == "bound"]
+    assert limited and all(row.to_bound == 1.0 for row in limited)
     own = next(row for row in rows if row.op == "frame_mass" and row.role == "ours")
     assert own.tensor_fraction == pytest.approx(ATTENTION[0].replay_flop / (own.milliseconds / 1e3) / 1e12)
 
