@@ -187,3 +187,10 @@ def random_video(steps: int, height: int, width: int, seed: int = 0) -> Tensor:
     """(2 * steps, 3, height, width) uint8: ``steps`` frames of the temporal grid."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (2 * steps, 3, height, width), dtype=torch.uint8, generator=generator)
+
+
+def assert_mass_close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
+    """``got``, fp32 and detached, against ``want``, relative to its largest entry."""
+    assert got.dtype == torch.float32 and got.shape == want.shape and not got.requires_grad
+    error = (got.double() - want).abs().max() / want.abs().max()
+    assert error <= tolerance, f"relative error {error:.1e}"

@@ -84,12 +84,6 @@ def expected(attentions: Any, ids: Tensor, layers: list[int], reduction: str = "
     return torch.stack([attentions[layer].double().mean(1) @ one_hot for layer in layers]).mean(0)
 
 
-def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
-    assert got.dtype == torch.float32 and got.shape == want.shape and not got.requires_grad
-    error = (got.double() - want).abs().max() / want.abs().max()
-    assert error <= tolerance, f"relative error {error:.1e}"
-
-
 # Both sides of every choice: one layer, some and all; the default last three; rows by slice and one by one.
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize(
@@ -116,7 +110,7 @@ def test_mass_is_that_of_eager_weights(
     assert case.model.config._attn_implementation == implementation
     assert case.model.config.text_config._attn_implementation == implementation
     assert recorder.mass.shape == (2, RESPONSE, 5)
-    assert_close(recorder.mass, expected(case.attentions, case.frames.ids, tapped, reduction)[:, ROWS])
+    models.assert_mass_close(recorder.mass, expected(case.attentions, case.frames.ids, tapped, reduction)[:, ROWS])
     assert (recorder.mass[0, :, 3:] == 0).all() and (recorder.mass[1] > 0).all()
 
 
@@ -126,12 +120,12 @@ def test_any_rows(case: Case) -> None:
     want = expected(case.attentions, case.frames.ids, [1, 2, 3])
     with torch.no_grad(), record_frame_mass(case.model, case.frames, rows=slice(None)) as recorder:
         case.logits()
-    assert_close(recorder.mass[case.valid], want[case.valid])
+    models.assert_mass_close(recorder.mass[case.valid], want[case.valid])
     assert (recorder.mass[~case.valid] == 0).all()  # padding sees no key
     with torch.no_grad(), record_frame_mass(case.model, case.frames, rows=rows) as some:
         case.logits()
     batch = torch.arange(2)[:, None]
-    assert_close(some.mass, recorder.mass[batch, rows].double(), 1e-6)
+    models.assert_mass_close(some.mass, recorder.mass[batch, rows].double(), 1e-6)
 
 
 def test_all_keys_together_have_all_the_mass(case: Case) -> None:
@@ -187,7 +181,7 @@ def test_gradient_checkpointing(case: Case, reentrant: bool, backward_inside: bo
             _ = later.mass
     assert calls() == 2 * models.LAYERS  # the layers did run twice
     assert torch.equal(recorder.mass, recorded)
-    assert_close(recorded, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, ROWS])
+    models.assert_mass_close(recorded, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, ROWS])
     for name, gradient in plain.items():
         torch.testing.assert_close(case.model.get_parameter(name).grad, gradient, msg=name)
 
@@ -226,13 +220,13 @@ def test_two_recorders_leave_in_any_order(case: Case) -> None:
         second.enter_context(inner)
         case.logits()
         first.close()
-        assert_close(inner.mass, expected(case.attentions, case.frames.ids, [0, 3], "sum")[:, -2:-1])
+        models.assert_mass_close(inner.mass, expected(case.attentions, case.frames.ids, [0, 3], "sum")[:, -2:-1])
         recorded = outer.mass
         case.inputs["input_ids"][:, -1] ^= 1
         case.logits()  # for the inner one only
         case.inputs["input_ids"][:, -1] ^= 1
     assert torch.equal(outer.mass, recorded)
-    assert_close(outer.mass, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, ROWS])
+    models.assert_mass_close(outer.mass, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, ROWS])
 
 
 def test_after_an_exception_nothing_is_left(case: Case) -> None:
@@ -291,7 +285,7 @@ def test_inside_wrappers_and_lora(case: Case) -> None:
     for model in (lora, Wrapper(lora)):
         with torch.no_grad(), record_frame_mass(model, case.frames, rows=ROWS) as recorder:
             model(**case.inputs)
-        assert_close(recorder.mass, want)
+        models.assert_mass_close(recorder.mass, want)
     assert_nothing_left(lora.get_base_model())
 
 
@@ -310,7 +304,7 @@ def test_under_autocast_and_in_inference_mode(case: Case) -> None:
     # Made in inference mode, the mass can still weight a loss.
     scale = torch.ones(1, requires_grad=True)
     (scale * inferred.mass).sum().backward()
-    assert_close(inferred.mass, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, ROWS])
+    models.assert_mass_close(inferred.mass, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, ROWS])
 
 
 def test_with_a_kv_cache_rows_are_positions_in_the_whole_sequence(case: Case) -> None:
@@ -329,7 +323,7 @@ def test_with_a_kv_cache_rows_are_positions_in_the_whole_sequence(case: Case) ->
         case.model(**first, **{name: cache})
         with record_frame_mass(case.model, case.frames, rows=slice(prompt, length)) as recorder:
             case.model(**rest, **{name: cache})
-        assert_close(recorder.mass, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, prompt:])
+        models.assert_mass_close(recorder.mass, expected(case.attentions, case.frames.ids, [1, 2, 3])[:, prompt:])
         cache.crop(prompt - length)
         with (
             pytest.raises(ValueError, match=rf"`rows`: expected positions {prompt} to {length - 1}.*got {prompt - 1}"),

@@ -65,18 +65,13 @@ def eager(model: Any, **inputs: Any) -> tuple[Tensor, ...]:
         return model(**inputs, output_attentions=True).attentions
 
 
-def assert_close(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
-    error = ((got.double() - want).abs().max() / want.abs().max()).item()
-    assert error <= tolerance, f"relative error {error:.1e}"
-
-
 def test_decoder_for_text_with_padding_on_both_sides() -> None:
     model, ids, mask = models.qwen2(), frames(2), torch.ones(2, S).long()
     mask[0, :6], mask[1, 33:] = 0, 0
     inputs = {"input_ids": tokens(2), "attention_mask": mask}
     mass = record(model, ids, **inputs)
     want = reference(eager(model, **inputs)[-3:], ids)
-    assert_close(mask[..., None] * mass, mask[..., None] * want)
+    models.assert_mass_close(mask[..., None] * mass, mask[..., None] * want)
     assert (mass[:, :, 2] == 0).all()
 
 
@@ -91,7 +86,7 @@ def test_sliding_window_layers(implementation: str) -> None:
     attentions = eager(model, **inputs)
     assert (attentions[-1][0, :, -1, : S - 8] == 0).all() and (attentions[-2][0, :, -1, : S - 8] > 0).any()
     valid = inputs["attention_mask"].bool()
-    assert_close(mass[valid], reference(attentions[-3:], ids)[valid])
+    models.assert_mass_close(mass[valid], reference(attentions[-3:], ids)[valid])
 
 
 def packed_alone(model: Any, ids: Tensor, input_ids: Tensor, cuts: list[int]) -> Tensor:
@@ -109,7 +104,7 @@ def test_packed_sequences_see_only_themselves(implementation: str) -> None:
     positions = torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)])[None]
     model.set_attn_implementation(implementation)
     mass = record(model, ids, input_ids=tokens(1), position_ids=positions, use_cache=False)
-    assert_close(mass, packed_alone(model, ids, tokens(1), cuts))
+    models.assert_mass_close(mass, packed_alone(model, ids, tokens(1), cuts))
 
 
 def test_packed_video_model() -> None:
@@ -117,7 +112,7 @@ def test_packed_video_model() -> None:
     model, ids, cuts = models.qwen2_5_vl().model, frames(1), [0, 15, S]
     positions = torch.cat([torch.arange(b - a) for a, b in pairwise(cuts)])
     mass = record(model, ids, input_ids=tokens(1), position_ids=positions.expand(4, 1, -1), use_cache=False)
-    assert_close(mass, packed_alone(model, ids, tokens(1), cuts))
+    models.assert_mass_close(mass, packed_alone(model, ids, tokens(1), cuts))
 
 
 def shared_prompt_mask(prompt: int, response: int) -> Tensor:
@@ -142,7 +137,7 @@ def test_group_behind_a_shared_prompt(implementation: str) -> None:
     for start in (prompt, prompt + response):
         keep = torch.cat([torch.arange(prompt), torch.arange(start, start + response)])
         alone = reference(eager(model, input_ids=input_ids[:, keep])[-3:], ids[:, keep])
-        assert_close(mass[:, start : start + response], alone[:, prompt:])
+        models.assert_mass_close(mass[:, start : start + response], alone[:, prompt:])
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -218,7 +213,7 @@ def test_flash_attention(flash: Flash, form: str) -> None:
     if form == "packed":
         inputs["position_ids"] = torch.cat([torch.arange(18), torch.arange(S - 18)])[None]
     mass = record(model, frames(batch), **inputs)
-    assert_close(mass, reference(flash.weights[-3:], frames(batch)))
+    models.assert_mass_close(mass, reference(flash.weights[-3:], frames(batch)))
     assert flash.names == {"test_flash"}  # the tapped layers, too, show it the model's own config
     if "window" in form:
         assert (flash.weights[-1][1, :, 30, :23] == 0).all() and (flash.weights[0][1, :, 30, :23] > 0).any()
@@ -247,7 +242,7 @@ def test_hybrid_decoder_counts_only_layers_with_attention() -> None:
     mass = record(model, ids, input_ids=tokens(2))
     attentions = [a for a in eager(model, input_ids=tokens(2)) if a is not None]
     assert len(attentions) == 3
-    assert_close(mass, reference(attentions, ids))
+    models.assert_mass_close(mass, reference(attentions, ids))
     with pytest.raises(ValueError, match=r"`layers`: expected 1 to 3, or a list out of \[1, 3, 5\], got 4"):
         record_frame_mass(model, ids, rows=slice(1), layers=4)
     with pytest.raises(ValueError, match=r"out of \[1, 3, 5\], got \[4\]"):
@@ -276,7 +271,7 @@ def test_layer_that_runs_twice_counts_twice() -> None:
     model, ids = models.qwen2(), frames(2)
     model.model.layers[3] = model.model.layers[2]
     inputs = {"input_ids": tokens(2), "use_cache": False}
-    assert_close(record(model, ids, **inputs), reference(eager(model, **inputs), ids))  # layers 0, 1, 2, 2
+    models.assert_mass_close(record(model, ids, **inputs), reference(eager(model, **inputs), ids))  # layers 0, 1, 2, 2
 
 
 def test_batches_without_frames() -> None:
@@ -290,7 +285,7 @@ def test_implementation_set_while_recording() -> None:
     model, ids = models.qwen2(), frames(2)
     with torch.no_grad(), record_frame_mass(model, ids, rows=slice(None), reduction="sum") as recorder:
         attentions = eager(model, input_ids=tokens(2))
-        assert_close(recorder.mass, reference(attentions[-3:], ids), 1e-6)
+        models.assert_mass_close(recorder.mass, reference(attentions[-3:], ids), 1e-6)
     assert all(layer.self_attn.config._attn_implementation == "eager" for layer in model.model.layers)
 
 
@@ -300,4 +295,4 @@ def test_compiled_model() -> None:
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad(), record_frame_mass(compiled, ids, rows=slice(None), reduction="sum") as recorder:
         compiled(input_ids=tokens(2))
-    assert_close(recorder.mass, reference(eager(model, input_ids=tokens(2))[-3:], ids))
+    models.assert_mass_close(recorder.mass, reference(eager(model, input_ids=tokens(2))[-3:], ids))

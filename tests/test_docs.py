@@ -6,16 +6,20 @@ import importlib.util
 import json
 import re
 import subprocess
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 import yaml
 
+import appo_kernels
 from appo.config import APPOConfig
 from appo.data.load import load_records
 from appo.data.records import Record
 from appo.rollout import rewards as built_in
 from appo.rollout.registry import REWARDS, get_reward
+from appo_kernels import dispatch
+from appo_kernels.doctor import operators
 from benchmarks import readme
 
 ROOT = Path(__file__).parents[1]
@@ -193,3 +197,62 @@ def test_the_first_screen_has_what_a_newcomer_asks():
     for words in ("no GPU", "no better than GRPO", "pip install", "record_frame_mass", "linear_weighted_surrogate"):
         assert words in screen
     assert "| operator |" in screen
+
+
+def layout_patterns() -> dict[str, set[str]]:
+    """CONTRIBUTING's layout: folder -> names and patterns of its files."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Layout")[1].split("\n## ")[0]
+    found: dict[str, set[str]] = {}
+    parents: dict[int, str] = {}
+    for line in re.findall(r"^    ( *)(\S.*)$", text, re.MULTILINE):
+        depth, words = len(line[0]), line[1]
+        if depth > 8:
+            continue  # a description goes on
+        above = "".join(parents[d] for d in sorted(parents) if d < depth)
+        parents = {d: name for d, name in parents.items() if d < depth}
+        folders = re.match(r"([\w<>]+/)+", words)
+        if folders:
+            parents[depth] = above = above + folders[0]
+            parents = {0: above} if depth == 0 else {**parents, depth: folders[0]}
+        for name in re.findall(r"[\w*<>]+(?:\.(?:py|js|css)|/(?=[,\s]))", words):
+            found.setdefault(above, set()).add(name)
+    return found
+
+
+def test_the_layout_lists_every_module():
+    """By name or by pattern, under its folder; and every name and pattern is that of some file."""
+    patterns = layout_patterns()
+    used = set()
+    for path in tracked_files():
+        place = path.relative_to(ROOT)
+        folder = "appo_kernels/ops/<op>/" if place.parts[:2] == ("appo_kernels", "ops") else f"{place.parent}/"
+        listed = place.parts[0] in ("appo", "appo_kernels", "benchmarks") or folder in ("tests/", "tests/kernels/")
+        if not listed or place.suffix not in (".py", ".js", ".css") or place.name.startswith(("__", "conftest")):
+            continue
+        hits = {name for name in patterns.get(folder, ()) if fnmatch(place.name, re.sub(r"<\w+>", "*", name))}
+        assert hits, f"CONTRIBUTING's layout: list {place.name} under {folder}, by its name or a pattern"
+        used |= {(folder, name) for name in hits}
+    python = {(folder, name) for folder, names in patterns.items() for name in names if not name.endswith("/")}
+    unused = {(folder, name) for folder, name in python - used if folder.startswith(("appo", "benchmarks"))}
+    assert not unused, f"CONTRIBUTING's layout lists what does not exist: {sorted(unused)}"
+
+
+def test_the_table_of_operators_and_backends_is_that_of_the_code():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| (`\w+`.*?) \| (.+?) \| (.+?) \| (.+?) \|$", text, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row[0])}
+    public = {name for name in appo_kernels.__all__ if name.islower() and callable(getattr(appo_kernels, name))}
+    assert public <= named | {"group_divergence_from_logits"}, "every public operator has a row"
+    for row in rows:
+        op = re.findall(r"`(\w+)`", row[0])[0]
+        folder = next(name for name in operators() if op.endswith(name))
+        for backend, cell in zip(("torch", "triton", "cuda"), row[1:], strict=True):
+            assert (cell == "none") == (dispatch.implementation(folder, backend) is None), f"{op}, {backend}: {cell}"
+            previous = ""
+            for name in re.findall(r"`([\w/.]+)`", cell):
+                if name.startswith("csrc/"):
+                    assert list(ROOT.glob(f"{name}.*")), name
+                    continue
+                path = name if "/" in name else f"{previous}/{name}"
+                previous = path.rpartition("/")[0]
+                assert (ROOT / "appo_kernels" / path).is_file(), f"{op}, {backend}: {name}"
