@@ -2,7 +2,9 @@
 
 from appo_kernels.ops.frame_attention import FrameAttentionOutput, frame_attention
 from appo_kernels.ops.frame_mass import frame_mass
+from appo_kernels.ops.group_attention import GroupLayout, group_attention
 from appo_kernels.ops.group_divergence import group_divergence, group_divergence_from_logits
+from appo_kernels.ops.merge_attention import merge_attention
 from appo_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
 from appo_kernels.ops.weighted_surrogate import (
     SurrogateOutput,
@@ -13,14 +15,17 @@ from appo_kernels.ops.weighted_surrogate import (
 
 __all__ = [
     "FrameAttentionOutput",
+    "GroupLayout",
     "SurrogateOutput",
     "TokenLogprobs",
     "frame_attention",
     "frame_mass",
+    "group_attention",
     "group_divergence",
     "group_divergence_from_logits",
     "linear_weighted_surrogate",
     "logits_weighted_surrogate",
+    "merge_attention",
     "token_logprobs",
     "weighted_surrogate",
 ]

@@ -51,6 +51,8 @@ def why_not(problem: Problem, backend: str) -> str | None:
 def _order(problem: Problem) -> tuple[str, ...]:
     """The kernels in csrc multiply with mma.sync. On sm_90 and sm_100 Triton has instructions of larger tiles, and its
     attention loops need fewer of them (docs/cuda.md has the counts; no GPU has been asked yet)."""
+    if problem.op == "group_attention" and problem.device.type == "cuda":
+        return "torch", "cuda", "triton"  # the vendor's flash attention, which has no mass to sum up
     if problem.head_dim and problem.device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(problem.device)
         if major in (9, 10):

@@ -19,7 +19,7 @@ from appo_kernels.pipes import quiet_on_closed_pipe
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Of vision-language models in use; 72 and 112 stand for those that CUDA kernels are not built for.
 HEAD_DIMS = (32, 64, 72, 80, 96, 112, 128, 256)
-WITH_HEADS = ("frame_mass", "frame_attention")
+WITH_HEADS = ("frame_mass", "frame_attention", "group_attention")
 
 
 def operators() -> list[str]:
@@ -116,6 +116,10 @@ def report() -> str:
             for backend in dispatch.MODULES:
                 lines += backend_lines(op, backend, device)
             lines.append(automatic_line(op, device))
+            if op == "group_attention":
+                from appo_kernels.ops.group_attention import vendor
+
+                lines.append(f"    torch   is made of: {vendor.describe(device)}")
     return "\n".join(lines)
 
 

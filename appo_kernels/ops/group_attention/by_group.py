@@ -1,0 +1,62 @@
+"""group_attention by our own kernels: one pass of frame_attention a group, with the visibility that it knows.
+
+A row of a response sees its prompt as a prefix of the group's keys and its own response as an interval.
+"""
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from appo_kernels.layout import Layout
+from appo_kernels.ops.group_attention.layout import Group, GroupLayout, bounds
+
+
+def _visibility(group: Group, device: torch.device, scale: float) -> Layout:
+    """Of a pass without frames."""
+    seen = bounds(group, device)
+    none = torch.full_like(seen.last_key, -1)
+    return Layout(none, seen.first_key, seen.last_key, seen.prefix_keys, None, scale)
+
+
+def forward(
+    attention: ModuleType,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: GroupLayout,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    for group in layout.groups:
+        operands = [x[:, :, group.whole] for x in (query, key, value)]
+        found = torch.empty_like(operands[0], memory_format=torch.contiguous_format), lse[:, :, group.whole].contiguous()
+        mass = lse.new_zeros(1, operands[0].shape[2], 0)
+        attention.forward(*operands, _visibility(group, query.device, scale), *found, mass)
+        out[:, :, group.whole], lse[:, :, group.whole] = found
+
+
+def backward(
+    attention: ModuleType,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: GroupLayout,
+    scale: float,
+    out: Tensor,
+    lse: Tensor,
+    grad_out: Tensor | None,
+    grad_lse: Tensor | None,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+) -> None:
+    for group in layout.groups:
+        rows = [None if x is None else x[:, :, group.whole] for x in (query, key, value, out, lse, grad_out, grad_lse)]
+        operands = rows[:3], [None if x is None else x.contiguous() for x in rows[3:]]
+        found = [torch.empty_like(x[:, :, group.whole], memory_format=torch.contiguous_format) for x in (query, key, value)]
+        seen = _visibility(group, query.device, scale)
+        attention.backward(*operands[0], seen, *operands[1], None, *found)
+        for total, share in zip((grad_query, grad_key, grad_value), found, strict=True):
+            total[:, :, group.whole] = share
