@@ -1,10 +1,11 @@
 """Fused operators for attention statistics and policy optimisation: Triton, CUDA and a fast PyTorch path."""
 
-from appo_kernels.ops.frame_attention import FrameAttentionOutput, frame_attention
+from appo_kernels.attention.group_layout import GroupLayout
+from appo_kernels.attention.merge import FrameAttentionOutput, merge_attention
+from appo_kernels.ops.frame_attention import frame_attention
 from appo_kernels.ops.frame_mass import frame_mass
-from appo_kernels.ops.group_attention import GroupLayout, group_attention
+from appo_kernels.ops.group_attention import group_attention
 from appo_kernels.ops.group_divergence import group_divergence, group_divergence_from_logits
-from appo_kernels.ops.merge_attention import merge_attention
 from appo_kernels.ops.token_logprobs import TokenLogprobs, token_logprobs
 from appo_kernels.ops.weighted_surrogate import (
     SurrogateOutput,

@@ -27,22 +27,17 @@ where M_h is the frame sum of head h alone, not the mean over heads. The first t
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
 from appo_kernels.attention import arguments
+from appo_kernels.attention.merge import FrameAttentionOutput
 from appo_kernels.dtypes import compute_dtype
 
 OP = "frame_attention"
-
-
-class FrameAttentionOutput(NamedTuple):
-    out: Tensor  # (B, Hq, R, d), dtype of query
-    lse: Tensor  # (B, Hq, R) fp32, natural log, -inf for a row that sees no key
-    mass: Tensor  # (B, R, F) fp32, mean over query heads
 
 
 def frame_attention(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from appo_kernels.ops.frame_attention.op import FrameAttentionOutput
+from appo_kernels.attention.merge import FrameAttentionOutput
 from appo_kernels.ops.frame_mass.reference import attention_matrix, mass_of, visible_keys
 
 

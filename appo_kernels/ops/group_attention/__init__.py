@@ -1,6 +1,5 @@
 """Attention of groups of responses, each behind one prompt, packed in one row without padding and without a mask."""
 
-from appo_kernels.ops.group_attention.layout import GroupLayout
 from appo_kernels.ops.group_attention.op import group_attention
 
-__all__ = ["GroupLayout", "group_attention"]
+__all__ = ["group_attention"]

@@ -4,8 +4,8 @@ Its backward shares work among threads by batch and head only, and each of these
 before they are added up. So key heads lie along the batch, and beside them some query heads, or parts of one query
 head's rows: as many at a time as keep the threads busy. Keys are expanded to them without a copy.
 
-fp16 and bf16 are computed in fp32: the backward in fp16 takes ten times as long, bf16 gains little without AMX, and what
-is merged here would be rounded twice.
+fp16 and bf16 are computed in fp32: the backward in fp16 takes ten times as long, bf16 gains little without AMX, and
+what is merged here would be rounded twice.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import dispatch
-from appo_kernels.logits import compute_dtype
+from appo_kernels.dtypes import compute_dtype
 
 COLUMNS = 1
 # Pieces shorter than this are stacked, so that a call has more to do; at most an eighth of a stack is padding.
@@ -34,14 +34,14 @@ def prepared(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _flash(_by_key_head(query, key), key[0], value[0], False, scale)
+    out, lse = _flash(False, scale, _by_key_head(query, key), key[0], value[0])
     return _by_query_head(out), _by_query_head(lse)
 
 
 def full_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One query head of each key head at a time, whose rows are cut into as many equal parts as keep the threads busy."""
+    """One query head of each key head at a time, its rows in as many equal parts as keep the threads busy."""
     rows = [_by_key_head(x, key) for x in (grad, query, out, lse)]
     parts = _at_a_time(key.shape[1], rows[0].shape[2])
     even = rows[0].shape[2] // parts * parts
@@ -51,7 +51,7 @@ def full_backward(
             count = parts if some.start == 0 else 1
             cut = [x[:, head, some].unflatten(1, (count, -1)) for x in rows if x[:, head, some].shape[1]]
             if cut:
-                found = _flash_backward(*cut, key[0], value[0], False, scale)
+                found = _flash_backward(False, scale, key[0], value[0], *cut)
                 dquery[:, head, some] = found[0].flatten(1, 2)
                 dkey += found[1]
                 dvalue += found[2]
@@ -62,7 +62,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[slice], s
     queries = _by_key_head(query, key)
     out, lse = torch.empty_like(queries), queries.new_empty(queries.shape[:3])
     for stack in _stacks(pieces):
-        outs, lses = _flash(*(_take(x, stack) for x in (queries, key[0], value[0])), True, scale)
+        outs, lses = _flash(True, scale, *(_take(x, stack) for x in (queries, key[0], value[0])))
         _put(out, stack, outs)
         _put(lse[..., None], stack, lses[..., None])
     return _by_query_head(out), _by_query_head(lse)
@@ -90,7 +90,7 @@ def causal_backward(
         count = ratio if few else _at_a_time(len(keys[0]), ratio)
         for start in range(0, ratio, count):
             heads = slice(start, start + count)
-            dquery, *shares = _flash_backward(*(x[:, heads] for x in rows), *keys, True, scale)
+            dquery, *shares = _flash_backward(True, scale, *keys, *(x[:, heads] for x in rows))
             _put(totals[0][:, heads], stack, dquery)
             for total, share in zip(totals[1:], shares, strict=True):
                 _put(total, stack, share, add=start > 0)
@@ -137,7 +137,7 @@ def _put(x: Tensor, stack: list[slice], values: Tensor, add: bool = False) -> No
         x[..., piece, :] = x[..., piece, :] + found if add else found
 
 
-def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _flash(causal: bool, scale: float, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """query (B, ratio, R, d), key and value (B, S, d) -> out, lse (B, ratio, R)."""
     key, value = (x[:, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
@@ -145,14 +145,14 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float
 
 
 def _flash_backward(
+    causal: bool,
+    scale: float,
+    key: Tensor,
+    value: Tensor,
     grad: Tensor,
     query: Tensor,
     out: Tensor,
     lse: Tensor,
-    key: Tensor,
-    value: Tensor,
-    causal: bool,
-    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad, query, out (B, ratio, R, d), lse (B, ratio, R), key and value (B, S, d) -> gradients like the inputs."""
     keys = (x[:, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))

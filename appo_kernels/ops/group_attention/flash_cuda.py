@@ -1,8 +1,8 @@
 """torch's flash attention on CUDA, as `vendor` asks for it. See there for the functions and their shapes.
 
-All prompts and responses on themselves are one call, whose cumulative lengths cut the row at each of them; the responses
-of a group on their prompt are a call of one sequence of queries and one of keys. Written from the signatures and the
-layouts of torch's source (aten/src/ATen/native/transformers/cuda); no GPU has run it yet.
+All prompts and responses on themselves are one call, whose cumulative lengths cut the row at each of them; the
+responses of a group on their prompt are a call of one sequence of queries and one of keys. Written from the signatures
+and the layouts of torch's source (aten/src/ATen/native/transformers/cuda); no GPU has run it yet.
 """
 
 import functools
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from appo_kernels import dispatch
+from appo_kernels.dtypes import HALVES, dtype_name
 
 COLUMNS = 8  # its head sizes are multiples of that
 MOST_HEAD_DIM = 256
-HALVES = (torch.float16, torch.bfloat16)
 
 
 def unsupported(problem: dispatch.Problem) -> str | None:
     if problem.dtype not in HALVES:
-        return f"torch's flash attention on CUDA takes float16 and bfloat16, not {str(problem.dtype)[6:]}"
+        return f"torch's flash attention on CUDA takes float16 and bfloat16, not {dtype_name(problem.dtype)}"
     if problem.head_dim % COLUMNS or not 0 < problem.head_dim <= MOST_HEAD_DIM:
         return (
             f"torch's flash attention on CUDA takes head sizes that are multiples of {COLUMNS} up to {MOST_HEAD_DIM}, "
@@ -105,8 +105,8 @@ def _flash(
     out, lse = found[0].transpose(0, 1)[None], found[1][None]
     if lse.shape != query.shape[:3]:
         raise RuntimeError(
-            f"group_attention: torch {torch.__version__} returns a log-sum-exp of shape {tuple(lse.shape[1:])}, expected "
-            f'(Hq, T) = {tuple(query.shape[1:3])}. Pass backend="triton".'
+            f"group_attention: torch {torch.__version__} returns a log-sum-exp of shape {tuple(lse.shape[1:])}, "
+            f'expected (Hq, T) = {tuple(query.shape[1:3])}. Pass backend="triton".'
         )
     return out, lse
 
@@ -125,7 +125,7 @@ def _flash_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if query.shape[-1] > MOST_HEAD_DIM:
         raise ValueError(
-            f"group_attention: `lse`: expected no gradient through it with a head size above {MOST_HEAD_DIM - COLUMNS} and "
+            f"group_attention: `lse`: expected no gradient through it above head size {MOST_HEAD_DIM - COLUMNS} with "
             f'backend "torch" on CUDA, got {query.shape[-1] - COLUMNS}. Pass backend="triton".'
         )
     seed = torch.zeros(2, dtype=torch.uint64, device=query.device)  # of the dropout that there is not

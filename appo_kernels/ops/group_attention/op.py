@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
-from appo_kernels.layout import unit_last_stride
-from appo_kernels.logits import compute_dtype
-from appo_kernels.ops.group_attention.layout import GroupLayout
+from appo_kernels.attention.arguments import unit_last_stride
+from appo_kernels.attention.group_layout import GroupLayout
+from appo_kernels.dtypes import compute_dtype
 
 OP = "group_attention"
 
@@ -141,9 +141,7 @@ def forward_op(
     module.forward(query, key, value, layout, scale, out, lse)
 
 
-@torch.library.custom_op(
-    "appo::group_attention_backward", mutates_args=("grad_query", "grad_key", "grad_value")
-)
+@torch.library.custom_op("appo::group_attention_backward", mutates_args=("grad_query", "grad_key", "grad_value"))
 def backward_op(
     query: Tensor,
     key: Tensor,
@@ -162,9 +160,7 @@ def backward_op(
     module = dispatch.implementation(OP, backend)
     assert module is not None
     layout = GroupLayout.of_lengths(lengths)
-    module.backward(
-        query, key, value, layout, scale, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value
-    )
+    module.backward(query, key, value, layout, scale, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value)
 
 
 @forward_op.register_fake

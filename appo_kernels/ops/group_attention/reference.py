@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from appo_kernels.ops.frame_mass.reference import attention_matrix
-from appo_kernels.ops.group_attention.layout import GroupLayout
+from appo_kernels.attention.group_layout import GroupLayout
+from appo_kernels.attention.reference import attention_matrix
 
 
 def visible(layout: GroupLayout) -> Tensor:

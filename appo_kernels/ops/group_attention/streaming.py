@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from appo_kernels import dispatch
+from appo_kernels.attention.group_layout import GroupLayout
+from appo_kernels.attention.merge import merge_attention
 from appo_kernels.ops.group_attention import vendor
-from appo_kernels.ops.group_attention.layout import GroupLayout
-from appo_kernels.ops.merge_attention import merge_attention
 
 
 def unsupported(problem: dispatch.Problem) -> str | None:
@@ -51,9 +51,7 @@ def backward(
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     query, key, value, out, grad_out = flash.prepared(query, key, value, out, grad_out)
     if grad_lse is not None:
-        query, key, value, out, grad_out = _with_lse_column(
-            query, key, value, out, grad_out, grad_lse, flash.COLUMNS
-        )
+        query, key, value, out, grad_out = _with_lse_column(query, key, value, out, grad_out, grad_lse, flash.COLUMNS)
     grads = flash.causal_backward(grad_out, query, key, value, out, lse, _pieces(layout), scale)
     for group in layout.groups:
         if group.responses:
@@ -62,7 +60,9 @@ def backward(
             keys = (x[:, :, prompt] for x in (key, value))
             merged = (x[:, :, answers] for x in (out, lse))
             places = (answers, prompt, prompt)
-            for total, place, share in zip(grads, places, flash.full_backward(*rows, *keys, *merged, scale), strict=True):
+            for total, place, share in zip(
+                grads, places, flash.full_backward(*rows, *keys, *merged, scale), strict=True
+            ):
                 total[:, :, place] += share
     for wanted, grad in zip((grad_query, grad_key, grad_value), grads, strict=True):
         wanted.copy_(grad[..., :head_dim])
@@ -75,8 +75,8 @@ def _pieces(layout: GroupLayout) -> list[slice]:
 def _with_lse_column(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, grad_out: Tensor, grad_lse: Tensor, columns: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Flash attention's backward knows no gradient of lse: one more column, in which value is 0, out is -grad_lse and its
-    gradient 1, makes its rowsum(grad_out * out) the delta that is wanted. ``columns`` - 1 more are zeros."""
+    """Flash attention's backward knows no gradient of lse: one more column, in which value is 0, out is -grad_lse and
+    its gradient 1, makes its rowsum(grad_out * out) the delta that is wanted. ``columns`` - 1 more are zeros."""
     query, key, value, grad_out = (torch.nn.functional.pad(x, (0, columns)) for x in (query, key, value, grad_out))
     out = torch.nn.functional.pad(out, (0, columns))
     grad_out[..., -1], out[..., -1] = 1.0, -grad_lse.to(out.dtype)

@@ -1,14 +1,22 @@
-"""group_attention, backend "triton": one pass of frame_attention's kernels a group."""
+"""group_attention, backend "triton": one attention pass a group."""
 
 from functools import partial
 
+from torch import Tensor
+
+from appo_kernels import triton_launch
+from appo_kernels.attention import by_group
+from appo_kernels.attention import triton_passes as passes
+from appo_kernels.attention.arguments import Layout
 from appo_kernels.dispatch import Problem
-from appo_kernels.ops.frame_attention import triton as attention
-from appo_kernels.ops.group_attention import by_group
 
 
 def unsupported(problem: Problem) -> str | None:
-    return attention.unsupported(problem)
+    return triton_launch.unsupported(problem)
 
 
-forward, backward = partial(by_group.forward, attention), partial(by_group.backward, attention)
+def _attend(query: Tensor, key: Tensor, value: Tensor, seen: Layout, out: Tensor, lse: Tensor, mass: Tensor) -> None:
+    passes.attend(query, key, value, seen, out, lse, mass[:, None])
+
+
+forward, backward = partial(by_group.forward, _attend), partial(by_group.backward, passes.attend_backward)

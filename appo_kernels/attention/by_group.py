@@ -1,15 +1,15 @@
-"""group_attention by our own kernels: one pass of frame_attention a group, with the visibility that it knows.
+"""Passes over a packed row of groups by our own kernels: one a group, with the visibility that the kernels know.
 
 A row of a response sees its prompt as a prefix of the group's keys and its own response as an interval.
 """
 
-from types import ModuleType
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from appo_kernels.layout import Layout
-from appo_kernels.ops.group_attention.layout import Group, GroupLayout, bounds
+from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.group_layout import Group, GroupLayout, bounds
 
 
 def _visibility(group: Group, device: torch.device, scale: float) -> Layout:
@@ -20,7 +20,7 @@ def _visibility(group: Group, device: torch.device, scale: float) -> Layout:
 
 
 def forward(
-    attention: ModuleType,
+    attend: Callable[..., None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -31,14 +31,17 @@ def forward(
 ) -> None:
     for group in layout.groups:
         operands = [x[:, :, group.whole] for x in (query, key, value)]
-        found = torch.empty_like(operands[0], memory_format=torch.contiguous_format), lse[:, :, group.whole].contiguous()
+        found = (
+            torch.empty_like(operands[0], memory_format=torch.contiguous_format),
+            lse[:, :, group.whole].contiguous(),
+        )
         mass = lse.new_zeros(1, operands[0].shape[2], 0)
-        attention.forward(*operands, _visibility(group, query.device, scale), *found, mass)
+        attend(*operands, _visibility(group, query.device, scale), *found, mass)
         out[:, :, group.whole], lse[:, :, group.whole] = found
 
 
 def backward(
-    attention: ModuleType,
+    attend_backward: Callable[..., None],
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -55,8 +58,10 @@ def backward(
     for group in layout.groups:
         rows = [None if x is None else x[:, :, group.whole] for x in (query, key, value, out, lse, grad_out, grad_lse)]
         operands = rows[:3], [None if x is None else x.contiguous() for x in rows[3:]]
-        found = [torch.empty_like(x[:, :, group.whole], memory_format=torch.contiguous_format) for x in (query, key, value)]
+        found = [
+            torch.empty_like(x[:, :, group.whole], memory_format=torch.contiguous_format) for x in (query, key, value)
+        ]
         seen = _visibility(group, query.device, scale)
-        attention.backward(*operands[0], seen, *operands[1], None, *found)
+        attend_backward(*operands[0], seen, *operands[1], None, *found)
         for total, share in zip((grad_query, grad_key, grad_value), found, strict=True):
             total[:, :, group.whole] = share

@@ -1,4 +1,4 @@
-"""merge_attention: attention over parts of the keys becomes attention over all of them."""
+"""The result of attention with mass, and how results of parts of the keys become those of all keys."""
 
 from collections.abc import Sequence
 from typing import NamedTuple, cast
@@ -7,11 +7,16 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks
-from appo_kernels.logits import compute_dtype
-from appo_kernels.ops.frame_attention import FrameAttentionOutput
+from appo_kernels.dtypes import compute_dtype
 
 OP = "merge_attention"
 LEGENDS = {"out": "(B, Hq, R, d)", "lse": "(B, Hq, R)", "mass": "(B, Hq, R, F)"}
+
+
+class FrameAttentionOutput(NamedTuple):
+    out: Tensor  # (B, Hq, R, d), dtype of query
+    lse: Tensor  # (B, Hq, R) fp32, natural log, -inf for a row that sees no key
+    mass: Tensor  # (B, R, F) fp32, mean over query heads
 
 
 class _Part(NamedTuple):
@@ -20,7 +25,9 @@ class _Part(NamedTuple):
     mass: Tensor | None = None
 
 
-def merge_attention(parts: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]]) -> FrameAttentionOutput:
+def merge_attention(
+    parts: Sequence[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor | None]],
+) -> FrameAttentionOutput:
     """The out, lse and mass of all keys, from those of disjoint parts of the keys, as ring or split-key attention has.
 
     With l = logsumexp over parts of lse_i:  out = sum_i exp(lse_i - l) out_i, and the mass alike. Associative up to

@@ -1,6 +1,7 @@
 """Where each token of a packed row belongs: groups one after another, each its prompt and then its responses."""
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -83,7 +84,7 @@ class GroupLayout:
             ends = [start + prompt]
             for length in responses:
                 ends.append(ends[-1] + length)
-            pieces = (slice(a, b) for a, b in zip(ends, ends[1:]) if b > a)  # noqa: B905
+            pieces = (slice(a, b) for a, b in itertools.pairwise(ends) if b > a)
             found.append(Group(slice(start, start + prompt), tuple(pieces)))
             start = ends[-1]
         return found
