@@ -29,6 +29,7 @@ class Listener(Protocol):
         implementation: str | None,
         is_causal: bool,
         options: dict[str, Any],
+        lse: Tensor | None,
     ) -> None: ...
 
 
@@ -90,12 +91,27 @@ def recording_attention(
         result = tap.function()(module, query, key, value, attention_mask, *args, **options)
     finally:
         module.config = tap.tapped_config
+    lse = _lse(result, query)
+    if lse is not None and torch.is_autocast_enabled(query.device.type):  # it is that of what autocast narrowed
+        query, key = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key))
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         for listener, layer in tap.listeners.items():
-            listener.record(layer, query, key, attention_mask, tap.config._attn_implementation, causal, options)
+            listener.record(layer, query, key, attention_mask, tap.config._attn_implementation, causal, options, lse)
     return result
+
+
+def _lse(result: Any, query: Tensor) -> Tensor | None:
+    """(B, Hq, L) fp32 log-sum-exp, from implementations that return it where others return (B, Hq, L, S) weights."""
+    second = result[1] if isinstance(result, tuple) and len(result) > 1 else None
+    if (
+        isinstance(second, Tensor)
+        and second.shape == query.shape[:3]
+        and second.dtype in (torch.float32, torch.float64)
+    ):
+        return second.detach()
+    return None
 
 
 def _forward_of(module: nn.Module) -> Any:
@@ -112,6 +128,11 @@ def _attends(module: nn.Module) -> bool:
     )
 
 
+def attention_modules(decoder: nn.Module) -> dict[int, Any]:
+    """The attention modules of a decoder that go through the attention interface, by number of their layer."""
+    return {int(module.layer_idx): module for module in decoder.modules() if _attends(module)}  # type: ignore[arg-type]
+
+
 def attention_layers(model: nn.Module, layers: int | Sequence[int]) -> tuple[nn.Module, dict[int, nn.Module]]:
     """The text decoder inside any wrapper, and its chosen attention modules by layer number."""
     from transformers import PreTrainedModel
@@ -122,7 +143,7 @@ def attention_layers(model: nn.Module, layers: int | Sequence[int]) -> tuple[nn.
             OP, "model", "a transformers model, or a module around one", type(model).__name__, "Pass such a model."
         )
     decoder = base.get_decoder()
-    found = {int(module.layer_idx): module for module in decoder.modules() if _attends(module)}
+    found = attention_modules(decoder)
     if not found:
         checks.fail(
             OP,

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from appo.recording.frame_ids import FrameIds
 from appo.recording.hooks import OP, attention_layers, tap_module, untap_module
 from appo.recording.mask_bounds import Visibility, visible_keys
-from appo_kernels import checks, frame_mass
+from appo.recording.packed_rows import RowsOfGroup, rows_by_group
+from appo_kernels import GroupLayout, checks, frame_mass
 
 # Arguments that change the softmax itself: with one of them the mass would not be the layer's.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "block_table")
@@ -101,6 +102,7 @@ class FrameMassRecorder:
         self._recorded: list[int] = []  # their numbers, once for each pass (some models run a layer several times)
         # Layers share their mask tensor, and its intervals are found once a forward: (mask, window, result)
         self._visibility: tuple[Any, Any, Visibility] | None = None
+        self._packed: tuple[GroupLayout, list[RowsOfGroup]] | None = None  # rows of each group, found once a forward
 
     @property
     def layers(self) -> list[int]:
@@ -142,14 +144,14 @@ class FrameMassRecorder:
             self._close()
 
     def _close(self) -> None:
-        self._depth, self._in_forward, self._visibility = 0, False, None
+        self._depth, self._in_forward, self._visibility, self._packed = 0, False, None, None
         for module in self._layers.values():
             untap_module(module, self)
         while self._hooks:
             self._hooks.pop().remove()
 
     def _reset(self) -> None:
-        self._total, self._recorded, self._visibility = None, [], None
+        self._total, self._recorded, self._visibility, self._packed = None, [], None, None
 
     def _begin_forward(self, decoder: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         self._reset()
@@ -177,8 +179,12 @@ class FrameMassRecorder:
         implementation: str | None,
         is_causal: bool,
         options: dict[str, Any],
+        lse: Tensor | None,
     ) -> None:
-        """Adds the mass of one tapped layer; query (B, Hq, L, d) and key (B, Hkv, S, d) as its attention got them."""
+        """Adds the mass of one tapped layer; query (B, Hq, L, d) and key (B, Hkv, S, d) as its attention got them.
+
+        lse: (B, Hq, L) over all keys that the rows see, where the attention returned it.
+        """
         if not self._in_forward:
             return
         for name in UNSUPPORTED:
@@ -203,22 +209,51 @@ class FrameMassRecorder:
                 int(self._rows.min()),
                 "Positions before these are in the KV cache; record the forward that computed them.",
             )
-        visibility = self._visible(query, key, mask, implementation, is_causal, options)
         if self._total is None:
             dtype = torch.promote_types(query.dtype, torch.float32)
             self._total = torch.zeros(batch, self._rows.shape[1], self._num_frames, dtype=dtype, device=query.device)
+        query, key, scale = query.detach(), key.detach().to(query.dtype), options.get("scaling")
+        if options.get("group_layout") is not None:
+            self._record_groups(layer, query, key, lse, options["group_layout"], scale)
+            return
+        visibility = self._visible(query, key, mask, implementation, is_causal, options)
+        rows = self._rows - first_row
         frame_mass(
-            _select(query.detach(), self._rows - first_row),
-            key.detach().to(query.dtype),
+            _select(query, rows),
+            key,
             self._frame_ids,
             num_frames=self._num_frames,
+            lse=None if lse is None else _select(lse[..., None], rows)[..., 0],
             first_key=visibility.first_key,
             last_key=visibility.last_key,
             prefix_keys=visibility.prefix_keys,
-            scale=options.get("scaling"),
+            scale=scale,
             reduction=self._reduction,
             out=self._total,
         )
+        self._recorded.append(layer)
+
+    def _record_groups(
+        self, layer: int, query: Tensor, key: Tensor, lse: Tensor | None, layout: GroupLayout, scale: float | None
+    ) -> None:
+        """Of a packed row: each group's rows on the frames of its own prompt."""
+        if lse is None:
+            remedy = 'Use attn_implementation "appo" for the text layers.'
+            checks.fail(OP, "model", "attention that returns the lse of a packed row", f"none in layer {layer}", remedy)
+        assert self._total is not None
+        if self._packed is None or self._packed[0] is not layout:
+            self._packed = layout, rows_by_group(self._rows, self._frame_ids, layout)
+        for group in self._packed[1]:
+            self._total[:, group.place] += frame_mass(
+                query[:, :, group.rows],
+                key[:, :, group.prompt],
+                self._frame_ids[:, group.prompt],
+                num_frames=self._num_frames,
+                lse=lse[:, :, group.rows],
+                last_key=group.last_key,
+                scale=scale,
+                reduction=self._reduction,
+            )
         self._recorded.append(layer)
 
     def _move_to(self, device: torch.device) -> None:
@@ -226,7 +261,7 @@ class FrameMassRecorder:
         if self._rows.device != device:
             self._rows, self._frame_ids = self._rows.to(device), self._frame_ids.to(device)
         if self._total is not None and self._total.device != device:
-            self._total, self._visibility = self._total.to(device), None
+            self._total, self._visibility, self._packed = self._total.to(device), None, None
 
     def _visible(
         self,
