@@ -26,7 +26,7 @@ class RowsOfGroup(NamedTuple):
 def rows_by_group(rows: Tensor, frame_ids: Tensor, layout: GroupLayout) -> list[RowsOfGroup]:
     """rows (1, R) and frame_ids (1, T) of a packed row; groups without a row to record are left out.
 
-    Raises ValueError for a frame in a response, which no replay on prompts would count, and for other numbers of tokens.
+    Raises ValueError for a frame in a response, which no replay on prompts would count, and for another T.
     """
     if frame_ids.shape != (1, layout.tokens):
         remedy = "Record the packed row itself, with the frames of its tokens."
