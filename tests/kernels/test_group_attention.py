@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 from attention_cases import served
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
