@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from appo.data import video
 from appo.data.video import VideoError, read_video
@@ -150,6 +151,7 @@ def broken_files(folder, clip_path):
         container.mux(stream.encode())
     (folder / "text.mp4").write_text("this is not a video\n" * 50)
     (folder / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (64, 48)).save(folder / "picture.mp4", format="png")
     (folder / "empty.mp4").touch()
     (folder / "folder.mp4").mkdir()
     return {
@@ -158,7 +160,8 @@ def broken_files(folder, clip_path):
         "empty.mp4": "is empty",
         "text.mp4": "is not a video, or is broken",
         "cut.mp4": "ends early",
-        "sound.wav": "is not a video, or is broken",
+        "sound.wav": "is not a video, but an image, sound",
+        "picture.mp4": "is not a video, but an image, sound",
     }
 
 
@@ -241,7 +244,7 @@ def test_playlists_open_no_other_file(tmp_path, clip_path):
         "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:4\n#EXTINF:4,\n{clip_path}\n#EXT-X-ENDLIST\n",
     }.items():
         (tmp_path / name).write_text(text)
-        with pytest.raises(VideoError, match="is not a video, or is broken"):
+        with pytest.raises(VideoError, match="is not a video"):
             read_video(tmp_path / name, **READ)
 
 

@@ -304,10 +304,14 @@ CUT = [
 ]
 
 
+# An index that was moved to the front, and a recording whose length was not known while it was written.
+UNUSUAL = {"index-first.mp4": {"movflags": "faststart"}, "live.mkv": {"live": "1"}}
+
+
 # Half-downloaded files, down to the first bytes and up to the last ones.
-@pytest.mark.parametrize("name", [*CUT, "index-first.mp4"])
+@pytest.mark.parametrize("name", [*CUT, *UNUSUAL])
 def test_files_that_end_early(tmp_path, name):
-    codec, settings = FILES.get(name, ("libx264", {"gop": 10, "container_options": {"movflags": "faststart"}}))
+    codec, settings = FILES.get(name) or ("libx264", {"gop": 10, "container_options": UNUSUAL[name]})
     whole = encoded(tmp_path / name, codec, **settings).read_bytes()
     assert shortage(str(tmp_path / name)) is None
     cut = tmp_path / f"cut-{name}"
@@ -317,6 +321,38 @@ def test_files_that_end_early(tmp_path, name):
             with pytest.raises(VideoError, match="ends early") as caught:
                 read(cut, decoder)
             assert str(cut) in str(caught.value)
+
+
+# Zeros and junk behind the end of a file take nothing away from it.
+@pytest.mark.parametrize("name", ["h264.mp4", "h264.mkv", "mpeg4-b.avi", "palette.gif"])
+def test_what_follows_the_end_of_a_file_is_nothing(tmp_path, name):
+    codec, settings = FILES[name]
+    path = encoded(tmp_path / name, codec, **settings)
+    for tail in (bytes(1000), b"junk" * 200):
+        path.write_bytes(path.read_bytes() + tail)
+        check(path)
+
+
+# Names that FFmpeg would take for an option, a protocol, a pattern or an address.
+@pytest.mark.parametrize(
+    "name", ["-i.mp4", "a:b.mp4", "pipe:0", "%d.mp4", "x?#.mp4", "视频 é.mp4", "list.m3u8", "text.txt"]
+)
+def test_any_name(tmp_path, name, monkeypatch):
+    source = make(tmp_path / "source.mp4", range(20))
+    source.rename(tmp_path / name)
+    check(tmp_path / name, frames=20)
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)  # the decoding process was started in another folder
+    check(f"../{name}", frames=20)
+
+
+def test_streams_one_after_the_other_are_refused(tmp_path):
+    """Two recordings in one MPEG-TS file have the same times twice."""
+    parts = [make(tmp_path / f"{i}.ts", range(50 * i, 50 * i + 50)).read_bytes() for i in range(2)]
+    (tmp_path / "both.ts").write_bytes(b"".join(parts))
+    with pytest.raises(VideoError, match=r"both\.ts has frames without a time, or several with one"):
+        read(tmp_path / "both.ts")
 
 
 def test_a_file_that_was_never_finished(tmp_path):

@@ -97,7 +97,7 @@ def read_video(
     deadline = time.monotonic() + timeout
     reasons: list[str] = []
     for choice in DECODERS if decoder == "auto" else (decoder,):
-        status, *result = _decode(choice, name, max(deadline - time.monotonic(), 0.001), sampling)
+        status, *result = _decode(choice, os.path.abspath(name), max(deadline - time.monotonic(), 0.001), sampling)
         if status == "ok":
             frames, seconds, source_fps, duration = result
             return Clip(

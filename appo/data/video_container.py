@@ -51,33 +51,46 @@ def _boxes(file: BinaryIO, size: int) -> str | None:
     return None
 
 
-def _ebml_number(data: bytes, place: int, *, keep_marker: bool) -> tuple[int | None, int]:
-    """(value, the place after it) of an EBML number of variable length; None is the reserved "unknown"."""
-    width = 9 - data[place].bit_length() if place < len(data) and data[place] else 0
-    raw = data[place : place + width]
-    if width == 0 or len(raw) < width:
-        return None, place
-    value = int.from_bytes(raw, "big")
-    if not keep_marker:
-        value &= (1 << 7 * width) - 1
-        if value == (1 << 7 * width) - 1:
-            return None, place + width
-    return value, place + width
+SEGMENT, CLUSTER = 0x18538067, 0x1F43B675
+# What stands in a segment and in a cluster, by the numbers of the Matroska specification (RFC 9559).
+ELEMENTS = {
+    SEGMENT, CLUSTER, 0x114D9B74, 0x1549A966, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367,
+    0xE7, 0xA7, 0xAB, 0xA3, 0xA0, 0xEC, 0xBF,
+}  # fmt: skip
+
+
+def _element(file: BinaryIO, place: int) -> tuple[int | None, int | None, int]:
+    """(number, size of the content or None, place of the content) of the EBML element at ``place``.
+
+    The size is None where it is not known (live recordings), the number is None where nothing whole stands there.
+    """
+    file.seek(place)
+    data = file.read(12)
+    width = 9 - data[0].bit_length() if data and data[0] else 99
+    if width > 4 or len(data) <= width:
+        return None, None, place
+    lengths = 9 - data[width].bit_length() if data[width] else 99
+    if lengths > 8 or len(data) < width + lengths:
+        return None, None, place
+    length = int.from_bytes(data[width : width + lengths], "big") & ((1 << 7 * lengths) - 1)
+    known = length != (1 << 7 * lengths) - 1
+    return int.from_bytes(data[:width], "big"), length if known else None, place + width + lengths
 
 
 def _matroska(file: BinaryIO, size: int) -> str | None:
-    """Matroska and WebM: the header, then one segment whose size is known unless the file was written to a pipe."""
-    file.seek(0)
-    data = file.read(4096)
-    place = 0
-    while True:
-        identifier, after = _ebml_number(data, place, keep_marker=True)
-        length, start = _ebml_number(data, after, keep_marker=False)
-        if identifier is None or length is None:
-            return None
-        if identifier == 0x18538067:
+    """Matroska and WebM: the header, then a segment, which gives its size unless it was written to a pipe."""
+    _, header, start = _element(file, 0)
+    place = start + (header or 0)
+    while place < size:
+        number, length, start = _element(file, place)
+        if number is None:
+            return "it ends within the header of an element" if size - place < 12 else None
+        if number == SEGMENT and length is not None:
             return _declared(start + length, size)
-        place = start + length
+        if number not in ELEMENTS:
+            return None
+        place = start if number in (SEGMENT, CLUSTER) else start + (length or 0)
+    return _declared(place, size)
 
 
 def _riff(file: BinaryIO, size: int) -> str | None:
@@ -138,9 +151,28 @@ def _program(file: BinaryIO, size: int) -> str | None:
 
 
 def _gif(file: BinaryIO, size: int) -> str | None:
-    """GIF: blocks up to the trailer ";"."""
-    file.seek(max(0, size - 512))
-    return None if file.read().rstrip(b"\0\r\n").endswith(b";") else "the trailer is missing"
+    """GIF: a header, extensions and pictures, each a chain of blocks that ends with an empty one, and a trailer."""
+    file.seek(0)
+    data = file.read()
+
+    def colours(flags: int) -> int:
+        return 3 << (flags & 7) + 1 if flags & 0x80 else 0
+
+    try:
+        place = 13 + colours(data[10])
+        while data[place] != 0x3B:
+            if data[place] == 0x2C:
+                place += 11 + colours(data[place + 9])  # descriptor, colours, size of codes
+            elif data[place] == 0x21:
+                place += 2
+            else:
+                return None
+            while data[place]:
+                place += data[place] + 1
+            place += 1
+    except IndexError:
+        return "the trailer is missing"
+    return None
 
 
 def _flv(file: BinaryIO, size: int) -> str | None:

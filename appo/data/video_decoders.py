@@ -61,7 +61,10 @@ class Source:
     def _open(self) -> None:
         self.close()
         options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
-        self.container = self.av.open(f"file:{self.path}", options=options)
+        try:
+            self.container = self.av.open(f"file:{self.path}", options=options)
+        except self.av.ArgumentError:
+            raise RefusedError("is not a video, but an image, sound, text or a playlist") from None
         self.stream = video_stream(self.container)
         self.stream.thread_type = "NONE"
         # Damaged data is an error, not something to be painted over.
