@@ -245,6 +245,14 @@ class APPOConfig:
             values[name] = _typed(name, value, _name_of(known[name].type))
         return presets[preset](**values)
 
+    def loss_arguments(self) -> dict[str, Any]:
+        """The settings of the loss, as the surrogates of `appo_kernels` name them."""
+        names = ("eps_low", "eps_high", "delta", "beta", "level", "aggregation", "entropy_coef")
+        return {name: getattr(self, name) for name in names} | {
+            "rollout_cap": self.rollout_cap or 2.0,
+            "max_length": self.max_new_tokens,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

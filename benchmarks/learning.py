@@ -92,7 +92,7 @@ def run_one(
     builder: of an earlier run of the seed, whose clips are decoded already; returns that of this run.
     """
     clips, warm = prepare(work, task, seed % warm_starts)
-    trainer_class, changes = VARIANTS[variant]
+    functions, changes = VARIANTS[variant]
     output = work / f"{variant}-{seed}"
     settings = SETTINGS | TASKS[task].settings | {"preset": "paper"} | changes
     settings |= {"seed": seed, "max_steps": steps, "output": str(output), "model": str(warm), "tensorboard": False}
@@ -100,7 +100,7 @@ def run_one(
     config = APPOConfig.from_dict(settings)
     shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
     model, processor = load_model(config)
-    trainer = trainer_class(model, processor, load_records(config.data), config=config)
+    trainer = Trainer(model, processor, load_records(config.data), config=config, **functions)
     trainer.build_prompt = builder or trainer.build_prompt
     held_out = {split: load_records(clips / f"{split}.json") for split in SPLITS}
 

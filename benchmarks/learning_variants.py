@@ -6,61 +6,47 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from appo.method.selection import perception_slots
-from appo.method.token_weights import token_weights
+from appo.config import APPOConfig
 from appo.train.groups import Group
-from appo.train.trainer import Trainer
-from appo_kernels import group_divergence
+from appo.train.rules import Divergence, weigh_tokens
 
 
-class ShuffledWeights(Trainer):
+def shuffled_weights(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
     """APPO's weights, each response's at random places: what is left when only their sizes matter."""
-
-    def weigh(self, group: Group, *operands: Any) -> None:
-        super().weigh(group, *operands)
-        assert group.weights is not None
-        generator = torch.Generator().manual_seed(int(group.completion_ids.sum()))
-        for weights, valid in zip(group.weights, group.mask, strict=True):
-            places = valid.nonzero().flatten()
-            weights[places] = weights[places[torch.randperm(len(places), generator=generator)]]
+    weights = weigh_tokens(group, divergence, config)
+    generator = torch.Generator().manual_seed(int(group.completion_ids.sum()))
+    for row, valid in zip(weights, group.mask, strict=True):
+        places = valid.nonzero().flatten()
+        row[places] = row[places[torch.randperm(len(places), generator=generator)]]
+    return weights
 
 
-class EntropyWeights(Trainer):
+def entropy_weights(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
     """APPO's weights, each response's largest at its most uncertain tokens: no attention, no other response."""
+    weights = weigh_tokens(group, divergence, config)
+    assert group.entropy is not None
+    for row, entropy, valid in zip(weights, group.entropy, group.mask, strict=True):
+        places = valid.nonzero().flatten()
+        row[places[entropy[places].argsort(stable=True)]] = row[places].sort().values
+    return weights
 
-    def weigh(self, group: Group, *operands: Any) -> None:
-        super().weigh(group, *operands)
-        assert group.weights is not None
-        for weights, entropy, valid in zip(group.weights, group.entropy, group.mask, strict=True):
-            places = valid.nonzero().flatten()
-            weights[places[entropy[places].argsort(stable=True)]] = weights[places].sort().values
 
-
-class TrueFrames(Trainer):
-    """APPO with the frames that decide the question given: what a perfect selection would bring."""
-
-    def weigh(
-        self, group: Group, mass: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, lse: Tensor
-    ) -> None:
-        config, mask = self.config, group.mask.to(mass.device)
-        frames = torch.tensor(sorted(group.prompt.crucial_frames()), dtype=torch.int64, device=mass.device)
-        slots = perception_slots(mass, mask, frames, top_tokens=config.slot_tokens)
-        divergence = group_divergence(hidden, weight, lse, slots, kind=config.divergence, bias=bias, **self.logits)
-        weights = token_weights(divergence, slots, mask, alpha=config.alpha, average=config.average)
-        group.target_frames, group.weights = frames.cpu(), weights.cpu()
-        group.mass, group.mass_reduction = mass.cpu(), config.mass_reduction
+def true_frames(group: Group, config: APPOConfig) -> Tensor:
+    """The frames that decide the question, given: what a perfect selection would bring."""
+    return torch.tensor(group.prompt.crucial_frames(), dtype=torch.int64)
 
 
 # DAPO without resampling: every method then trains on the same number of sampled responses.
-VARIANTS: dict[str, tuple[type[Trainer], dict[str, Any]]] = {
-    "grpo": (Trainer, {"preset": "grpo"}),
-    "dapo": (Trainer, {"preset": "dapo", "dynamic_sampling": False}),
-    "appo-hard": (Trainer, {"strategy": "hard"}),
-    "appo-soft": (Trainer, {"strategy": "soft"}),
-    "appo-all": (Trainer, {"strategy": "all"}),
-    "appo-contrast": (Trainer, {"strategy": "contrast"}),
-    "appo-released": (Trainer, {"preset": "released", "slot_tokens": 8, "rewards": {"accuracy": 1.0}}),
-    "control-shuffled": (ShuffledWeights, {"strategy": "all"}),
-    "control-entropy": (EntropyWeights, {"strategy": "all"}),
-    "control-true-frames": (TrueFrames, {}),
+# Name -> functions given to the trainer, and settings.
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "grpo": ({}, {"preset": "grpo"}),
+    "dapo": ({}, {"preset": "dapo", "dynamic_sampling": False}),
+    "appo-hard": ({}, {"strategy": "hard"}),
+    "appo-soft": ({}, {"strategy": "soft"}),
+    "appo-all": ({}, {"strategy": "all"}),
+    "appo-contrast": ({}, {"strategy": "contrast"}),
+    "appo-released": ({}, {"preset": "released", "slot_tokens": 8, "rewards": {"accuracy": 1.0}}),
+    "control-shuffled": ({"weigh_tokens": shuffled_weights}, {"strategy": "all"}),
+    "control-entropy": ({"weigh_tokens": entropy_weights}, {"strategy": "all"}),
+    "control-true-frames": ({"choose_frames": true_frames}, {}),
 }

@@ -103,17 +103,17 @@ def weighted_group(seed: int) -> argparse.Namespace:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("control", [learning_variants.ShuffledWeights, learning_variants.EntropyWeights])
+@pytest.mark.parametrize("control", [learning_variants.shuffled_weights, learning_variants.entropy_weights])
 def test_controls_keep_each_responses_weights(control, monkeypatch):
-    monkeypatch.setattr(learning_variants.Trainer, "weigh", lambda *_: None)
     group = weighted_group(0)
-    before = group.weights.clone()
-    control.weigh(object.__new__(control), group)
-    assert torch.equal(group.weights[~group.mask], before[~group.mask])
-    assert not torch.equal(group.weights, before)
-    for now, then, entropy, valid in zip(group.weights, before, group.entropy, group.mask, strict=True):
+    before = group.weights
+    monkeypatch.setattr(learning_variants, "weigh_tokens", lambda *_: before.clone())
+    after = control(group, None, None)
+    assert torch.equal(after[~group.mask], before[~group.mask])
+    assert not torch.equal(after, before)
+    for now, then, entropy, valid in zip(after, before, group.entropy, group.mask, strict=True):
         assert torch.equal(now[valid].sort().values, then[valid].sort().values)
-        if control is learning_variants.EntropyWeights:
+        if control is learning_variants.entropy_weights:
             assert torch.equal(now[valid].argsort(), entropy[valid].argsort())
 
 

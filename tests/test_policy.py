@@ -18,7 +18,7 @@ def make_groups(builder, count, size, lengths, vocab):
         mask = torch.arange(length) < torch.randint(1, length + 1, (size, 1), generator=generator)
         nothing = torch.zeros(size)
         texts, logprobs = [""] * size, torch.zeros(ids.shape)
-        groups.append(Group(builder(record), ids, mask, logprobs, mask[:, -1], texts, nothing, nothing, {}, nothing))
+        groups.append(Group(builder(record), ids, mask, logprobs, mask[:, -1], texts, nothing, nothing, {}))
     return groups
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from transformers.video_utils import VideoMetadata
 
+from appo.data.prompts import Prompt, collate
+from appo.data.records import Record
 from appo.models.loaded import (
     cache_argument,
     disable_checkpointing,
@@ -11,7 +13,7 @@ from appo.models.loaded import (
     prompt_positions,
     vision_token_ids,
 )
-from appo.rollout.engine import TransformersRollout
+from appo.rollout.engine import Completion, Sampling, TransformersRollout, checked, draw_token
 from appo.tasks.tiny import build_tiny
 
 FAMILIES = {"qwen2_5_vl": 28, "qwen3_vl": 32}  # side of a frame in pixels
@@ -47,6 +49,21 @@ def prompts(processor, side):
     return {name: torch.as_tensor(value) for name, value in inputs.items() if name != "video_metadata"}
 
 
+def as_prompts(inputs):
+    """The rows of a processor's batch as the prompts that a trainer hands over."""
+    found = []
+    for index in range(len(QUESTIONS)):
+        alone = one_prompt(inputs, index)
+        vision = {name: value for name, value in alone.items() if "video" in name or name == "second_per_grid_ts"}
+        text = alone["input_ids"][0]
+        nothing = torch.full(text.shape, -1, dtype=torch.int32)
+        found.append(Prompt(RECORD, text, alone["mm_token_type_ids"][0], vision, nothing))
+    return found
+
+
+RECORD = Record(id="0", question="", answer="", kind="free-form")
+
+
 @pytest.fixture(scope="module", params=FAMILIES)
 def tiny(request):
     model, processor = build_tiny(3, family=request.param)
@@ -57,26 +74,33 @@ def tiny(request):
     return model, processor, inputs
 
 
-def rollout(tiny, **options):
-    options = {"group_size": 3, "max_new_tokens": 12, **options}
-    return TransformersRollout(tiny[0], tiny[1], **options)
+def rollout(tiny, seed=0, only=None, suppress_ids=None, **options):
+    """Sampled responses to the three prompts (or to those ``only`` names), as (flat list, padded ids, mask)."""
+    model, processor, inputs = tiny
+    sampling = Sampling(**({"group_size": 3, "max_new_tokens": 12} | options))
+    chosen = as_prompts(inputs) if only is None else [as_prompts(inputs)[index] for index in only]
+    seeds = [100 * seed + index for index in only or range(len(chosen))]
+    engine = TransformersRollout(model, processor, suppress_ids=suppress_ids)
+    groups = checked(engine.generate(chosen, sampling, seeds), engine, chosen, sampling)
+    return [completion for group in groups for completion in group]
 
 
 def test_greedy_equals_generate(tiny):
     model, processor, inputs = tiny
-    ours = rollout(tiny, temperature=0.0, group_size=2).generate(inputs, torch.Generator())
+    ours = rollout(tiny, temperature=0.0, group_size=2)
     suppressed = vision_token_ids(model, processor.tokenizer)
     theirs = model.generate(**inputs, do_sample=False, max_new_tokens=12, suppress_tokens=suppressed)
     theirs = theirs[:, inputs["input_ids"].shape[1] :]
-    assert torch.equal(ours.ids[0::2, : theirs.shape[1]], theirs)
-    assert torch.equal(ours.ids[0::2], ours.ids[1::2])
+    for index, row in enumerate(theirs):
+        for found in ours[2 * index : 2 * index + 2]:
+            assert torch.equal(found.ids, row[: len(found.ids)])
 
 
 # The two names that versions of transformers give the argument.
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_a_cache_goes_by_the_name_that_the_forward_takes(tiny, name, monkeypatch):
-    model, _, inputs = tiny
-    expected = rollout(tiny).generate(inputs, torch.Generator().manual_seed(4))
+    model = tiny[0]
+    expected = rollout(tiny, seed=4)
     installed, forward, caches = cache_argument(model), model.forward, []
 
     def old(past_key_values=None, **rest):
@@ -88,7 +112,7 @@ def test_a_cache_goes_by_the_name_that_the_forward_takes(tiny, name, monkeypatch
 
     monkeypatch.setattr(model, "forward", old if name == "past_key_values" else new)
     assert cache_argument(model) == name
-    assert torch.equal(rollout(tiny).generate(inputs, torch.Generator().manual_seed(4)).ids, expected.ids)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(rollout(tiny, seed=4), expected, strict=True))
     assert len(caches) > 1 and all(cache is caches[0] is not None for cache in caches)
 
 
@@ -101,21 +125,19 @@ def test_a_forward_without_a_cache_is_refused():
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 3.0])
 def test_logprobs_equal_a_full_forward(tiny, temperature):
     model, _, inputs = tiny
-    done = rollout(tiny, temperature=temperature).generate(inputs, torch.Generator().manual_seed(5))
-    for prompt in range(len(QUESTIONS)):
-        for row in range(prompt * 3, prompt * 3 + 3):
-            alone = one_prompt(inputs, prompt)
-            response = done.ids[row, done.mask[row]][None]
-            length = alone["input_ids"].shape[1]
-            alone["input_ids"] = torch.cat([alone["input_ids"], response], 1)
-            alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-            types = alone["mm_token_type_ids"]
-            alone["mm_token_type_ids"] = torch.cat([types, torch.zeros(response.shape, dtype=types.dtype)], 1)
-            with torch.no_grad():
-                logits = model(**alone).logits[:, length - 1 : -1]
-            expected = (logits / temperature).log_softmax(-1).gather(-1, response[..., None])[0, :, 0]
-            torch.testing.assert_close(done.logprobs[row, done.mask[row]], expected, atol=1e-4, rtol=0)
-    assert (done.logprobs[~done.mask] == 0).all()
+    done = rollout(tiny, temperature=temperature)
+    for row, completion in enumerate(done):
+        alone = one_prompt(inputs, row // 3)
+        response = completion.ids[None]
+        length = alone["input_ids"].shape[1]
+        alone["input_ids"] = torch.cat([alone["input_ids"], response], 1)
+        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+        types = alone["mm_token_type_ids"]
+        alone["mm_token_type_ids"] = torch.cat([types, torch.zeros(response.shape, dtype=types.dtype)], 1)
+        with torch.no_grad():
+            logits = model(**alone).logits[:, length - 1 : -1]
+        expected = (logits / temperature).log_softmax(-1).gather(-1, response[..., None])[0, :, 0]
+        torch.testing.assert_close(completion.logprobs, expected, atol=1e-4, rtol=0)
 
 
 def one_prompt(inputs, index):
@@ -131,53 +153,74 @@ def one_prompt(inputs, index):
 
 
 def test_suppressed_ids_are_never_sampled(tiny):
-    model, processor, inputs = tiny
+    model, processor, _ = tiny
     ids = processor.tokenizer.convert_tokens_to_ids(
         ["<|video_pad|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>"]
     )
     assert set(ids) <= set(vision_token_ids(model, processor.tokenizer))
     assert processor.tokenizer.eos_token_id not in vision_token_ids(model, processor.tokenizer)
     favoured = model.lm_head.weight.detach().clone()
-    hidden = torch.Generator().manual_seed(1)
     try:
         # Near-uniform logits at a high temperature: without suppression a hundred draws hit these ids.
         with torch.no_grad():
             model.lm_head.weight.copy_(favoured * 1e-3)
-        done = rollout(tiny, group_size=32).generate(inputs, hidden)
-        free = rollout(tiny, group_size=32, suppress_ids=[]).generate(inputs, torch.Generator().manual_seed(1))
+        done = torch.cat([completion.ids for completion in rollout(tiny, group_size=32)])
+        free = torch.cat([completion.ids for completion in rollout(tiny, group_size=32, suppress_ids=[])])
     finally:
         with torch.no_grad():
             model.lm_head.weight.copy_(favoured)
-    assert not torch.isin(done.ids[done.mask], torch.tensor(ids)).any()
-    assert torch.isin(free.ids[free.mask], torch.tensor(ids)).any()
+    assert not torch.isin(done, torch.tensor(ids)).any()
+    assert torch.isin(free, torch.tensor(ids)).any()
 
 
 def test_responses_end_at_their_end_token(tiny):
-    _, processor, inputs = tiny
-    rollouts = rollout(tiny, group_size=16, temperature=20.0, max_new_tokens=80)
-    done = rollouts.generate(inputs, torch.Generator().manual_seed(2))
+    _, processor, _ = tiny
+    done = rollout(tiny, group_size=16, temperature=20.0, max_new_tokens=80, seed=2)
     end = processor.tokenizer.eos_token_id
-    assert done.finished.any()
-    for ids, mask, finished in zip(done.ids, done.mask, done.finished, strict=True):
-        length = int(mask.sum())
-        assert mask[:length].all() and not mask[length:].any()
-        assert bool(ids[length - 1] == end) == bool(finished)
-        assert not (ids[: length - 1] == end).any()
-        assert (ids[length:] == processor.tokenizer.pad_token_id).all()
-        assert finished or length == done.ids.shape[1]
+    reasons = {completion.finish_reason for completion in done}
+    assert reasons == {"stop", "length"} or reasons == {"stop"}
+    for completion in done:
+        assert bool(completion.ids[-1] == end) == (completion.finish_reason == "stop")
+        assert not (completion.ids[:-1] == end).any()
+        assert completion.finish_reason == "stop" or len(completion.ids) == 80
 
 
-def test_the_generator_decides_the_samples(tiny):
-    sampler = rollout(tiny, temperature=2.0)
-    first, again, other = (sampler.generate(tiny[2], torch.Generator().manual_seed(s)) for s in (7, 7, 8))
-    assert torch.equal(first.ids, again.ids) and torch.equal(first.logprobs, again.logprobs)
-    assert first.ids.shape != other.ids.shape or not torch.equal(first.ids, other.ids)
+def test_the_seed_decides_the_samples(tiny):
+    first, again, other = (rollout(tiny, temperature=2.0, seed=seed) for seed in (7, 7, 8))
+    assert all(
+        torch.equal(a.ids, b.ids) and torch.equal(a.logprobs, b.logprobs) for a, b in zip(first, again, strict=True)
+    )
+    assert any(not torch.equal(a.ids, b.ids) for a, b in zip(first, other, strict=True))
+    assert len({tuple(completion.ids.tolist()) for completion in first}) > 3, "responses of a group differ"
+
+
+def test_samples_do_not_depend_on_the_batch(tiny):
+    """A prompt alone, among others, and with a group of another size: the same responses."""
+    together = rollout(tiny, temperature=2.0)
+    for index in range(len(QUESTIONS)):
+        alone = rollout(tiny, temperature=2.0, only=[index], group_size=2)
+        for found, expected in zip(alone, together[3 * index :], strict=False):
+            assert torch.equal(found.ids, expected.ids)
+            torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=0, atol=1e-4)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    """Evenly spread draws hit each token in proportion; one of probability 0 never, not even at the ends."""
+    probabilities = torch.tensor([0.0, 0.5, 0.0, 0.125, 0.375, 0.0])
+    count = 8000
+    draws = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    tokens = draw_token(probabilities.expand(count, -1), draws)
+    assert torch.bincount(tokens, minlength=6).tolist() == [0, 4000, 0, 1000, 3000, 0]
+    ends = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    assert draw_token(probabilities.expand(2, -1), ends).tolist() == [1, 4]
+    # Probabilities that sum to less than 1, as top-p leaves them, and a tail that fp32 sums would lose.
+    tail = torch.cat([torch.tensor([1.0]), torch.full((1000,), 1e-9)])[None]
+    assert draw_token(0.25 * tail, torch.tensor([1 - 1e-8], dtype=torch.float64)).item() > 900
 
 
 def test_top_p_keeps_the_most_probable(tiny):
-    greedy = rollout(tiny, temperature=0.0).generate(tiny[2], torch.Generator())
-    narrow = rollout(tiny, temperature=1.0, top_p=1e-6).generate(tiny[2], torch.Generator().manual_seed(0))
-    assert torch.equal(greedy.ids, narrow.ids)
+    greedy, narrow = rollout(tiny, temperature=0.0), rollout(tiny, temperature=1.0, top_p=1e-6)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(greedy, narrow, strict=True))
 
 
 def test_vision_runs_once_per_prompt(tiny):
@@ -185,24 +228,24 @@ def test_vision_runs_once_per_prompt(tiny):
     seen = []
     hook = model.base_model.visual.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
     try:
-        rollout(tiny, group_size=5).generate(inputs, torch.Generator().manual_seed(0))
+        rollout(tiny, group_size=5)
     finally:
         hook.remove()
     assert seen == [len(inputs["pixel_values_videos"])]
 
 
 def test_training_mode_and_checkpointing_are_set_aside(tiny):
-    model, _, inputs = tiny
-    expected = rollout(tiny).generate(inputs, torch.Generator().manual_seed(4))
+    model = tiny[0]
+    expected = rollout(tiny, seed=4)
     enable_checkpointing(model)
     model.train()
     try:
-        done = rollout(tiny).generate(inputs, torch.Generator().manual_seed(4))
+        done = rollout(tiny, seed=4)
         assert model.training
     finally:
         disable_checkpointing(model)
         model.eval()
-    assert torch.equal(done.ids, expected.ids)
+    assert all(torch.equal(a.ids, b.ids) for a, b in zip(done, expected, strict=True))
 
 
 def test_positions_skip_the_padding(tiny):
@@ -215,15 +258,48 @@ def test_positions_skip_the_padding(tiny):
 
 @pytest.mark.parametrize(
     ("options", "named"),
-    [({"group_size": 0}, "group_size"), ({"temperature": -1.0}, "temperature"), ({"top_p": 0.0}, "top_p")],
+    [
+        ({"group_size": 0}, "group_size"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+    ],
 )
-def test_settings_that_make_no_sense(tiny, options, named):
+def test_settings_that_make_no_sense(options, named):
     with pytest.raises(ValueError, match=f"`{named}`: expected"):
-        rollout(tiny, **options)
+        Sampling(**({"group_size": 2, "max_new_tokens": 4} | options))
 
 
-def test_right_padding_is_refused(tiny):
-    inputs = dict(tiny[2])
-    inputs["attention_mask"] = inputs["attention_mask"].flip(1)
-    with pytest.raises(ValueError, match="padded on the left"):
-        rollout(tiny).generate(inputs, torch.Generator())
+def completion(count=2, **changes):
+    values = {"ids": torch.arange(count), "logprobs": torch.zeros(count), "finish_reason": "stop"}
+    return Completion(**(values | changes))
+
+
+# Each thing that an engine of one's own may get wrong, named with the engine.
+@pytest.mark.parametrize(
+    ("found", "named"),
+    [
+        ([[completion()] * 2], "2 completions for each of 2 prompts"),
+        ([[completion()] * 2, [completion()]], "2 completions for each of 2 prompts"),
+        ([[completion(9)] * 2] * 2, "`ids`"),
+        ([[completion(ids=torch.zeros(2))] * 2] * 2, "`ids`"),
+        ([[completion(ids=torch.zeros(1, 2, dtype=torch.int64))] * 2] * 2, "`ids`"),
+        ([[completion(logprobs=torch.zeros(3))] * 2] * 2, "`logprobs`"),
+        ([[completion(logprobs=torch.zeros(2, dtype=torch.float64))] * 2] * 2, "`logprobs`"),
+        ([[completion(finish_reason="abort")] * 2] * 2, "`finish_reason`"),
+    ],
+)
+def test_what_an_engine_returns_is_checked(tiny, found, named):
+    engine = TransformersRollout(tiny[0], tiny[1])
+    prompts = as_prompts(tiny[2])[:2]
+    with pytest.raises(ValueError, match=f"TransformersRollout.*{named}"):
+        checked(found, engine, prompts, Sampling(group_size=2, max_new_tokens=4))
+
+
+def test_collated_prompts_are_padded_as_the_processor_pads(tiny):
+    """The rows of this module's batch went through prompts and back."""
+    _, processor, inputs = tiny
+    again = collate(as_prompts(inputs), processor.tokenizer.pad_token_id).inputs
+    for name, value in inputs.items():
+        torch.testing.assert_close(again[name], value, check_dtype=False)

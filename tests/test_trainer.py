@@ -47,8 +47,6 @@ def test_a_step_leaves_its_numbers_and_moves_the_model(tmp_path):
         "reward/length_parity",
     }
     assert named <= metrics.keys()
-    parts = [metrics[f"time/{phase}"] for phase in ("decode", "generate", "score", "update")]
-    assert 0.9 < sum(parts) / metrics["time/step"] <= 1 and metrics["time/loss"] < metrics["time/update"]
     assert 0 < metrics["mass/frames"] < 1 and metrics["length/clipped"] > 0
     assert metrics["grad_norm"] > 0 and metrics["weight/max"] > 1 and metrics["entropy"] > 0
     moved = [n for n, p in before.state_dict().items() if not torch.equal(p, trainer.model.state_dict()[n])]
@@ -68,9 +66,10 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, aggregation):
     settings = training.config(tmp_path, aggregation=aggregation, entropy_coef=0.01)
     trainer = Trainer(model, processor, training.records(), config=settings)
     trainer.policy.eval()
-    groups = trainer.rollout(1)
+    groups = trainer.reward(trainer.rollout(4))
     for micro in trainer.micro_batches(groups):
         trainer.score(micro)
+    trainer.advantage(groups)
     tokens, responses = sum(g.tokens for g in groups), 4 * len(groups)
 
     def gradient(size):
@@ -89,8 +88,11 @@ def test_scoring_on_policy_gives_ratio_one_and_the_rollout_log_probabilities(tmp
     model, processor = training.tiny()
     trainer = Trainer(model, processor, training.records(), config=training.config(tmp_path))
     trainer.policy.eval()
-    groups = trainer.rollout(1)
+    groups = trainer.reward(trainer.rollout(4))
     trainer.score(groups)
+    trainer.select(groups)
+    trainer.weigh(groups)
+    trainer.advantage(groups)
     for group in groups:
         mask = group.mask
         torch.testing.assert_close(group.old_logprobs[mask], group.rollout_logprobs[mask], rtol=1e-4, atol=1e-4)
@@ -150,23 +152,24 @@ def test_groups_without_signal_are_not_scored_but_count_in_the_mean(tmp_path):
         trainer = Trainer(
             model, processor, training.records(), config=training.config(tmp_path, micro_groups=1, sample_every=0)
         )
-        rollout, score, update, scored, gradients = trainer.rollout, trainer.score, trainer.update, [], []
+        reward, score, update, scored, gradients = trainer.reward, trainer.score, trainer.update, [], []
 
-        def without_signal(number):
-            groups = rollout(1)  # all four have signal there
+        def without_signal(sampled):
+            groups = reward(sampled)
+            assert all(group.informative for group in groups)
             for group in groups[:2]:
-                group.advantages.zero_()
+                group.rewards.zero_()
             return groups
 
         def record(groups):
             scored.extend(groups)
             score(groups)
 
-        def update_all(groups, rate):
+        def update_all(groups, number):
             score(groups[2:])
-            update(groups, rate)
+            update(groups, number)
 
-        trainer.rollout, trainer.score = without_signal, record
+        trainer.reward, trainer.score = without_signal, record
         if score_all:
             trainer.update = update_all
         trainer.optimizer.step = lambda: gradients.extend(p.grad.clone() for p in trainer.policy.parameters())
@@ -177,6 +180,18 @@ def test_groups_without_signal_are_not_scored_but_count_in_the_mean(tmp_path):
     alone, among_all = gradient(False), gradient(True)
     assert alone.norm() > 0
     torch.testing.assert_close(alone, among_all, rtol=1e-4, atol=1e-6 * float(alone.abs().max()))
+
+
+def test_adapters_start_by_the_seed_of_the_run(tmp_path):
+    def adapters(seed):
+        torch.manual_seed(torch.seed())  # whatever the process did before
+        model, processor = training.tiny()
+        settings = training.config(tmp_path, lora_rank=2, seed=seed)
+        return weights_of(Trainer(model, processor, training.records(), config=settings))
+
+    first, again, other = adapters(1), adapters(1), adapters(2)
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(not torch.equal(value, other[name]) for name, value in first.items() if "lora_A" in name)
 
 
 def test_lora_and_gradient_checkpointing_train_adapters_only(tmp_path):

@@ -1,13 +1,17 @@
 """A small task, a tiny model and short settings that the tests of training share."""
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+from PIL import Image
+
 from appo.config import APPOConfig
 from appo.data.load import load_records
-from appo.data.records import Record
+from appo.data.records import Media, Record
 from appo.rollout import rewards
 from appo.tasks import make_task
 from appo.tasks.tiny import build_tiny
@@ -34,6 +38,17 @@ def records() -> tuple[Record, ...]:
 
 def tiny(seed: int = 0, **options: Any) -> tuple[Any, Any]:
     return build_tiny(seed, **options)
+
+
+def without_media(record: Record) -> Record:
+    return dataclasses.replace(record, media=(), time_spans=())
+
+
+def with_image(record: Record, path: Path) -> Record:
+    """The question about a picture made at ``path``."""
+    colours = torch.arange(56 * 56 * 3).remainder(251).to(torch.uint8)
+    Image.fromarray(colours.reshape(56, 56, 3).numpy()).save(path)
+    return dataclasses.replace(record, media=(Media("image", path),), time_spans=())
 
 
 @rewards.register("length_parity")

@@ -67,7 +67,9 @@ class Prompt:
         default_factory=lambda: torch.empty(0, dtype=torch.int32)
     )  # (P,) frame of each token or -1
     num_frames: int = 0  # F
-    clips: tuple[Clip, ...] = ()  # the sampled frames of each video, for pages that show them
+    text: str = ""  # the rendered chat, as the processor got it
+    clips: tuple[Clip, ...] = ()  # the sampled frames of each video, for rollout engines and pages
+    images: tuple[Image.Image, ...] = ()
     frame_times: list[tuple[float, float]] = field(default_factory=list)  # F spans (first, last sample) in seconds
 
     def __len__(self) -> int:
@@ -156,7 +158,9 @@ class PromptBuilder:
             vision=vision,
             frame_ids=ids.ids[0],
             num_frames=int(ids.num_frames[0]),
+            text=text,
             clips=tuple(clips),
+            images=tuple(images),
             frame_times=_frame_times(clips, sizes.temporal_patch_size),
         )
 

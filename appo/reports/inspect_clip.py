@@ -62,15 +62,16 @@ def draw_record(trainer: Trainer, record: Record, output: Path) -> list[Path]:
 def sample_group(trainer: Trainer, record: Record) -> Group:
     """A group of responses to ``record``, with rewards; the seed of the run decides it."""
     trainer.policy.eval()
-    generator = torch.Generator(trainer.accelerator.device).manual_seed(trainer.config.seed)
-    (group,) = trainer.sample_groups([record], generator)
-    return group
+    trainer.sync_engine()
+    return trainer.reward(trainer.sample([trainer.build_prompt(record)], [trainer.config.seed]))[0]
 
 
 def draw_group(trainer: Trainer, group: Group, output: Path) -> list[Path]:
     """Score a sampled group as a training step does, and write picture and page to ``output``."""
     record = group.prompt.record
     trainer.score([group])
+    trainer.select([group])
+    trainer.weigh([group])
     if not group.prompt.clips or group.mass is None or group.target_frames is None:
         raise DataError(
             f"{record.place}: expected a record with a video, got {[media.kind for media in record.media]}."

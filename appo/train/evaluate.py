@@ -8,10 +8,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from appo.config import APPOConfig
-from appo.data.prompts import PromptBuilder, collate
+from appo.data.prompts import PromptBuilder
 from appo.data.records import Record
-from appo.rollout.engine import TransformersRollout
+from appo.rollout.engine import Rollout, Sampling, TransformersRollout, checked, seed_of
 from appo.rollout.rewards import combine
+from appo.train.grade import texts_of
 from appo.train.logs import Meter
 
 
@@ -22,6 +23,7 @@ def evaluate(
     records: Sequence[Record],
     config: APPOConfig,
     *,
+    engine: Rollout | None = None,
     builder: PromptBuilder | None = None,
     show: Callable[[int], None] = lambda done: None,
     keep: list[dict[str, Any]] | None = None,
@@ -29,42 +31,41 @@ def evaluate(
 ) -> dict[str, float]:
     """Answer every record, ``config.eval_batch`` at a time: greedily, or ``config.eval_samples`` times as in training.
 
-    builder: keeps decoded prompts from one evaluation to the next. show: called with the number of records done.
-    keep: a list that receives each answer. accelerator: every process takes a share and gets the means of all.
+    engine: what answers; None: the model itself. builder: keeps decoded prompts from one evaluation to the next.
+    show: called with the number of records done. keep: a list that receives each answer.
+    accelerator: every process takes a share and gets the means of all.
+
     Returns the means by name: ``accuracy``, ``accuracy/<task>`` where records name one, ``format``,
     ``temporal_iou`` where records ask for times, ``length``, ``unreadable``, the share of answers that could not be
     read, and ``records``, their number.
     """
-    total = len(records)
+    total, places = len(records), range(len(records))
     if accelerator is not None:
-        records = records[accelerator.process_index :: accelerator.num_processes]
+        places = places[accelerator.process_index :: accelerator.num_processes]
     model.eval()
-    samples = max(1, config.eval_samples)
-    device = next(model.parameters()).device
     builder = builder or PromptBuilder(processor, model.config, config)
-    engine = TransformersRollout(
-        model,
-        processor,
-        group_size=samples,
+    engine = engine or TransformersRollout(model, processor)
+    sampling = Sampling(
+        group_size=max(1, config.eval_samples),
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature if config.eval_samples else 0.0,
         top_p=config.top_p,
     )
-    meter, generator = Meter(), torch.Generator(device).manual_seed(config.seed)
-    for start in range(0, len(records), config.eval_batch):
-        prompts = [builder(record) for record in records[start : start + config.eval_batch]]
-        answers = engine.generate(collate(prompts, processor.tokenizer.pad_token_id, device).inputs, generator)
-        part = [prompt.record for prompt in prompts for _ in range(samples)]
-        texts = [
-            processor.tokenizer.decode(ids[mask], skip_special_tokens=True)
-            for ids, mask in zip(answers.ids, answers.mask, strict=True)
-        ]
+    meter = Meter()
+    for start in range(0, len(places), config.eval_batch):
+        batch = places[start : start + config.eval_batch]
+        prompts = [builder(records[place]) for place in batch]
+        seeds = [seed_of(config.seed, place) for place in batch]
+        answers = checked(engine.generate(prompts, sampling, seeds), engine, prompts, sampling)
+        completions = [completion for group in answers for completion in group]
+        part = [prompt.record for prompt in prompts for _ in range(sampling.group_size)]
+        texts = texts_of(completions, processor.tokenizer)
         names = {"accuracy": 1.0, "format": 1.0}
         if any(record.asks_time for record in part):
             names["temporal_iou"] = 1.0
         rewards = combine(names, texts, part, lenient=config.rewards_lenient)
         scores = rewards.by_name
-        lengths = answers.mask.sum(1).tolist()
+        lengths = [float(len(completion.ids)) for completion in completions]
         for row, (record, text) in enumerate(zip(part, texts, strict=True)):
             found = {name: float(values[row]) for name, values in scores.items()} | {"length": lengths[row]}
             for name, value in found.items():

@@ -2,17 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from appo.data.prompts import Prompt, PromptBatch, collate
+from appo.rollout.engine import Completion
+
+T = TypeVar("T")
 
 
 @dataclass
 class Group:
-    """The G responses sampled for one prompt, N tokens each (padded on the right), and all that is known about them."""
+    """The G responses sampled for one prompt, N tokens each (padded on the right), and all that is known about them.
+
+    Everything is on the CPU but what scoring leaves for weighing (``hidden``, ``lse``).
+    """
 
     prompt: Prompt
     completion_ids: Tensor  # (G, N) int64
@@ -23,29 +30,47 @@ class Group:
     rewards: Tensor  # (G,) fp32, the weighted sum
     accuracy: Tensor  # (G,) fp32, what divides S1 from S2
     rewards_by_name: dict[str, Tensor]  # (G,) each; NaN where a reward does not apply
-    advantages: Tensor  # (G,) fp32
+    unreadable: dict[str, Tensor] = field(default_factory=dict)  # (G,) bool each: no answer was found to compare
 
-    # Filled in by scoring, which leaves out groups without signal.
-    old_logprobs: Tensor = field(default_factory=lambda: torch.empty(0))  # (G, N) fp32
+    # Filled in by scoring, which leaves out groups that cannot move the model.
+    old_logprobs: Tensor | None = None  # (G, N) fp32
     ref_logprobs: Tensor | None = None  # (G, N) fp32, with beta > 0
-    entropy: Tensor = field(default_factory=lambda: torch.empty(0))  # (G, N) fp32
-    weights: Tensor | None = None  # (G, N) fp32: W of docs/method.md section 5; None: all ones
-    target_frames: Tensor | None = None  # (K,) int64: psi'
-    mass: Tensor | None = None  # (G, N, F) fp32
+    entropy: Tensor | None = None  # (G, N) fp32
+    mass: Tensor | None = None  # (G, N, F) fp32; None without frames, or where nothing is recorded
     mass_reduction: str = "mean"
+    hidden: Tensor | None = None  # (G, N, D) of the rows that predict each token; dropped once tokens are weighed
+    lse: Tensor | None = None  # (G, N) fp32, of the logits at the sampling temperature; dropped with them
+
+    target_frames: Tensor | None = None  # (K,) int64: psi'
+    weights: Tensor | None = None  # (G, N) fp32: W of docs/method.md section 5; None: all ones
+    advantages: Tensor | None = None  # (G,) fp32
 
     @property
     def informative(self) -> bool:
         """Whether the rewards differ, so that some advantage is not zero."""
-        return bool(self.advantages.abs().max() > 0)
+        return bool(self.rewards.max() > self.rewards.min())
 
     @property
     def scored(self) -> bool:
-        return self.old_logprobs.numel() > 0
+        return self.old_logprobs is not None
 
     @property
     def tokens(self) -> int:
         return int(self.mask.sum())
+
+
+def known(value: T | None) -> T:
+    """``value``, which an earlier part of the step has filled in."""
+    assert value is not None, "this part of a step needs what an earlier one fills in"
+    return value
+
+
+def pad_completions(completions: Sequence[Completion], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The responses of a group side by side: ids (G, N) int64, mask (G, N) bool and log-probabilities (G, N) fp32."""
+    ids = pad_sequence([c.ids for c in completions], batch_first=True, padding_value=pad_id)
+    logprobs = pad_sequence([c.logprobs for c in completions], batch_first=True)
+    lengths = torch.tensor([len(c.ids) for c in completions])
+    return ids, torch.arange(ids.shape[1]) < lengths[:, None], logprobs
 
 
 @dataclass
@@ -72,3 +97,29 @@ def stack_tokens(parts: Sequence[Tensor], padding: float) -> Tensor:
     """Per-group (G, N_i) tensors as one (groups x G, max N_i) tensor."""
     rows = pad_sequence([part.T for part in parts], batch_first=True, padding_value=padding)  # (groups, N, G)
     return rows.transpose(1, 2).flatten(0, 1)
+
+
+def loss_operands(
+    groups: Sequence[Group], device: torch.device | str, *, rollout_logprobs: bool
+) -> dict[str, Tensor | None]:
+    """What a surrogate loss takes per token, (B, N) fp32 each, and ``advantages`` (B,), of groups side by side.
+
+    rollout_logprobs: whether the loss corrects for the engine that sampled.
+    """
+
+    def stack(values: Sequence[Tensor]) -> Tensor:
+        return stack_tokens(values, 0.0).to(device)
+
+    references = [group.ref_logprobs for group in groups if group.ref_logprobs is not None]
+    return {
+        "old_logprobs": stack([known(group.old_logprobs) for group in groups]),
+        "advantages": torch.cat([known(group.advantages) for group in groups]).to(device),
+        "token_weights": stack([token_weights_of(group) for group in groups]),
+        "ref_logprobs": stack(references) if references else None,
+        "rollout_logprobs": stack([group.rollout_logprobs for group in groups]) if rollout_logprobs else None,
+    }
+
+
+def token_weights_of(group: Group) -> Tensor:
+    """W (G, N) fp32: all ones where nothing was weighed."""
+    return torch.ones_like(group.rollout_logprobs) if group.weights is None else group.weights

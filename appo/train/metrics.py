@@ -23,7 +23,7 @@ def measure_groups(meter: Meter, groups: Sequence[Group]) -> None:
         meter.add("length/mean", lengths.mean())
         meter.maximum("length/max", lengths.max())
         meter.add("length/clipped", 1 - group.finished.float().mean())
-        if group.scored:
+        if group.entropy is not None:
             meter.add("entropy", group.entropy[group.mask].mean(), group.tokens)
         if group.target_frames is not None and group.weights is not None and group.mass is not None:
             weights = group.weights[group.mask]

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from appo.config import APPOConfig
 from appo.train.groups import ResponseBatch
 from appo.train.packing import Sequences, can_share, separate, shared
 
@@ -62,10 +63,22 @@ class Policy(nn.Module):
         if torch.is_autocast_enabled(hidden.device.type):
             # The final norm's fp32 weight widens its output again; the head is to run in the dtype of the forward.
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+        return head(hidden, *self.output_head(hidden.dtype))
+
+    def run(self, function: Callable[[], T]) -> T:
+        """``function()`` as a forward: a wrapper that shards parameters has the policy's own ones whole meanwhile."""
+        return function()
+
+    def output_head(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Weight (V, D) and bias (V,) of the language-model head in ``dtype``, inside a forward or `run`."""
         output = self.causal.get_output_embeddings()
         # Master weights may be wider than the hidden states of an autocast forward; the cast carries their gradient.
         bias = getattr(output, "bias", None)
-        return head(hidden, output.weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+        return output.weight.to(dtype), None if bias is None else bias.to(dtype)
+
+    def logit_arguments(self, config: APPOConfig) -> dict[str, Any]:
+        """How the operators turn products with the head into the logits that tokens are sampled from."""
+        return {"temperature": config.temperature, "softcap": self.softcap}
 
     def sequences(self, batch: ResponseBatch) -> Sequences:
         return shared(batch, self.causal) if self.share_prompt else separate(batch)

@@ -62,7 +62,9 @@ def prepare_model(model: nn.Module, config: APPOConfig) -> nn.Module:
         if not targets:
             raise ConfigError(f"`lora_targets`: expected names of modules of the model, got {config.lora_targets}.")
         lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
-        model = get_peft_model(model, lora)
+        with torch.random.fork_rng():  # adapters start at random: by the seed of the run
+            torch.manual_seed(config.seed)
+            model = get_peft_model(model, lora)
         model.enable_input_require_grads()  # checkpointed blocks need an input that requires a gradient
     return model
 

@@ -1,0 +1,96 @@
+"""What forwards of the policy tell about sampled responses: log-probabilities, entropy, frame mass, token weights."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from appo.config import APPOConfig
+from appo.recording.recorder import record_frame_mass
+from appo.train.groups import Group, ResponseBatch
+from appo.train.policy import Policy
+from appo.train.rules import WeighTokens
+from appo_kernels import group_divergence, token_logprobs
+
+
+@torch.no_grad()
+def score_groups(
+    groups: Sequence[Group], batch: ResponseBatch, wrapped: nn.Module, policy: Policy, config: APPOConfig
+) -> None:
+    """Fill in log-probabilities and entropy, and for method "appo" frame mass and what weighing needs.
+
+    batch: the groups side by side. wrapped: ``policy`` as it is called, inside what synchronises or shards it.
+    """
+    sequences = policy.sequences(batch)
+    recorder: Any = None
+    if config.method == "appo" and batch.prompts.num_frames > 0:
+        recorder = record_frame_mass(
+            policy.model,
+            sequences.frame_ids,
+            rows=sequences.rows,
+            layers=config.layers,
+            reduction=config.mass_reduction,
+        )
+
+    # A function that the policy calls, because its head's weight may be in shards, and is whole inside a forward only.
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        return hidden, _token_values(batch, hidden, weight, bias, policy.logit_arguments(config))
+
+    with recorder or nullcontext():
+        hidden, (logprobs, entropy, lse) = wrapped(batch, head, sequences)
+    mass = None if recorder is None else sequences.per_response(recorder.mass).cpu()
+    for index, group in enumerate(groups):
+        own = slice(index * batch.group_size, (index + 1) * batch.group_size), slice(group.mask.shape[1])
+        group.old_logprobs, group.entropy = logprobs[own].cpu(), entropy[own].cpu()
+        if mass is not None and group.prompt.num_frames > 0:
+            group.mass, group.mass_reduction = mass[own][..., : group.prompt.num_frames], config.mass_reduction
+            group.hidden, group.lse = hidden[own], lse[own]
+
+
+@torch.no_grad()
+def score_reference(
+    groups: Sequence[Group],
+    batch: ResponseBatch,
+    reference: Callable[[], AbstractContextManager[Any]],
+    config: APPOConfig,
+) -> None:
+    """Fill in log-probabilities under the reference policy, for the KL term (beta > 0)."""
+    with reference() as policy:
+
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            return _token_values(batch, hidden, weight, bias, policy.logit_arguments(config))[0]
+
+        logprobs = policy(batch, head).cpu()
+    for group, rows in zip(groups, logprobs.split(batch.group_size), strict=True):
+        group.ref_logprobs = rows[:, : group.mask.shape[1]]
+
+
+@torch.no_grad()
+def weigh_groups(groups: Sequence[Group], policy: Policy, weigh_tokens: WeighTokens, config: APPOConfig) -> None:
+    """Fill in the token weights of scored groups that have frames, and drop what only weighing needs."""
+
+    def weigh_all() -> None:
+        for group in groups:
+            if group.hidden is not None and group.lse is not None:
+                weight, bias = policy.output_head(group.hidden.dtype)
+                group.weights = weigh_tokens(group, divergence_of(group, weight, bias), config).cpu()
+                group.hidden = group.lse = None
+
+    def divergence_of(group: Group, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        hidden, lse = group.hidden, group.lse
+        assert hidden is not None and lse is not None
+        settings = {"kind": config.divergence, "bias": bias} | policy.logit_arguments(config)
+        return lambda slots: group_divergence(hidden, weight, lse, slots.to(hidden.device), **settings).cpu()
+
+    policy.run(weigh_all)  # a forward, like that of the head above
+
+
+def _token_values(
+    batch: ResponseBatch, hidden: Tensor, weight: Tensor, bias: Tensor | None, logits: dict[str, Any]
+) -> list[Tensor]:
+    """Log-probability, entropy and log-sum-exp of every response token, each (B, N) fp32; 0 at padding."""
+    targets = batch.completion_ids[batch.mask]
+    values = token_logprobs(hidden[batch.mask], weight, targets, bias=bias, **logits)
+    return [torch.zeros(batch.mask.shape, device=x.device).masked_scatter(batch.mask, x) for x in values]
