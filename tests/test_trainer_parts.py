@@ -1,4 +1,4 @@
-"""The parts of a step that a user may replace: the engine that samples, the choice of frames, token weights, the loss."""
+"""The parts of a step that a user may replace: engine, choice of frames, token weights, loss."""
 
 import json
 
