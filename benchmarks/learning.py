@@ -143,8 +143,9 @@ def where_they_look(work: Path, task: str, number: int) -> dict[str, float]:
     config = APPOConfig.from_dict(settings)
     model, processor = load_model(config)
     trainer = Trainer(model, processor, load_records(config.data), config=config)
-    groups = trainer.rollout(1)
+    groups = trainer.reward(trainer.rollout(64))
     trainer.score(groups)
+    trainer.select(groups)
     found: dict[str, list[float]] = {name: [] for name in ("right", "wrong", "hard-empty", "hard-precision", "chance")}
     how = {"top_tokens": config.top_tokens, "top_frames": config.top_frames}
     for group in groups:

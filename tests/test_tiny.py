@@ -242,8 +242,9 @@ def test_the_time_a_response_wrote_decides_where_it_looks(tmp_path):
     warm_up(model, processor, [build(record) for record in load_records(paths["warmup"])], seed=102, **options)
     settings = SETTINGS | TASKS["cue"].settings | {"prompts_per_step": 32, "output": str(tmp_path / "run")}
     trainer = Trainer(model, processor, load_records(paths["train"]), config=APPOConfig.from_dict(settings))
-    groups = trainer.rollout(1)
+    groups = trainer.reward(trainer.rollout(32))
     trainer.score(groups)
+    trainer.select(groups)
 
     consistent, on_written, elsewhere = [], [], []
     for group in groups:
