@@ -47,7 +47,7 @@ def test_any_engine_samples_for_training_and_evaluation(tmp_path):
     # Weights arrive before the first rollout and after each step, once, and are those in training.
     assert [version for version, _ in engine.updates] == [0, 1, 2]
     assert not torch.equal(engine.updates[0][1], engine.updates[1][1])
-    assert [group.texts[0] for group in trainer.groups] == ["red"] * 4
+    assert [group.texts[0].strip() for group in trainer.groups] == ["red"] * 4
     assert trainer.groups[0].finished.all() and (trainer.groups[0].rollout_logprobs[0, :2] == -0.5).all()
     seeds = [seed for _, sampling, part in engine.calls if sampling.temperature for seed in part]
     assert len(set(seeds)) == len(seeds), "each place in the order of records has its own"
