@@ -4,7 +4,7 @@ import torch
 
 from appo_kernels.dispatch import Problem
 
-ATTENTION = ("frame_mass", "frame_attention")
+ATTENTION = ("frame_mass", "frame_attention", "group_attention")
 CUDA_HEAD_DIMS, CUDA_GRAD_HEAD_DIMS = (64, 80, 96, 128, 256), (64, 128)
 TRITON_LARGEST_HEAD_DIM = 256
 

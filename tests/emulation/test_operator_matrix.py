@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import test_frame_attention
 import test_frame_mass
+import test_group_attention
 import torch
 from attention_cases import FRAMES, LAYOUTS, VISIBILITIES, Case, case
 
-from appo_kernels import frame_attention, frame_mass
+from appo_kernels import GroupLayout, frame_attention, frame_mass
 from appo_kernels.ops.frame_attention import op as attention_op
 from appo_kernels.ops.frame_mass import op as mass_op
 
@@ -176,3 +177,11 @@ def test_compiles_without_graph_breaks() -> None:
     wanted, got = torch.autograd.grad(total(*inputs), inputs), torch.autograd.grad(compiled(*inputs), inputs)
     for a, b in zip(wanted, got, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# Several groups in a row, with and without a response; half the layouts in each type.
+@pytest.mark.parametrize(("name", "dtype"), list(zip(test_group_attention.LAYOUTS, [BF16, FP16] * 4, strict=False)))
+def test_groups(name: str, dtype: torch.dtype) -> None:
+    layout = GroupLayout(*test_group_attention.LAYOUTS[name])
+    inputs = test_group_attention.tensors(layout, (4, 2), 64)
+    test_group_attention.compare("cuda", layout, inputs, dtype)
