@@ -20,7 +20,7 @@ COLUMNS = 1
 # Pieces shorter than this are stacked, so that a call has more to do; at most an eighth of a stack is padding.
 SHORT, WASTE = 64, 8
 # Of a gradient of keys and all their query heads: below this all query heads go at a time.
-FEW_NUMBERS = 1 << 20
+FEW_NUMBERS = 1 << 18
 
 
 def unsupported(problem: dispatch.Problem) -> str | None:
@@ -39,23 +39,29 @@ def full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tenso
 
 
 def full_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    totals: Sequence[Tensor],
+) -> None:
     """One query head of each key head at a time, its rows in as many equal parts as keep the threads busy."""
     rows = [_by_key_head(x, key) for x in (grad, query, out, lse)]
-    parts = _at_a_time(key.shape[1], rows[0].shape[2])
-    even = rows[0].shape[2] // parts * parts
-    dquery, dkey, dvalue = torch.empty_like(rows[1]), torch.zeros_like(key[0]), torch.zeros_like(value[0])
+    dquery, dkey, dvalue = _by_key_head(totals[0], key), totals[1][0], totals[2][0]
+    parts = _at_a_time(key.shape[1], dquery.shape[2])
+    even = dquery.shape[2] // parts * parts
     for head in range(dquery.shape[1]):
         for some in (slice(0, even), slice(even, None)):  # fewer rows than threads are left
-            count = parts if some.start == 0 else 1
-            cut = [x[:, head, some].unflatten(1, (count, -1)) for x in rows if x[:, head, some].shape[1]]
-            if cut:
-                found = _flash_backward(False, scale, key[0], value[0], *cut)
-                dquery[:, head, some] = found[0].flatten(1, 2)
-                dkey += found[1]
-                dvalue += found[2]
-    return _by_query_head(dquery), dkey[None], dvalue[None]
+            cut = [x[:, head, some].unflatten(1, (parts if some.start == 0 else 1, -1)) for x in rows]
+            if cut[0].shape[2]:
+                of_rows, of_keys, of_values = _flash_backward(False, scale, key[0], value[0], *cut)
+                dquery[:, head, some] += of_rows.flatten(1, 2)
+                del of_rows
+                dkey += of_keys.sum(1)
+                dvalue += of_values.sum(1)
 
 
 def causal(query: Tensor, key: Tensor, value: Tensor, pieces: Sequence[slice], scale: float) -> tuple[Tensor, Tensor]:
@@ -77,9 +83,10 @@ def causal_backward(
     lse: Tensor,
     pieces: Sequence[slice],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    totals: Sequence[Tensor],
+) -> None:
     grads, queries, outs, lses = (_by_key_head(x, key) for x in (grad, query, out, lse))
-    totals = torch.empty_like(queries), torch.empty_like(key[0]), torch.empty_like(value[0])
+    dquery, dkey, dvalue = _by_key_head(totals[0], key), totals[1][0], totals[2][0]
     ratio = queries.shape[1]
     for stack in _stacks(pieces):
         keys = [_take(x[0], stack) for x in (key, value)]
@@ -90,11 +97,11 @@ def causal_backward(
         count = ratio if few else _at_a_time(len(keys[0]), ratio)
         for start in range(0, ratio, count):
             heads = slice(start, start + count)
-            dquery, *shares = _flash_backward(True, scale, *keys, *(x[:, heads] for x in rows))
-            _put(totals[0][:, heads], stack, dquery)
-            for total, share in zip(totals[1:], shares, strict=True):
-                _put(total, stack, share, add=start > 0)
-    return _by_query_head(totals[0]), totals[1][None], totals[2][None]
+            of_rows, *shares = _flash_backward(True, scale, *keys, *(x[:, heads] for x in rows))
+            _put(dquery[:, heads], stack, of_rows)
+            del of_rows
+            for total, share in zip((dkey, dvalue), shares, strict=True):
+                _put(total, stack, share.sum(1), add=start > 0)
 
 
 def _by_key_head(rows: Tensor, key: Tensor) -> Tensor:
@@ -154,12 +161,13 @@ def _flash_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad, query, out (B, ratio, R, d), lse (B, ratio, R), key and value (B, S, d) -> gradients like the inputs."""
+    """grad, query, out (B, ratio, R, d), lse (B, ratio, R), key, value (B, S, d) -> gradients of query, and of key and
+    value for each query head, (B, ratio, S, d)."""
     keys = (x[:, None].expand(-1, query.shape[1], -1, -1) for x in (key, value))
     dquery, dkey, dvalue = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, query, *keys, out, lse, 0.0, causal, scale=scale
     )
-    return dquery, dkey.sum(1), dvalue.sum(1)
+    return dquery, dkey, dvalue
 
 
 def _at_a_time(key_heads: int, most: int) -> int:

@@ -54,9 +54,13 @@ def causal_backward(
     lse: Tensor,
     pieces: Sequence[slice],
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+    totals: Sequence[Tensor],
+) -> None:
     cuts = _cuts(pieces, query.device)
-    return _flash_backward(grad, query, key, value, out, lse, cuts, cuts, True, scale)
+    for total, found in zip(
+        totals, _flash_backward(grad, query, key, value, out, lse, cuts, cuts, True, scale), strict=True
+    ):
+        total.copy_(found)
 
 
 def full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -64,9 +68,20 @@ def full(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tenso
 
 
 def full_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _flash_backward(grad, query, key, value, out, lse, _one_cut(query), _one_cut(key), False, scale)
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    totals: Sequence[Tensor],
+) -> None:
+    cuts = _one_cut(query), _one_cut(key)
+    for total, found in zip(
+        totals, _flash_backward(grad, query, key, value, out, lse, *cuts, False, scale), strict=True
+    ):
+        total += found
 
 
 class Cuts(NamedTuple):

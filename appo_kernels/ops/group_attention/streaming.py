@@ -52,20 +52,22 @@ def backward(
     query, key, value, out, grad_out = flash.prepared(query, key, value, out, grad_out)
     if grad_lse is not None:
         query, key, value, out, grad_out = _with_lse_column(query, key, value, out, grad_out, grad_lse, flash.COLUMNS)
-    grads = flash.causal_backward(grad_out, query, key, value, out, lse, _pieces(layout), scale)
+    wanted = grad_query, grad_key, grad_value
+    # Gradients are added up where they are wanted, but where those are narrower than what is computed
+    direct = grad_lse is None and query.dtype == grad_query.dtype
+    totals = wanted if direct else tuple(torch.empty_like(x) for x in (query, key, value))
+    flash.causal_backward(grad_out, query, key, value, out, lse, _pieces(layout), scale, totals)
     for group in layout.groups:
         if group.responses:
             prompt, answers = group.prompt, group.answers
             rows = (x[:, :, answers] for x in (grad_out, query))
             keys = (x[:, :, prompt] for x in (key, value))
             merged = (x[:, :, answers] for x in (out, lse))
-            places = (answers, prompt, prompt)
-            for total, place, share in zip(
-                grads, places, flash.full_backward(*rows, *keys, *merged, scale), strict=True
-            ):
-                total[:, :, place] += share
-    for wanted, grad in zip((grad_query, grad_key, grad_value), grads, strict=True):
-        wanted.copy_(grad[..., :head_dim])
+            places = zip(totals, (answers, prompt, prompt), strict=True)
+            flash.full_backward(*rows, *keys, *merged, scale, [total[:, :, place] for total, place in places])
+    if not direct:
+        for gradient, total in zip(wanted, totals, strict=True):
+            gradient.copy_(total[..., :head_dim])
 
 
 def _pieces(layout: GroupLayout) -> list[slice]:

@@ -5,9 +5,9 @@ A module of the table has
     unsupported(problem)                                   why it cannot serve a call; None when it can
     prepared(*tensors)                                     inputs in the dtype that its calls compute in
     causal(query, key, value, pieces, scale)               each piece of the row on itself -> out, lse
-    causal_backward(grad, query, key, value, out, lse, pieces, scale)  -> the three gradients, of tensors it may write
+    causal_backward(grad, query, key, value, out, lse, pieces, scale, totals)   writes the three gradients to totals
     full(query, key, value, scale)                         every query on every key -> out, lse
-    full_backward(grad, query, key, value, out, lse, scale)            -> the three gradients
+    full_backward(grad, query, key, value, out, lse, scale, totals)             adds the three gradients to totals
     COLUMNS                                                by how many columns a head size may grow
 
 with tensors (1, H, rows, d), Hq a multiple of Hkv, lse (1, Hq, rows) fp32, and pieces that lie one behind the other and
