@@ -1,8 +1,10 @@
-"""The command line: appo demo, train, eval, inspect, report, plan."""
+"""The command line: appo demo, train, eval, inspect, report, plan, merge."""
 
+import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from appo_kernels.pipes import quiet_on_closed_pipe
 
@@ -23,13 +25,55 @@ app = typer.Typer(
 )
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: key=value ...")]
+Model = Annotated[str, typer.Option(help="Folder or hub name of the model.")]
+WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
-@app.command()
+def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command whose errors are one line: exit code 2 for what the user gave, 1 for files, 130 for Ctrl-C."""
+
+    def add(run: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(run)
+        def guarded(**arguments: Any) -> None:
+            from appo.config import ConfigError
+
+            try:
+                run(**arguments)
+            except KeyboardInterrupt:
+                _stop("interrupted", INTERRUPTED)
+            except ConfigError as error:
+                _stop(error, WRONG_INPUT)
+            except Exception as error:
+                if _names_the_data(error):
+                    _stop(error, WRONG_INPUT)
+                if isinstance(error, OSError) and error.filename is not None and not isinstance(error, BrokenPipeError):
+                    _stop(f"{error.filename}: {error.strerror}", FAILED)
+                raise
+
+        return app.command(name)(guarded)
+
+    return add
+
+
+def _names_the_data(error: Exception) -> bool:
+    """Whether the error says what is wrong with a record, clip or run folder; asked only once there is one."""
+    from appo.data.records import DataError
+    from appo.data.video import VideoError
+    from appo.reports.runs import ReportError
+
+    return isinstance(error, (DataError, ReportError, VideoError))
+
+
+def _stop(message: object, code: int) -> None:
+    typer.echo(f"appo: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@command()
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for clips, models, runs and pages.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seeds clips, model, warm start and training.")] = 0,
-    steps: Annotated[int, typer.Option(help="Training steps.")] = 48,
+    seed: Annotated[int, typer.Option(min=0, help="Seeds clips, model, warm start and training.")] = 0,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 48,
     method: Annotated[str, typer.Option(help="appo, grpo or dapo.")] = "appo",
     compare: Annotated[bool, typer.Option(help="Train with GRPO as well, beside APPO on the page.")] = True,
 ) -> None:
@@ -37,12 +81,15 @@ def demo(
 
     Interrupted, it goes on where it was when run again with the same --output.
     """
+    from appo.output_paths import check_output_folder
+
+    check_output_folder("output", output)
     from appo.demo import run_demo
 
     run_demo(output, seed=seed, steps=steps, method=method, compare=compare)
 
 
-@app.command()
+@command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the fields of APPOConfig (see examples/).")],
     overrides: Overrides = None,
@@ -56,12 +103,17 @@ def train(
     Example: appo train examples/qwen2_5_vl_7b.yaml data=train.json learning_rate=2e-6 rewards.format=0.1
     """
     from appo.config import APPOConfig
+    from appo.output_paths import check_output_folder
+
+    settings = APPOConfig.load(config, overrides)
+    check_output_folder("output", settings.output)
+    for name in ("model", "data"):
+        _required(settings, name)
     from appo.data.load import check_media, load_records
     from appo.train.setup import load_model
     from appo.train.trainer import Trainer
 
-    settings = APPOConfig.load(config, overrides)
-    records = load_records(_required(settings, "data"), data_root=settings.data_root, seed=settings.seed)
+    records = load_records(settings.data, data_root=settings.data_root, seed=settings.seed)
     held_out = []
     if settings.eval_data:
         held_out = load_records(settings.eval_data, data_root=settings.data_root, seed=settings.seed)
@@ -71,26 +123,31 @@ def train(
     typer.echo(f"Run folder: {output}    Curves: appo report {output}")
 
 
-@app.command("eval")
+@command("eval")
 def evaluate_model(
-    model: Annotated[str, typer.Option(help="Folder or hub name of the model.")],
+    model: Model,
     data: Annotated[Path, typer.Option(help="Records, .json or .jsonl.")],
     data_root: Annotated[str | None, typer.Option(help="Folder that media paths start from.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first so many records.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write every answer to this .jsonl file.")] = None,
     overrides: Overrides = None,
 ) -> None:
     """Answer records greedily and print accuracy, format and temporal IoU."""
     import json
 
+    from appo.config import APPOConfig
+    from appo.output_paths import check_output_file
+
+    settings = APPOConfig.from_dict({"model": model}, overrides)
+    _required(settings, "model")
+    if output is not None:
+        check_output_file("output", output, [".jsonl"])
     from rich.progress import Progress
 
-    from appo.config import APPOConfig
     from appo.data.load import check_media, load_records
     from appo.train.evaluate import evaluate
     from appo.train.setup import load_model
 
-    settings = APPOConfig.from_dotlist(["model=" + model, *(overrides or [])])
     records = load_records(data, data_root=data_root, limit=limit)
     check_media(records)
     loaded, processor = load_model(settings)
@@ -111,9 +168,9 @@ def evaluate_model(
         typer.echo(f"{name:24} {value:.4g}")
 
 
-@app.command()
+@command()
 def inspect(
-    model: Annotated[str, typer.Option(help="Folder or hub name of the model.")],
+    model: Model,
     video: Annotated[Path, typer.Option(help="The clip.")],
     question: Annotated[str, typer.Option(help="What to ask about it.")],
     option: Annotated[
@@ -124,13 +181,19 @@ def inspect(
     overrides: Overrides = None,
 ) -> None:
     """Draw which frames each response token looks at, which frames APPO picks and what the tokens weigh."""
+    from appo.config import ConfigError
+    from appo.output_paths import check_output_folder
+
+    check_output_folder("output", output)
+    if not question.strip():
+        raise ConfigError("`question`: expected text, got nothing. Pass what to ask about the clip.")
     from appo.reports.inspect_clip import examine
 
     for path in examine(model, video, question, option or [], answer, output, overrides or []):
         typer.echo(path)
 
 
-@app.command()
+@command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are drawn side by side.")],
     output: Annotated[
@@ -138,12 +201,15 @@ def report(
     ] = None,
 ) -> None:
     """One page of curves: reward, accuracy, entropy, gradient norm, lengths, weights, frames picked."""
+    from appo.output_paths import check_output_file
+
+    page = check_output_file("output", output or runs[0] / "report.html", [".html", ".htm"])
     from appo.reports.run_report import write_report
 
-    typer.echo(write_report(runs, output or runs[0] / "report.html"))
+    typer.echo(write_report(runs, page))
 
 
-@app.command()
+@command()
 def plan(
     model: Annotated[str, typer.Option(help="Name as published, such as Qwen2.5-VL-7B, or a folder or config.json.")],
     frames: Annotated[int, typer.Option(help="Temporal grid steps of a video.")] = 16,
@@ -166,45 +232,47 @@ def plan(
     Example: appo plan --model Qwen2.5-VL-72B --gpus 64 --gradient-checkpointing
     """
     from appo.models.architectures import find_architecture
-    from appo.plan import GIB, Plan, Workload
+    from appo.plan import GIB, Machine, Plan, Workload
 
+    machine = Machine(memory, rate, bandwidth)
     work = Workload(
         frames=frames,
         frame_tokens=frame_tokens,
         responses=responses,
         response=tokens,
-        prompts=prompts or max(16, gpus),
+        prompts=max(16, gpus) if prompts is None else prompts,
         gpus=gpus,
         micro_groups=micro_groups,
         checkpointing=gradient_checkpointing,
         freeze_vision=not train_vision,
     )
-    typer.echo(
-        Plan(find_architecture(model), work).text(memory=memory * GIB, rate=rate * 1e12, bandwidth=bandwidth * 1e12)
-    )
+    found = Plan(find_architecture(model), work)
+    typer.echo(found.text(memory=machine.memory * GIB, rate=machine.rate * 1e12, bandwidth=machine.bandwidth * 1e12))
 
 
-def _required(settings: "APPOConfig", name: str) -> str:
+@command()
+def merge(
+    adapters: Annotated[Path, typer.Argument(help="Folder of LoRA adapters, such as the `final` of a run.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the merged model and its processor; new or empty.")],
+    model: Annotated[str | None, typer.Option(help="The model they belong to (default: the one they name).")] = None,
+) -> None:
+    """Add the adapters of a run into the weights of their model, so that it loads like any other."""
+    from appo.models.merge import merge_adapters
+
+    typer.echo(merge_adapters(adapters, output, model=model))
+
+
+def _required(settings: "APPOConfig", name: str) -> None:
     from appo.config import ConfigError
 
-    value: str = getattr(settings, name)
-    if not value:
-        raise ConfigError(f"`{name}`: expected a path, got nothing. Set it in the file or pass {name}=PATH.")
-    return value
+    if not getattr(settings, name):
+        example = {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "data": "train.json"}[name]
+        raise ConfigError(f"`{name}`: expected a value, got nothing. Set it in the file or pass {name}={example}.")
 
 
 @quiet_on_closed_pipe()
 def main() -> None:
-    """Errors in what the user gave are one line; everything else keeps its traceback."""
-    from appo.config import ConfigError
-    from appo.data.records import DataError
-    from appo.data.video import VideoError
-    from appo.reports.run_report import ReportError
-
-    try:
-        app()
-    except (ConfigError, DataError, ReportError, VideoError) as error:
-        sys.exit(f"appo: {error}")
+    app()
 
 
 if __name__ == "__main__":

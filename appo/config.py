@@ -1,157 +1,156 @@
 """APPOConfig: one flat set of fields, from presets, a YAML file and `key=value` overrides."""
 
-import contextlib
 import difflib
-from dataclasses import asdict, dataclass, field, fields
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-CHOICES = {
-    "method": ("appo", "grpo"),
-    "strategy": ("hard", "soft", "all", "contrast", "released-hard", "released-soft"),
-    "mass_reduction": ("mean", "sum"),
-    "divergence": ("kl", "k3"),
-    "average": ("frames", "member"),
-    "level": ("token", "sequence"),
-    "aggregation": ("dapo", "grpo", "bnpo", "dr_grpo"),
-    "advantage_scale": ("group", "none"),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "share_prompt": ("auto", "on", "off"),
-    "video_decoder": ("auto", "pyav", "decord"),
-    "lr_schedule": ("constant", "cosine", "linear"),
-}
+from appo.constraints import ConfigError as ConfigError
+from appo.constraints import Constraint, check_fields, setting, shown
+from appo.yaml_files import dump_yaml, parse_overrides, parse_value, read_yaml
 
-AT_LEAST = {
-    0: ("overlong_buffer", "eval_samples", "lora_rank", "eval_every", "save_every", "sample_every", "warmup_steps"),
-    1: ("prompts_per_step", "max_new_tokens", "max_pixels", "layers", "top_tokens", "top_frames", "slot_tokens")
-    + (
-        "max_steps",
-        "updates_per_step",
-        "micro_groups",
-        "max_sampling_rounds",
-        "min_groups",
-        "keep_checkpoints",
-        "eval_batch",
-    ),
-    2: ("group_size", "max_frames"),
-}
-
-
-class ConfigError(ValueError):
-    """A setting that cannot be used: the message names the field, what was expected and what came."""
+# Names that `rewards` may use; `appo.rollout.rewards.register` adds to them.
+REWARD_NAMES = {
+    "accuracy", "format", "math", "multiple_choice", "ocr", "regression", "rouge", "temporal_iou", "think_length",
+}  # fmt: skip
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+_NUMBER_AS_TEXT = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*", re.ASCII)
 
 
 @dataclass
 class APPOConfig:
-    """Every setting of a training run (docs/training.md). Lengths in tokens, times in seconds, sizes in pixels."""
+    """Every setting of a training run (docs/training.md). Lengths in tokens, times in seconds, sizes in pixels.
+
+    Raises ConfigError, naming the field, for a value that no run can use: every field is checked against its type and
+    the constraint beside it, and the fields against each other.
+    """
 
     # What to train, on what, and where results go.
-    model: str = ""  # a folder or hub name that transformers can load
-    data: str = ""  # records, .json or .jsonl (docs/data.md)
-    data_root: str | None = None  # media paths are relative to it (default: the folder of `data`)
-    eval_data: str | None = None
-    output: str = "runs/appo"
-    seed: int = 0
+    model: str = setting("")  # a folder or hub name that transformers can load
+    data: str = setting("")  # records (docs/data.md)
+    data_root: str | None = setting(None, required=True)  # media paths are relative to it (default: the folder of data)
+    eval_data: str | None = setting(None, required=True)
+    output: str = setting("runs/appo", required=True)
+    seed: int = setting(0, at_least=0)
 
-    # Video (docs/training.md).
-    fps: float = 1.0
-    max_frames: int = 16  # video frames before temporal merging
-    max_pixels: int = 64 * 28 * 28  # of one frame
-    decode_timeout: float = 60.0
-    video_decoder: str = "auto"  # PyAV, then decord; or one of them
-    instructions: bool = True  # tell the model in words how to format its answer; off for one that was taught
+    # Video.
+    fps: float = setting(1.0, above=0, at_most=1000)
+    max_frames: int = setting(16, at_least=2)  # video frames before temporal merging
+    max_pixels: int = setting(64 * 28 * 28, at_least=14 * 14)  # of one frame
+    decode_timeout: float = setting(60.0, above=0, at_most=86_400)
+    video_decoder: str = setting("auto", choices=("auto", "pyav", "decord"))  # PyAV, then decord; or one of them
+    instructions: bool = setting(True)  # tell the model in words how to format its answer; off for one that was taught
 
     # Rollouts.
-    group_size: int = 8  # G
-    prompts_per_step: int = 16  # over all processes
-    max_new_tokens: int = 384
-    temperature: float = 1.0
-    top_p: float = 1.0
-    rewards: dict[str, float] = field(default_factory=lambda: {"accuracy": 1.0})  # name: weight in the sum
-
-    rewards_lenient: bool = False  # read answers as models write them: "**B**", "\\boxed{B}", "00:13 - 00:29"
+    group_size: int = setting(8, at_least=2)  # G
+    prompts_per_step: int = setting(16, at_least=1)  # over all processes
+    max_new_tokens: int = setting(384, at_least=1)
+    temperature: float = setting(1.0, at_least=0.01, at_most=100)
+    top_p: float = setting(1.0, above=0, at_most=1)
+    # name: weight in the sum
+    rewards: dict[str, float] = setting(
+        factory=lambda: {"accuracy": 1.0}, required=True, hint="For example {accuracy: 0.9, format: 0.1}."
+    )
+    rewards_lenient: bool = setting(False)  # read answers as models write them: "**B**", "\\boxed{B}", "00:13 - 00:29"
 
     # Dynamic sampling and overlong shaping (DAPO).
-    dynamic_sampling: bool = False  # replace groups whose rewards are all equal by new prompts
-    max_sampling_rounds: int = 4
-    min_groups: int = 1  # with fewer informative groups no update is made: few tokens never take a full step
-    overlong_buffer: int = 0  # soft punishment over the last tokens before max_new_tokens; 0: off
+    dynamic_sampling: bool = setting(False)  # replace groups whose rewards are all equal by new prompts
+    max_sampling_rounds: int = setting(4, at_least=1)
+    # With fewer informative groups no update is made: few tokens never take a full step.
+    min_groups: int = setting(1, at_least=1)
+    overlong_buffer: int = setting(0, at_least=0)  # soft punishment over the last tokens before max_new_tokens; 0: off
 
     # Attention-guided weights (docs/method.md sections 3-5).
-    method: str = "appo"  # "grpo": W = 1, nothing recorded
-    layers: int = 3  # the last n layers are tapped
-    mass_reduction: str = "mean"
-    strategy: str = "hard"
-    top_tokens: int = 15  # K1
-    top_frames: int = 3  # K2
-    slot_tokens: int = 64  # K3
-    threshold: float = 0.5  # tau
-    divergence: str = "kl"
-    alpha: float = 1.7
-    average: str = "frames"
+    method: str = setting("appo", choices=("appo", "grpo"))  # "grpo": W = 1, nothing recorded
+    layers: int = setting(3, at_least=1)  # the last n layers are recorded
+    mass_reduction: str = setting("mean", choices=("mean", "sum"))
+    strategy: str = setting("hard", choices=("hard", "soft", "all", "contrast", "released-hard", "released-soft"))
+    top_tokens: int = setting(15, at_least=1)  # K1
+    top_frames: int = setting(3, at_least=1)  # K2
+    slot_tokens: int = setting(64, at_least=1)  # K3
+    threshold: float = setting(0.5, at_least=0, at_most=1)  # tau
+    divergence: str = setting("kl", choices=("kl", "k3"))
+    alpha: float = setting(1.7, at_least=0)
+    average: str = setting("frames", choices=("frames", "member"))
 
     # Loss (docs/method.md section 6).
-    eps_low: float = 0.2
-    eps_high: float = 0.28
-    delta: float | None = None
-    beta: float = 0.0
-    level: str = "token"
-    aggregation: str = "dapo"
-    advantage_scale: str = "group"
-    entropy_coef: float = 0.0
-    rollout_cap: float | None = None  # truncated importance sampling for rollouts of another engine
+    eps_low: float = setting(0.2, at_least=0, at_most=1)
+    eps_high: float = setting(0.28, at_least=0)
+    delta: float | None = setting(None, above=0, hint="It caps the ratio where nothing else does; null leaves it out.")
+    beta: float = setting(0.0, at_least=0)
+    level: str = setting("token", choices=("token", "sequence"))
+    aggregation: str = setting("dapo", choices=("dapo", "grpo", "bnpo", "dr_grpo"))
+    advantage_scale: str = setting("group", choices=("group", "none"))
+    entropy_coef: float = setting(0.0)
+    # Truncated importance sampling for rollouts of another engine.
+    rollout_cap: float | None = setting(None, above=0)
 
     # Optimisation.
-    max_steps: int = 100
-    updates_per_step: int = 1  # optimizer steps on one batch of rollouts, each on its own share of the groups
-    micro_groups: int = 1  # groups in one forward and backward
-    learning_rate: float = 1e-6
-    lr_schedule: str = "constant"
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
-    dtype: str = "bfloat16"
-    attn_implementation: str = "sdpa"
-    share_prompt: str = "auto"  # compute a group's prompt once: needs sdpa or eager attention
-    gradient_checkpointing: bool = False
-    freeze_vision: bool = True
-    lora_rank: int = 0  # 0: full fine-tuning
-    lora_alpha: int = 32
-    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    max_steps: int = setting(100, at_least=1)
+    updates_per_step: int = setting(1, at_least=1)  # on one batch of rollouts, each on its own share of the groups
+    micro_groups: int = setting(1, at_least=1)  # groups in one forward and backward
+    learning_rate: float = setting(1e-6, above=0, at_most=1)
+    lr_schedule: str = setting("constant", choices=("constant", "cosine", "linear"))
+    warmup_steps: int = setting(0, at_least=0)
+    weight_decay: float = setting(0.0, at_least=0, at_most=1)
+    adam_beta2: float = setting(0.999, at_least=0, below=1)
+    max_grad_norm: float = setting(1.0, above=0, hint="A large number, such as 1e9, clips nothing.")
+    dtype: str = setting("bfloat16", choices=("float32", "bfloat16", "float16"))
+    attn_implementation: str = setting("sdpa", choices=ATTENTION)
+    # Compute a group's prompt once: needs sdpa or eager attention.
+    share_prompt: str = setting("auto", choices=("auto", "on", "off"))
+    gradient_checkpointing: bool = setting(False)
+    freeze_vision: bool = setting(True)
+    lora_rank: int = setting(0, at_least=0)  # 0: full fine-tuning
+    lora_alpha: int = setting(32, at_least=1)
+    lora_targets: list[str] = setting(
+        factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], required=True, each=Constraint(required=True)
+    )
 
     # Keeping track.
-    eval_every: int = 0  # steps; 0: only at the end
-    eval_batch: int = 32
-    eval_samples: int = 0  # 0: one greedy answer; k: the mean of k answers sampled as in training
-    save_every: int = 50  # steps; 0: only at the end
-    keep_checkpoints: int = 3
-    sample_every: int = 10  # steps between rollouts written to samples.jsonl
-    tensorboard: bool = True
+    eval_every: int = setting(0, at_least=0)  # steps; 0: only at the end
+    eval_batch: int = setting(32, at_least=1)
+    eval_samples: int = setting(0, at_least=0)  # 0: one greedy answer; k: the mean of k answers sampled as in training
+    save_every: int = setting(50, at_least=0)  # steps; 0: only at the end
+    keep_checkpoints: int = setting(3, at_least=1)
+    sample_every: int = setting(10, at_least=0)  # steps between rollouts written to samples.jsonl
+    tensorboard: bool = setting(True)
 
     def __post_init__(self) -> None:
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"`{name}`: expected one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
-        for least, names in AT_LEAST.items():
-            for name in names:
-                if getattr(self, name) < least:
-                    raise ConfigError(f"`{name}`: expected at least {least}, got {getattr(self, name)}.")
-        for name in ("fps", "temperature", "learning_rate", "max_grad_norm", "decode_timeout"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"`{name}`: expected a number above 0, got {getattr(self, name)}.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"`top_p`: expected 0 < top_p <= 1, got {self.top_p}.")
-        if not self.rewards:
-            raise ConfigError("`rewards`: expected at least one reward with its weight, such as {accuracy: 1.0}.")
-        if self.overlong_buffer > self.max_new_tokens:
+        self.check()
+
+    def check(self) -> None:
+        """Raise ConfigError for the first field that cannot be used, alone or beside the others."""
+        check_fields(self)
+        for name in self.rewards:
+            file, colon, function = name.rpartition(":")
+            if colon and file.endswith(".py") and function.isidentifier():
+                if not Path(file).is_file():
+                    raise ConfigError(
+                        f"`rewards`: {shown(file)}: no such file. Paths start from the working directory."
+                    )
+            elif name not in REWARD_NAMES:
+                known = f"one of {', '.join(sorted(REWARD_NAMES))}, one that was registered before, or FILE.py:NAME"
+                raise ConfigError(f"`rewards`: expected {known}, got {shown(name)}.{_suggestion(name, REWARD_NAMES)}")
+        if not any(self.rewards.values()):
+            raise ConfigError("`rewards`: expected a weight other than 0, got 0 for all. Nothing would be learned.")
+        for name, limit in (
+            ("overlong_buffer", "max_new_tokens"),
+            ("updates_per_step", "prompts_per_step"),  # each update takes whole groups
+            ("min_groups", "prompts_per_step"),  # otherwise no update is ever made
+            ("warmup_steps", "max_steps"),
+        ):
+            if getattr(self, name) > getattr(self, limit):
+                raise ConfigError(
+                    f"`{name}`: expected at most {limit} = {getattr(self, limit)}, got {getattr(self, name)}. "
+                    "Change either."
+                )
+        if self.delta is not None and self.delta <= 1 + self.eps_high:
             raise ConfigError(
-                f"`overlong_buffer`: expected at most {self.max_new_tokens} tokens, got {self.overlong_buffer}."
-            )
-        if self.prompts_per_step < self.updates_per_step:
-            raise ConfigError(
-                f"`updates_per_step`: expected at most prompts_per_step = {self.prompts_per_step} (each update takes "
-                f"whole groups), got {self.updates_per_step}."
+                f"`delta`: expected more than 1 + eps_high = {1 + self.eps_high:g}, which caps the ratio already, got "
+                f"{self.delta:g}. Change either, or leave `delta` out."
             )
 
     @classmethod
@@ -184,7 +183,8 @@ class APPOConfig:
         settings: dict[str, Any] = {"method": "grpo", "dynamic_sampling": True, "overlong_buffer": 96}
         settings |= overrides
         if "overlong_buffer" not in overrides:
-            settings["overlong_buffer"] = min(96, settings.get("max_new_tokens", cls.max_new_tokens) // 4)
+            longest = cls(**overrides).max_new_tokens  # checked before it is counted with
+            settings["overlong_buffer"] = min(96, longest // 4)
         return cls(**settings)
 
     @classmethod
@@ -193,57 +193,60 @@ class APPOConfig:
 
         A key ``preset`` (paper, released, grpo, dapo) names the preset that the other keys change. Relative paths in
         ``data``, ``data_root``, ``eval_data`` and a ``model`` that exists as a folder are taken from the file's folder.
+        ``rewards.format=0.1`` changes one entry and keeps the others.
 
-        Raises ConfigError naming file and field for a missing file, an unknown key or a value of the wrong type.
+        Raises ConfigError naming file and field for a missing file, an unknown key or a value that cannot be used.
         """
-        from omegaconf import OmegaConf
-        from omegaconf.errors import OmegaConfBaseException
-        from yaml import YAMLError
-
         path = Path(path)
-        if not path.is_file():
-            raise ConfigError(f"{path}: no such file. Pass the path of a YAML file with the fields of APPOConfig.")
+        values = read_yaml(path)
         try:
-            loaded = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(overrides or []))
-            values = OmegaConf.to_container(loaded, resolve=True)
-        except (OmegaConfBaseException, YAMLError, ValueError) as error:
-            raise ConfigError(f"{path}: not readable as settings: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path}: expected `field: value` lines, got a {type(values).__name__}.")
-        settings = {str(key): value for key, value in values.items()}
-        overridden = {item.split("=", 1)[0] for item in overrides or []}
-        for name in ("data", "data_root", "eval_data", "model"):
-            value = settings.get(name)
-            if isinstance(value, str) and value and name not in overridden and (path.parent / value).exists():
-                settings[name] = str(path.parent / value)
-        try:
-            return cls.from_dict(settings)
-        except ConfigError as error:
+            for name in ("data", "data_root", "eval_data", "model"):
+                value = values.get(name)
+                if isinstance(value, str) and value and "\0" not in value and (path.parent / value).exists():
+                    values[name] = str(path.parent / value)
+            return cls.from_dict(values, overrides)
+        except (ConfigError, OSError) as error:  # OSError: a path longer than the file system takes
             raise ConfigError(f"{path}: {error}") from error
 
     @classmethod
     def from_dotlist(cls, items: list[str]) -> "APPOConfig":
-        """Build a config from ``key=value`` items alone. Raises ConfigError."""
-        from omegaconf import OmegaConf
-
-        return cls.from_dict(OmegaConf.to_container(OmegaConf.from_dotlist(items)))  # type: ignore[arg-type]
+        """A config from ``key=value`` items alone. Raises ConfigError."""
+        return cls.from_dict({}, items)
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "APPOConfig":
-        """Build a config from plain values, checking names and types; a key ``preset`` picks the starting point."""
+    def from_dict(cls, values: Mapping[str, Any], overrides: list[str] | None = None) -> "APPOConfig":
+        """A config from plain values and ``key=value`` overrides; a key ``preset`` picks the starting point.
+
+        Numbers written as text are taken where a number with a fraction is meant: YAML 1.1 reads 1e-6 as text.
+        Raises ConfigError.
+        """
         values = dict(values)
+        nested: list[tuple[str, str, Any]] = []
+        for (name, *inner), text in parse_overrides(overrides or []):
+            _check_name(name, (*_kinds(), "preset"))
+            kind = _kinds().get(name, "str")
+            if not inner:
+                values[name] = _override(name, text, kind)
+                nested = [entry for entry in nested if entry[0] != name]
+            elif kind.startswith("dict"):
+                key = ".".join(inner)
+                nested.append((name, key, _parsed(f"{name}.{key}", text)))
+            else:
+                raise ConfigError(f"`{'.'.join((name, *inner))}`: `{name}` is {kind} and has no such part.")
         preset = values.pop("preset", "paper")
         presets = {"paper": cls.paper, "released": cls.released, "grpo": cls.grpo, "dapo": cls.dapo}
-        if preset not in presets:
-            raise ConfigError(f"`preset`: expected one of {', '.join(presets)}, got {preset!r}.")
-        known = {f.name: f for f in fields(cls)}
+        if not isinstance(preset, str) or preset not in presets:
+            hint = _suggestion(preset, presets)
+            raise ConfigError(f"`preset`: expected one of {', '.join(presets)}, got {shown(preset)}.{hint}")
         for name, value in values.items():
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f" Did you mean `{close[0]}`?" if close else ""
-                raise ConfigError(f"`{name}`: no such field.{hint}")
-            values[name] = _typed(name, value, _name_of(known[name].type))
-        return presets[preset](**values)
+            _check_name(name, _kinds())
+            if _kinds()[name].startswith("float") and isinstance(value, str) and _NUMBER_AS_TEXT.fullmatch(value):
+                values[name] = float(value)
+        config = presets[preset](**values)
+        for name, key, value in nested:
+            getattr(config, name)[key] = value
+        config.check()
+        return config
 
     def loss_arguments(self) -> dict[str, Any]:
         """The settings of the loss, as the surrogates of `appo_kernels` name them."""
@@ -257,32 +260,35 @@ class APPOConfig:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        from omegaconf import OmegaConf
-
-        OmegaConf.save(OmegaConf.create(self.to_dict()), path)
-
-
-_CONTAINERS = {"dict[str, float]": dict, "list[str]": list}
+        """Write a YAML file that ``load`` reads as the same settings."""
+        Path(path).write_text(dump_yaml(self.to_dict()), encoding="utf-8")
 
 
-def _name_of(annotation: Any) -> str:
-    return annotation.__name__ if annotation in (int, float, str, bool) else str(annotation)
+def _kinds() -> dict[str, str]:
+    """The annotation of every field as text."""
+    return {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(APPOConfig)}
 
 
-def _typed(name: str, value: Any, annotation: str) -> Any:
-    """``value`` as the annotated type; YAML writes 1e-6 as text and 1 for 1.0, which are taken as meant."""
-    if value is None and annotation.endswith("| None"):
-        return None
-    kind = annotation.removesuffix(" | None")
-    if kind in _CONTAINERS:
-        ok = isinstance(value, _CONTAINERS[kind])
-    elif kind == "float":
-        if isinstance(value, (int, str)) and not isinstance(value, bool):
-            with contextlib.suppress(ValueError):  # what is no number is refused below
-                value = float(value)
-        ok = isinstance(value, float)
-    else:
-        ok = type(value) is {"int": int, "str": str, "bool": bool}[kind]
-    if not ok:
-        raise ConfigError(f"`{name}`: expected {annotation}, got {value!r} ({type(value).__name__}).")
+def _parsed(name: str, text: str) -> Any:
+    try:
+        return parse_value(text)
+    except ConfigError as error:
+        raise ConfigError(f"`{name}`: {error}") from error
+
+
+def _override(name: str, text: str, kind: str) -> Any:
+    """The value of a `key=value` item: text is taken as it is written, so that model=123 names a folder "123"."""
+    value = _parsed(name, text)
+    if kind.startswith("str") and not (value is None and (kind.endswith("| None") or text)):
+        return value if isinstance(value, str) else text
     return value
+
+
+def _check_name(name: Any, known: Any) -> None:
+    if name not in known:
+        raise ConfigError(f"`{name}`: no such field.{_suggestion(name, known)}")
+
+
+def _suggestion(name: Any, known: Any) -> str:
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean `{close[0]}`?" if close else ""

@@ -177,8 +177,8 @@ def warm_start(
 def train(run: Path, clips: Path, warm: Path, *, method: str, seed: int, steps: int) -> Path:
     """Train on the hard split, answer the held-out splits before and after, and draw a few clips up close."""
     where = {"model": str(warm), "data": str(clips / "train.json"), "output": str(run)}
-    changes = LOOKING | where | {"preset": PRESETS[method], "seed": seed, "max_steps": steps}
-    config = APPOConfig.from_dict(SETTINGS | changes)
+    short = {"seed": seed, "max_steps": steps, "warmup_steps": min(SETTINGS["warmup_steps"], steps)}
+    config = APPOConfig.from_dict(SETTINGS | LOOKING | where | short | {"preset": PRESETS[method]})
     held_out = {split: load_records(clips / f"{split}.json") for split in ("validation", "ood")}
     model, processor = load_model(config)
     trainer = Trainer(model, processor, load_records(config.data), config=config, eval_dataset=held_out)

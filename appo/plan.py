@@ -8,7 +8,7 @@ Times are no measurements: FLOPs over a rate and bytes over a bandwidth that the
 
 from dataclasses import dataclass
 
-from appo.config import ConfigError
+from appo.constraints import ConfigError, check_fields, setting
 from appo.models.architectures import Architecture
 
 GIB = float(1 << 30)
@@ -24,26 +24,24 @@ SAMPLING_COPIES = 5
 class Workload:
     """Sizes of a step. frames: temporal grid steps of a video, of frame_tokens each; text: the rest of the prompt."""
 
-    frames: int = 16
-    frame_tokens: int = 64
-    text: int = 126
-    response: int = 384  # N
-    responses: int = 8  # G
-    prompts: int = 16  # over all GPUs
-    micro_groups: int = 1
-    layers: int = 3  # tapped
-    target_frames: int = 5  # K
-    slots: int = 64  # K3
-    gpus: int = 1
-    mixed: bool = True  # bf16 autocast; False: fp32
-    checkpointing: bool = False
-    freeze_vision: bool = True
-    foreach: bool = True  # how AdamW runs on a GPU: one more copy of the gradients during its step
+    frames: int = setting(16, at_least=1)
+    frame_tokens: int = setting(64, at_least=1)
+    text: int = setting(126, at_least=1)
+    response: int = setting(384, at_least=1)  # N
+    responses: int = setting(8, at_least=1)  # G
+    prompts: int = setting(16, at_least=1)  # over all GPUs
+    micro_groups: int = setting(1, at_least=1)
+    layers: int = setting(3, at_least=1)  # recorded
+    target_frames: int = setting(5, at_least=1)  # K
+    slots: int = setting(64, at_least=1)  # K3
+    gpus: int = setting(1, at_least=1)
+    mixed: bool = setting(True)  # bf16 autocast; False: fp32
+    checkpointing: bool = setting(False)
+    freeze_vision: bool = setting(True)
+    foreach: bool = setting(True)  # how AdamW runs on a GPU: one more copy of the gradients during its step
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not isinstance(value, bool) and value < 1:
-                raise ConfigError(f"`{name}`: expected at least 1, got {value}.")
+        check_fields(self)
         if self.prompts % self.gpus:
             raise ConfigError(
                 f"`prompts`: expected a multiple of the {self.gpus} GPUs, as the trainer does, got {self.prompts}. "
@@ -58,6 +56,18 @@ class Workload:
     @property
     def prompts_per_gpu(self) -> int:
         return self.prompts // self.gpus
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU as the user states it. memory: GiB; rate: TFLOP/s that products reach; bandwidth: TB/s that reads reach."""
+
+    memory: float = setting(80.0, above=0, at_most=1e6)
+    rate: float = setting(400.0, above=0, at_most=1e9)
+    bandwidth: float = setting(2.5, above=0, at_most=1e6)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)

@@ -162,3 +162,50 @@ def inspection(G: int = 4, F: int = 8, N: int = 24) -> dict[str, Any]:
 
 def _write(path: Path, lines: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+# What would run, or break out of an attribute, an element, a script or a style, where a page does not escape it.
+RUN = "document.documentElement.dataset.attacked = 1"
+ATTACKS = (
+    f"\"'><script>{RUN}</script><img src=x onerror='{RUN}'>",
+    f"</script></title></style></p><svg onload='{RUN}'>",
+    f"red;background:url(javascript:{RUN})' onmouseover='{RUN}' autofocus onfocus='{RUN}' x='",
+    f"javascript:{RUN}",
+    "<!--<script>",
+    "$\\frac{1}{",
+    "&lt;script&gt; \u202e \ud83c\udfc3 \u2028",
+)
+
+
+def write_hostile_run(folder: Path, attack: str) -> Path:
+    """A run folder whose every text, name of a metric and setting is ``attack``, and whose numbers are often none."""
+    write_small_run(folder, steps=6, max_steps=6)
+    settings = {"max_steps": attack, "data": attack, "group_size": attack, "strategy": attack, "alpha": attack}
+    settings |= {"prompts_per_step": attack, "top_frames": attack, "eval_samples": attack, "method": attack}
+    settings |= {"rewards": {attack: 1.0, "accuracy": attack, "format": 2}, attack: [attack]}
+    (folder / "config.yaml").write_text(json.dumps(settings), encoding="utf-8")
+    odd = [math.nan, math.inf, -math.inf, 1e308, attack, None, [attack], {attack: attack}, True, -1]
+    lines = [{"step": i, "split": attack, "accuracy": 0.5, "records": v, f"accuracy/{attack}": 0.1, "accuracy/x": v}
+             for i, v in enumerate(odd)]  # fmt: skip
+    _write(folder / "eval.jsonl", [*lines, {"step": 99, "split": attack, "accuracy": 7, f"accuracy/{attack}": 99}])
+    metrics = [{"step": i, "reward": v, "entropy": v, "time/rollout": v, attack: v} for i, v in enumerate(odd)]
+    _write(folder / "metrics.jsonl", [*metrics, {"step": 99, "reward": 1.0, "weight/share": 1e300}])
+    completions: list[Any] = [
+        {"text": attack, "tokens": [attack, v, "a"], "weights": [v, 1.5, 2.0], "accuracy": v, "reward": v,
+         "frames": [attack, v, 3]} for v in odd
+    ]  # fmt: skip
+    completions += [attack, None, [attack], {}, {"tokens": attack, "weights": attack, "frames": attack}]
+    completions += [{"tokens": ["a", "b"], "weights": [1.0]}, {"text": attack, "weights": [2.0]}]
+    sample = {"question": attack, "options": [attack, 3, None], "answer": attack, "crucial_frames": [attack, 3]}
+    bare = [{"step": 1}, {"step": 2, "completions": attack, "options": attack, "crucial_frames": attack}]
+    _write(folder / "samples.jsonl", [*bare, {"step": 3, "completions": completions} | sample])
+    return folder
+
+
+def hostile_inspection(attack: str) -> dict[str, Any]:
+    """Arguments of write_inspection with ``attack`` in every text, and numbers that are none."""
+    made = inspection()
+    made["mass"][0, 2, 3], made["mass"][1], made["mass"][2, 0, 0] = math.nan, math.nan, math.inf
+    made["weights"][0, 1], made["weights"][1, 2], made["weights"][2] = math.nan, math.inf, -math.inf
+    made["tokens"][0][0] = made["tokens"][1][3] = made["question"] = made["answer"] = attack
+    return made | {"options": [attack, f"A. {attack}"], "rewards": [math.nan, math.inf, 1.0, 0.0]}

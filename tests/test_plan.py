@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from appo.config import ConfigError
 from appo.models.architectures import ARCHITECTURES, Architecture, find_architecture, from_config
-from appo.plan import GIB, Plan, Workload
+from appo.plan import GIB, Machine, Plan, Workload
 from appo_kernels import frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
 from appo_kernels.ops.frame_mass import op as frame_mass_op
 from appo_kernels.ops.group_divergence import op as group_divergence_op
@@ -321,6 +321,73 @@ def test_errors_name_the_field() -> None:
         Workload(gpus=64)
     with pytest.raises(ConfigError, match="`frames`: expected at least 1, got 0"):
         Workload(frames=0)
+
+
+# Numbers of no workload and no machine: not finite, not whole, not positive, beyond any count.
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, 1.5, 10**20, True, "8", None])
+def test_a_workload_takes_only_sane_numbers(value: Any) -> None:
+    for name in (
+        "frames",
+        "frame_tokens",
+        "text",
+        "response",
+        "responses",
+        "prompts",
+        "micro_groups",
+        "layers",
+        "gpus",
+    ):
+        with pytest.raises(ConfigError, match=f"`{name}`: expected"):
+            Workload(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, -math.inf, 1e300, True, "8", None])
+def test_a_machine_takes_only_sane_numbers(value: Any) -> None:
+    for name in ("memory", "rate", "bandwidth"):
+        with pytest.raises(ConfigError, match=f"`{name}`: expected"):
+            Machine(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["--memory=0", "--memory=nan", "--memory=-1", "--rate=-1", "--rate=inf", "--bandwidth=nan", "--prompts=0",
+     "--gpus=0", f"--tokens={10**20}", "--frames=-4"],
+)  # fmt: skip
+def test_the_command_refuses_numbers_that_are_none(option: str) -> None:
+    from typer.testing import CliRunner
+
+    from appo.cli import app
+
+    found = CliRunner().invoke(app, ["plan", "--model", "Qwen2.5-VL-7B", option])
+    assert found.exit_code == 2 and found.output.startswith("appo: `") and found.output.count("\n") == 1
+
+
+# Files that are no configuration of a model, or one with sizes of no model.
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[1]", "7", "[" * 100_000, '{"model_type": "qwen3_vl"}', '{"model_type": "qwen3_vl", "text_config": 7}',
+     '{"model_type": "qwen2_5_vl", "vision_config": []}'],
+)  # fmt: skip
+def test_files_that_are_no_configuration(content: str, tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        find_architecture(str(tmp_path))
+
+
+@pytest.mark.parametrize("value", ["64", -1, 0, 1e400, None, True, [64], 10**12])
+def test_sizes_that_no_model_has_are_named(value: Any, tmp_path: Any) -> None:
+    config_of(small("Qwen3-VL-8B")).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    for part, name in (("text_config", "hidden_size"), ("vision_config", "depth"), ("vision_config", "patch_size")):
+        changed = content | {part: content[part] | {name: value}}
+        with pytest.raises(ConfigError, match="x: "):
+            from_config(changed, "x")
+
+
+def test_names_that_are_no_paths() -> None:
+    for name in ("", "a\0b", "x" * 5000):
+        with pytest.raises(ConfigError, match="`model`: expected a folder"):
+            find_architecture(name)
 
 
 def test_the_command_loads_nothing() -> None:

@@ -107,11 +107,11 @@ def test_crucial_frames_hold_the_deciding_moment(tmp_path):
             assert min(abs((first + last) / 2 - middle) for middle in middles) < 0.75
 
 
-def test_a_model_that_cannot_reuse_vision_features_is_refused():
+def test_a_model_that_is_not_known_to_be_right_is_refused_by_name():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small = LlamaConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=32)
-    with pytest.raises(ValueError, match="mm_encoder_outputs"):
+    with pytest.raises(ValueError, match=r"got 'llama'.*docs/models.md"):
         Policy(LlamaForCausalLM(small))
 
 

@@ -199,6 +199,8 @@ def test_the_pictures_of_two_videos_stand_in_order_whole_and_told_apart(tmp_path
             timestamps=torch.arange(frames) / 2,
             duration=frames / 2,
             source_fps=2.0,
+            start=0.0,
+            end=frames / 2,
         )
 
     shown = pictures([clip(3, 4, 8, 10), clip(2, 6, 4, 20)], 2)  # of two sampled frames each: 2 frames, then 1

@@ -6,26 +6,29 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from appo.config import ConfigError
+from appo.constraints import ConfigError, check_fields, setting, shown
 
 
 @dataclass(frozen=True)
 class Vision:
     """A vision tower of the Qwen family. window: side in merged patches that a windowed layer sees, 0: all of them."""
 
-    depth: int
-    hidden: int
-    intermediate: int
-    heads: int
-    out_hidden: int
-    patch: int = 14  # pixels
-    temporal_patch: int = 2  # video frames of one grid step
-    merge: int = 2  # patches of a side that become one token
-    gated: bool = True  # three matrices in the feed-forward layer, or two
-    full_attention: int = 4  # layers without a window
-    window: int = 4
-    deepstack: int = 0  # further mergers, of hidden states half-way
-    positions: int = 0  # learned position embeddings
+    depth: int = setting(at_least=1)
+    hidden: int = setting(at_least=1)
+    intermediate: int = setting(at_least=1)
+    heads: int = setting(at_least=1)
+    out_hidden: int = setting(at_least=0)
+    patch: int = setting(14, at_least=1)  # pixels
+    temporal_patch: int = setting(2, at_least=1)  # video frames of one grid step
+    merge: int = setting(2, at_least=1)  # patches of a side that become one token
+    gated: bool = setting(True)  # three matrices in the feed-forward layer, or two
+    full_attention: int = setting(4, at_least=0)  # layers without a window
+    window: int = setting(4, at_least=0)
+    deepstack: int = setting(0, at_least=0)  # further mergers, of hidden states half-way
+    positions: int = setting(0, at_least=0)  # learned position embeddings
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def parameters(self) -> int:
@@ -49,18 +52,21 @@ class Architecture:
     """A decoder of the Qwen family with its vision tower; sizes in numbers, not bytes."""
 
     name: str
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    key_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool  # the output head is the input embedding
-    vision: Vision
-    query_bias: bool = True  # biases of query, key and value (Qwen2.5)
-    query_norm: bool = False  # norms of query and key (Qwen3)
-    frame_text: int = 0  # text tokens before each frame: Qwen3-VL writes its time
+    layers: int = setting(at_least=1)
+    hidden: int = setting(at_least=1)
+    intermediate: int = setting(at_least=1)
+    heads: int = setting(at_least=1)
+    key_heads: int = setting(at_least=1)
+    head_dim: int = setting(at_least=1)
+    vocabulary: int = setting(at_least=1)
+    tied: bool = setting()  # the output head is the input embedding
+    vision: Vision = setting()
+    query_bias: bool = setting(True)  # biases of query, key and value (Qwen2.5)
+    query_norm: bool = setting(False)  # norms of query and key (Qwen3)
+    frame_text: int = setting(0, at_least=0)  # text tokens before each frame: Qwen3-VL writes its time
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def query_width(self) -> int:
@@ -133,19 +139,25 @@ def find_architecture(model: str) -> Architecture:
     """The sizes of a model named as published ("Qwen2.5-VL-7B", "Qwen/Qwen2.5-VL-7B-Instruct"), or of a folder or
     config.json. Reads nothing else. Raises ConfigError."""
     path = Path(model)
-    if path.is_dir():
-        path = path / "config.json"
-    if path.is_file():
+    try:
+        path = path / "config.json" if path.is_dir() else path
+        found_file = path.is_file()
+    except (OSError, ValueError):  # longer than the file system takes, or with a zero byte
+        found_file = False
+    if found_file:
         try:
-            return from_config(json.loads(path.read_text()), str(model))
-        except json.JSONDecodeError as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError, OSError) as error:
             raise ConfigError(f"{path}: not readable as JSON: {error}") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: expected the settings of a model, got a {type(content).__name__}.")
+        return from_config(content, str(model))
     wanted = model.rsplit("/", 1)[-1].lower()
     for name, found in ARCHITECTURES.items():
         if wanted == name.lower() or wanted.startswith(name.lower() + "-"):
             return found
     raise ConfigError(
-        f"`model`: expected a folder with a config.json or one of {', '.join(ARCHITECTURES)}, got {model!r}. "
+        f"`model`: expected a folder with a config.json or one of {', '.join(ARCHITECTURES)}, got {shown(model)}. "
         "Nothing is looked up in a network: pass the path of its config.json."
     )
 
@@ -155,12 +167,9 @@ def from_config(config: Mapping[str, Any], name: str) -> Architecture:
     kind = config.get("model_type")
     if kind not in ("qwen2_5_vl", "qwen3_vl"):
         raise ConfigError(f"{name}: expected model_type qwen2_5_vl or qwen3_vl, got {kind!r}. Pass one of these.")
-    text, tower, third = (
-        {**config, **config.get("text_config", {})},
-        config.get("vision_config", {}),
-        kind == "qwen3_vl",
-    )
+    third = kind == "qwen3_vl"
     try:
+        text, tower = {**config, **config.get("text_config", {})}, config.get("vision_config", {})
         window = 0 if third else tower.get("window_size", 112) // tower["patch_size"] // tower["spatial_merge_size"]
         blocks = tower.get("fullatt_block_indexes", (7, 15, 23, 31))
         vision = Vision(
@@ -197,3 +206,7 @@ def from_config(config: Mapping[str, Any], name: str) -> Architecture:
         raise ConfigError(
             f"{name}: expected a field {error} in its config. Save it again with save_pretrained."
         ) from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(f"{name}: expected sizes of a model in its config, but {error}.") from error
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error

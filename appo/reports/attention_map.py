@@ -1,6 +1,7 @@
-"""What the responses to one question looked at: a picture and a page of tokens x frames over the clip's thumbnails."""
+"""The frames that responses to one question looked at: a picture and a page of tokens x frames over thumbnails."""
 
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor
 
 from appo.reports.heatmap import save_heatmap
-from appo.reports.html import jpeg_uri, shown, verdict, weight_scale, write_page
+from appo.reports.html import jpeg_uri, shown, verdict, weight_scale, whole, write_page
 from appo.reports.inspection import Inspection
+from appo.reports.responses import list_options
 from appo_kernels import checks
 
 OP = "write_inspection"
@@ -83,9 +85,9 @@ def write_inspection(
     filled = torch.cat([frames, frames[-1:].expand(F * merged - T, -1, -1, -1)]).cpu()
     pictures = filled.unflatten(0, (F, merged)).permute(0, 1, 3, 4, 2).flatten(1, 2).numpy()
     found = Inspection(
-        question=question,
-        options=tuple(options),
-        answer=answer,
+        question=whole(question),
+        options=tuple(map(whole, options)),
+        answer=whole(answer),
         thumbnails=list(pictures),
         times=[(float(first), float(last)) for first, last in times],
         selected=picked,
@@ -100,7 +102,10 @@ def write_inspection(
     folder.mkdir(parents=True, exist_ok=True)
     picture = save_heatmap(found, folder / "inspection.png")
     page = write_page(
-        folder / "inspection.html", title=f"APPO: {question or 'inspection'}", body=_body(found), script="inspect.js"
+        folder / "inspection.html",
+        title=f"APPO: {found.question or 'inspection'}",
+        body=_body(found),
+        script="inspect.js",
     )
     return [picture, page]
 
@@ -111,10 +116,7 @@ def _check_length(name: str, values: Sequence[Any] | Tensor, expected: int, what
 
 
 def _body(found: Inspection) -> str:
-    options = "".join(
-        f"<li{_answer_class(option, found.answer)}>{escape(option)}</li>"
-        for option in found.options or ((found.answer,) if found.answer else ())
-    )
+    options = list_options(found.options, found.answer)
     right = sum(value >= 0.5 for value in found.accuracy)
     of_them = f", {right} of them right" if found.answer else ""
     tabs = "".join(
@@ -165,12 +167,8 @@ def _selection(found: Inspection) -> str:
     return text
 
 
-def _answer_class(option: str, answer: str) -> str:
-    return ' class="answer"' if option == answer or option.startswith((f"{answer}.", f"({answer})")) else ""
-
-
 def _data(found: Inspection) -> str:
-    """What the page's script draws from; "<" is escaped so that no token can end the element."""
+    """The data that the page's script draws; "<" is escaped so that no token can end the element."""
     frames = [
         {
             "image": jpeg_uri(picture, side=max(160, 160 * picture.shape[0] // picture.shape[1])),
@@ -183,13 +181,19 @@ def _data(found: Inspection) -> str:
     responses = [
         {
             "tokens": tokens,
-            "weights": [round(float(weight), 3) for weight in weights],
-            "mass": [[float(f"{value:.3g}") for value in row] for row in mass],
+            "weights": [_finite(f"{weight:.3f}") for weight in weights],
+            "mass": [[_finite(f"{value:.3g}") for value in row] for row in mass],
         }
         for tokens, weights, mass in zip(found.tokens, found.weights, found.mass, strict=True)
     ]
     data = {"frames": frames, "responses": responses, "top": found.top_weight, "truthKnown": bool(found.crucial)}
-    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _finite(text: str) -> float | None:
+    """The number that ``text`` shows; None for what JSON has no number for."""
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def _clock(first: float, last: float) -> str:

@@ -34,6 +34,7 @@ STYLE: Any = {
     "ytick.color": MUTED,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
+    "text.parse_math": False,  # a dollar sign is a dollar sign
     "svg.fonttype": "none",  # text stays text: sharp, small and searchable
     "svg.hashsalt": "appo",  # the same run gives the same bytes
 }

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import matplotlib
+import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -89,22 +90,25 @@ def _cells(axes: Any, found: "Inspection", index: int) -> None:
     if not tokens:  # an empty answer keeps its place
         axes.axis("off")
         return
-    low, high = float(mass.min()), float(mass.max())
-    axes.imshow(((mass - low) / max(high - low, 1e-12)) ** GAMMA, aspect="auto", cmap=BLUES, vmin=0, vmax=1)
+    finite = mass[np.isfinite(mass)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    # Cells that are no numbers stay white.
+    shares = np.where(np.isfinite(mass), (mass - low) / max(high - low, 1e-12), np.nan)
+    axes.imshow(shares**GAMMA, aspect="auto", cmap=BLUES, vmin=0, vmax=1)
     axes.set_xlabel(f"attention mass: lightest {low:.3g}, darkest {high:.3g}", fontsize=7, color=MUTED, loc="left")
     for frame in found.selected:
         axes.add_patch(Rectangle((frame - 0.5, -0.5), 1, len(tokens), fill=False, edgecolor=PICK, linewidth=1.2))
-    axes.set_yticks(range(len(tokens)), [token[:18].replace("$", r"\$") for token in tokens], fontsize=7, color=INK)
+    axes.set_yticks(range(len(tokens)), [token[:18] for token in tokens], fontsize=7, color=INK)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
 
 
 def _weights(axes: Any, found: "Inspection", index: int) -> None:
-    weights = found.weights[index][:MAX_TOKENS]
+    weights = np.nan_to_num(found.weights[index][:MAX_TOKENS], nan=1.0, posinf=1.0, neginf=1.0)
     if not weights.size:
         axes.axis("off")
         return
-    axes.barh(range(len(weights)), weights - 1, color=WEIGHT, height=0.66)
+    axes.barh(range(len(weights)), np.maximum(weights - 1, 0), color=WEIGHT, height=0.66)
     for row, weight in enumerate(weights):
         if weight > 1.005:
             axes.text(weight - 1, row, f" {weight:.2f}", va="center", fontsize=6, color=MUTED)

@@ -1,7 +1,9 @@
 """The shell of a page that needs nothing but itself, and the pieces both pages draw: tokens, badges, keys, tiles."""
 
 import base64
+import hashlib
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -10,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-# The policy lets the page use what it carries and ask nobody for anything.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# The page may use its own pictures and styles, run its own script and no other, and ask nobody for anything.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 # Browsers ask the server for an icon unless the page names one.
 _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 8 8'%3E"
@@ -21,16 +23,19 @@ _ICON = (
 
 def write_page(path: Path, *, title: str, body: str, script: str = "") -> Path:
     """Write a complete page with the shared style and, where given, a script of this package."""
-    code = f"<script>\n{asset(script)}</script>\n" if script else ""
+    source = f"\n{asset(script)}" if script else ""
+    code = f"<script>{source}</script>\n" if script else ""
+    allowed = f"'sha256-{base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()}'" if script else "'none'"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         "<!doctype html>\n"
         '<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}; script-src {allowed}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<title>{escape(title)}</title>\n<link rel="icon" href="{_ICON}">\n<style>\n{asset("style.css")}</style>\n'
         f"</head>\n<body>\n{body}\n{code}</body>\n</html>\n",
         encoding="utf-8",
+        errors="replace",  # halves of surrogate pairs, which JSON can hold and no file can
     )
     return path
 
@@ -51,8 +56,15 @@ def tile(name: str, value: str, note: str, *, strong: bool = False) -> str:
     return f'<div class="{kind}"><h3>{escape(name)}</h3><b>{value}</b><p>{escape(note)}</p></div>'
 
 
+def answer_class(option: str, answer: str) -> str:
+    """The attribute that marks the option with the letter or the text ``answer``; empty for the others."""
+    return (
+        ' class="answer"' if answer and (option == answer or option.startswith((f"{answer}.", f"({answer})"))) else ""
+    )
+
+
 def key(entries: Sequence[tuple[str, str, bool]]) -> str:
-    """What the colours of lines mean: (label, colour, dashed)."""
+    """The meaning of the colours of lines: (label, colour, dashed)."""
     items = (
         f'<span><i style="border-top:3px {"dashed" if dashed else "solid"} {colour}"></i>{escape(label)}</span>'
         for label, colour, dashed in entries
@@ -68,8 +80,13 @@ def verdict(accuracy: float) -> str:
 
 def shown(token: str) -> str:
     """A token as text that can be seen: line breaks and a token without ink get a sign."""
-    text = token.replace("\n", "⏎").replace("\t", "⇥")
+    text = whole(token).replace("\n", "⏎").replace("\t", "⇥")
     return text if text.strip() else text.replace(" ", "␣") or "∅"
+
+
+def whole(text: str) -> str:
+    """``text`` with a question mark for each half of a surrogate pair, which no font draws and no file holds."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def token_spans(tokens: Sequence[str], weights: Sequence[float] | None, top: float) -> str:
@@ -84,7 +101,7 @@ def token_spans(tokens: Sequence[str], weights: Sequence[float] | None, top: flo
 
 
 def tint(weight: float, top: float) -> str:
-    share = 0.0 if top <= 1 else min(1.0, max(0.0, (weight - 1) / (top - 1)))
+    share = 0.0 if top <= 1 or math.isnan(weight) else min(1.0, max(0.0, (weight - 1) / (top - 1)))
     return f"background:rgba(245,158,11,{0.85 * share:.3f})"
 
 
@@ -96,6 +113,12 @@ def weight_scale(top: float) -> str:
 
 
 def png_uri(path: Path) -> str:
+    """A PNG as a data URI; empty where the file is no such picture."""
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.verify()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what Pillow raises for files of any kind
+        return ""
     return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
 
 

@@ -12,9 +12,12 @@ function element(tag, className, text) {
   return made;
 }
 
+// null stands for what is no number: such a cell stays empty, such a weight counts as 1.
+const isNumber = (value) => value !== null;
+const weightOf = (t) => data.responses[state.response].weights[t] ?? 1;
 const sum = (values) => values.reduce((total, value) => total + value, 0);
 const share = (row) => { const total = sum(row); return row.map((value) => (total > 0 ? value / total : 0)); };
-const range = (values) => values.reduce(
+const range = (values) => values.filter(isNumber).reduce(
   ([low, high], value) => [Math.min(low, value), Math.max(high, value)], [Infinity, -Infinity]);
 const percent = (value) => `${Math.round(100 * value)}%`;
 const tint = (weight) => `rgba(245,158,11,${data.top > 1 ? (0.85 * (weight - 1)) / (data.top - 1) : 0})`;
@@ -54,7 +57,7 @@ function drawResponse() {
   rows.style.setProperty("--frames", F);
   tokens.forEach((token, t) => {
     const word = element("span", "token", token);
-    word.style.background = tint(weights[t]);
+    word.style.background = tint(weightOf(t));
     word.dataset.token = t;
     speech.append(word);
     if (!joined) speech.append(" ");
@@ -62,18 +65,18 @@ function drawResponse() {
     const row = element("div", "row");
     row.dataset.token = t;
     const label = element("div", "word", token);
-    label.style.background = tint(weights[t]);
+    label.style.background = tint(weightOf(t));
     row.append(label);
     const [low, high] = range(state.scale === "word" ? mass[t] : all);
     mass[t].forEach((value) => {
       const cell = element("div", "cell");
-      cell.style.background = high > low ? blue((value - low) / (high - low)) : "";
-      cell.title = value;
+      cell.style.background = isNumber(value) && high > low ? blue((value - low) / (high - low)) : "";
+      cell.title = value ?? "not a number";
       row.append(cell);
     });
-    const weight = element("div", "weight", weights[t].toFixed(2));
+    const weight = element("div", "weight", isNumber(weights[t]) ? weights[t].toFixed(2) : "not a number");
     const bar = element("i");
-    bar.style.width = `${data.top > 1 ? (42 * (weights[t] - 1)) / (data.top - 1) : 0}px`;
+    bar.style.width = `${data.top > 1 ? (42 * (weightOf(t) - 1)) / (data.top - 1) : 0}px`;
     weight.append(bar);
     row.append(weight);
     rows.append(row);
@@ -81,7 +84,7 @@ function drawResponse() {
   const [low, high] = range(all);
   find("range").textContent = state.scale === "word"
     ? "each word from its own lightest to its own darkest frame"
-    : all.length ? `lightest ${low}, darkest ${high} of attention mass` : "";
+    : low <= high ? `lightest ${low}, darkest ${high} of attention mass` : "";
   document.querySelectorAll(".tabs button").forEach((button) => {
     button.setAttribute("aria-selected", Number(button.dataset.response) === state.response);
   });
@@ -93,7 +96,7 @@ function drawResponse() {
 
 // Light up the frames that one word looks at; with null, those that the whole answer looks at.
 function point(t) {
-  const { tokens, weights, mass } = data.responses[state.response];
+  const { tokens, mass } = data.responses[state.response];
   document.querySelectorAll(".on").forEach((node) => node.classList.remove("on"));
   if (t === null) t = state.pinned;
   const shares = t === null
@@ -112,7 +115,7 @@ function point(t) {
   }
   document.querySelectorAll(`[data-token="${t}"]`).forEach((node) => node.classList.add("on"));
   if (t === state.pinned) reveal(find("rows").children[t]);
-  const weighs = weights[t] > 1.005 ? `counts ${weights[t].toFixed(2)} times` : "counts once";
+  const weighs = weightOf(t) > 1.005 ? `counts ${weightOf(t).toFixed(2)} times` : "counts once";
   find("readout").textContent = `“${tokens[t].trim()}” looks most at ${where}; it ${weighs} in training.`;
 }
 

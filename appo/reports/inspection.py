@@ -30,4 +30,6 @@ class Inspection:
 
     @property
     def top_weight(self) -> float:
-        return max((float(w.max()) for w in self.weights if w.size), default=1.0)
+        """The largest finite weight, 1 where there is none."""
+        finite = [weights[np.isfinite(weights)] for weights in self.weights]
+        return max((float(w.max()) for w in finite if w.size), default=1.0)

@@ -4,22 +4,24 @@ import os
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from appo.reports import panels
-from appo.reports.html import key, png_uri, section, tile, token_spans, verdict, weight_scale, write_page
-from appo.reports.runs import ReportError, Run, read_runs
+from appo.reports.html import key, png_uri, section, tile, write_page
+from appo.reports.responses import draw_samples
+from appo.reports.runs import ReportError, Run, is_number, read_runs
 from appo.reports.story import at_work, explanation
 
 __all__ = ["ReportError", "write_report"]
 
 MISSING = "&ndash;"
-SHOWN_SAMPLES = 6  # groups of responses on the page, spread over the run
 
 
 def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
     """Write one self-contained page about training runs, and a PNG of entropy, gradient norm and reward beside it.
 
-    A run may still be going, and may lack any metric: what there is no data for is left out of the page.
+    A run may still be going, and may lack any metric: what there is no data for, or no sound data, is left out. Run
+    folders may come from anywhere: nothing in them can run in the page.
 
     Args:
         runs: run folders (``output`` of a training run); several are drawn side by side, as in the paper's Figure 5.
@@ -42,7 +44,7 @@ def write_report(runs: Sequence[str | Path], output: str | Path) -> Path:
         + "".join(_closeup(run, output, several) for run in found)
         + _curves(found)
         + _tasks(found)
-        + "".join(_samples(run, several) for run in found)
+        + "".join(draw_samples(run, several) for run in found)
         + _settings(found)
         + "<footer>The method: attention-guided perception policy optimisation, arXiv 2602.23823. "
         "Every number on this page comes from the files of the run folder.</footer></main>"
@@ -65,7 +67,7 @@ def _head(runs: list[Run]) -> str:
 
 
 def _progress(run: Run) -> str:
-    total = run.config.get("max_steps")
+    total = run.max_steps
     if not run.metrics:
         return "no step finished yet"
     if total is None:
@@ -103,7 +105,7 @@ def _accuracy_tile(run: Run, split: str, *, first: bool) -> str:
         return tile(name, f"{values[0]:.0%}", f"At step {steps[0]}.", strong=first)
     gain = f"{100 * (values[-1] - values[0]):+.0f} points"
     count = run.of_split(split)[0].get("records")
-    questions = f" {count:.0f} questions the model was not trained on." if count else ""
+    questions = f" {count:.0f} questions the model was not trained on." if is_number(count) and count else ""
     samples = run.config.get("eval_samples", 0)
     how = f"mean of {samples} sampled answers" if samples else "greedy answers"
     note = f"{gain} from step {steps[0]} (before training) to step {steps[-1]}, {how}.{questions}"
@@ -147,7 +149,7 @@ def _comparison(runs: list[Run]) -> str:
             value = run.last(*metric)
             cells.append(MISSING if value is None else form.format(value))
         rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    head = "".join(f"<th>{name}</th>" for name in heads)
+    head = "".join(f"<th>{escape(name)}</th>" for name in heads)
     table = f'<div class="card table"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
     lead = (
         "Entropy and the columns after it are means of the last 10 steps. Runs differ by chance as well: a difference "
@@ -176,15 +178,17 @@ def _tasks(runs: list[Run]) -> str:
         split = run.of_split(run.splits[0]) if run.splits else []
         if len(split) < 2:
             continue
-        names = [name for name in split[0] if name.startswith("accuracy/") and name in split[-1]]
+        names = [name for name in split[0] if name.startswith("accuracy/")]
+        names = [name for name in names if is_number(split[0][name]) and is_number(split[-1].get(name))]
         rows = []
         for name in names:
             before, after = split[0][name], split[-1][name]
-            low, high = sorted((before, after))
+            start, end = (min(1.0, max(0.0, share)) for share in (before, after))  # of the bar
+            low, high = sorted((start, end))
             bar = (
                 f'<span class="bar"><i class="{"gain" if after >= before else "loss"}" style="left:{low:.1%};'
-                f'right:{1 - high:.1%}"></i><i class="dot" style="left:{before:.1%}"></i>'
-                f'<i class="dot now" style="left:{after:.1%}"></i></span>'
+                f'right:{1 - high:.1%}"></i><i class="dot" style="left:{start:.1%}"></i>'
+                f'<i class="dot now" style="left:{end:.1%}"></i></span>'
             )
             rows.append(
                 f"<tr><td>{escape(name.removeprefix('accuracy/'))}</td><td>{before:.0%}</td><td class='left'>{bar}</td>"
@@ -201,13 +205,17 @@ def _tasks(runs: list[Run]) -> str:
 
 def _closeup(run: Run, output: Path, several: bool) -> str:
     """The picture of the first inspection that the run folder holds, with links to the pages of all."""
-    pictures = sorted(run.folder.glob("inspect*/**/inspection.png"))
+    # A link out of the folder would bring any file of this machine into the page.
+    inside = run.folder.resolve()
+    found = sorted(run.folder.glob("inspect*/**/inspection.png"))
+    pictures = {path: uri for path in found if path.resolve().is_relative_to(inside) and (uri := png_uri(path))}
     if not pictures:
         return ""
-    picture = pictures[0]
     pages = [os.path.relpath(path.with_suffix(".html"), output.parent) for path in pictures]
-    links = ", ".join(f'<a href="{escape(page)}">clip {number}</a>' for number, page in enumerate(pages, 1))
-    image = f'<img class="wide" src="{png_uri(picture)}" alt="Attention of each word to each frame of one clip">'
+    # Quoted, a name with a colon is no scheme such as javascript:
+    links = ", ".join(f'<a href="{escape(quote(page))}">clip {number}</a>' for number, page in enumerate(pages, 1))
+    picture = next(iter(pictures.values()))
+    image = f'<img class="wide" src="{picture}" alt="Attention of each word to each frame of one clip">'
     lead = (
         "Rows are words, columns are moments of the clip, dark is where the model looked while saying the word. "
         "Orange frames were picked, green bars mark the moments that decide the question, bars on the right are token "
@@ -216,67 +224,6 @@ def _closeup(run: Run, output: Path, several: bool) -> str:
     )
     name = f"One clip of {run.label} up close" if several else "One clip up close"
     return section(name, lead, f'<div class="card viewer">{image}</div>')
-
-
-def _samples(run: Run, several: bool) -> str:
-    """Some groups of responses, the first and the last among them, with tokens tinted by weight."""
-    count = min(SHOWN_SAMPLES, len(run.samples))
-    places = sorted({round(i * (len(run.samples) - 1) / max(1, count - 1)) for i in range(count)})
-    blocks = [_sample(run.samples[place], opened=place == places[-1]) for place in places]
-    name = f"Responses of {run.label}" if several else "Responses, word by word"
-    lead = (
-        "One group of answers from some of the steps. The darker a word, the more its token counts in the update. "
-        "Point at a word to read its weight."
-    )
-    if all(c.get("weights") is None for sample in run.samples for c in sample.get("completions", [])):
-        lead = "One group of answers from some of the steps. This run gave every token the same weight."
-    return section(name, lead, "".join(blocks))
-
-
-def _sample(sample: dict, *, opened: bool) -> str:
-    completions = sample.get("completions", [])
-    top = max((w for c in completions for w in c.get("weights") or [1.0]), default=1.0)
-    answer = str(sample.get("answer", ""))
-    options = "".join(
-        f"<li{_answer_class(option, answer)}>{escape(str(option))}</li>" for option in sample.get("options") or []
-    )
-    if not options and answer:
-        options = f'<li class="answer">{escape(answer)}</li>'
-    right = sum(c.get("accuracy", 0) >= 0.5 for c in completions)
-    responses = []
-    for completion in completions:
-        tokens = completion.get("tokens") or [completion.get("text", "")]
-        reward = completion.get("reward")
-        responses.append(
-            f'<div class="response"><div>{verdict(completion.get("accuracy", 0))}'
-            f"{'' if reward is None else f' reward {reward:.2f}'}</div>"
-            f"{token_spans(tokens, completion.get('weights') if completion.get('tokens') else None, top)}</div>"
-        )
-    weighted = any(completion.get("weights") is not None for completion in completions)
-    return (
-        f'<details class="card sample"{" open" if opened else ""}><summary>Step {sample["step"]}'
-        f"<span>{right} of {len(completions)} answers right</span></summary><div>"
-        f'<p class="question">{escape(str(sample.get("question", "")))}</p><ul class="options">{options}</ul>'
-        f"{_frames(sample)}{weight_scale(top) if weighted else ''}{''.join(responses)}</div></details>"
-    )
-
-
-def _answer_class(option: object, answer: str) -> str:
-    text = str(option)
-    return ' class="answer"' if text == answer or text.startswith((f"{answer}.", f"({answer})")) else ""
-
-
-def _frames(sample: dict) -> str:
-    """Which frames were picked in this group, and which of them decide the question."""
-    picked = next((c["frames"] for c in sample.get("completions", []) if c.get("frames") is not None), None)
-    if picked is None:
-        return ""
-    crucial = sample.get("crucial_frames") or []
-    text = f"Frames picked: {', '.join(map(str, picked)) or 'none, so every token counts once'}."
-    if crucial:
-        hit = len(set(picked) & set(crucial))
-        text += f" The question is decided in {', '.join(map(str, crucial))}: {hit} of {len(crucial)} found."
-    return f'<p class="frames">{text}</p>'
 
 
 def _settings(runs: list[Run]) -> str:

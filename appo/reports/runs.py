@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from appo.constraints import ConfigError
+from appo.yaml_files import read_yaml
+
+LAST_STEP = 1 << 53  # larger ones have no place of their own on an axis
 FILES = ("config.yaml", "metrics.jsonl", "eval.jsonl", "samples.jsonl")
 
 
@@ -40,12 +44,17 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.step >= self.config.get("max_steps", 1 << 60)
+        return self.max_steps is not None and self.step >= self.max_steps
+
+    @property
+    def max_steps(self) -> int | None:
+        steps: Any = self.config.get("max_steps")
+        return int(steps) if is_number(steps) else None
 
     def series(self, *names: str) -> tuple[list[int], list[float]]:
         """Steps and values of the first of ``names`` that the run logged; steps that lack it are left out."""
         for name in names:
-            found = [(line["step"], line[name]) for line in self.metrics if _is_number(line.get(name))]
+            found = [(line["step"], line[name]) for line in self.metrics if is_number(line.get(name))]
             if found:
                 steps, values = zip(*found, strict=True)
                 return list(steps), list(values)
@@ -62,7 +71,7 @@ class Run:
     def evaluation_series(self, name: str, split: str | None = None) -> tuple[list[int], list[float]]:
         """Steps and values of an evaluation on ``split``, or else on the split that was evaluated first."""
         lines = self.of_split(split if split is not None else self.splits[0]) if self.splits else []
-        found = [(line["step"], line[name]) for line in lines if _is_number(line.get(name))]
+        found = [(line["step"], line[name]) for line in lines if is_number(line.get(name))]
         return [step for step, _ in found], [value for _, value in found]
 
     def last(self, *names: str, window: int = 10) -> float | None:
@@ -95,31 +104,32 @@ def _read_run(folder: Path, label: str) -> Run:
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    from omegaconf import OmegaConf
-
     try:
-        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
-    except Exception as error:  # YAML and OmegaConf have no common base class
-        raise ReportError(f"{path}: expected YAML, got text that does not parse: {error}") from error
-    if not isinstance(loaded, dict):
-        raise ReportError(f"{path}: expected `field: value` lines, got a {type(loaded).__name__}.")
-    return {str(key): value for key, value in loaded.items()}
+        return read_yaml(path)
+    except ConfigError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        expected = "" if reason.startswith("expected") else "expected YAML, got text that does not parse: "
+        raise ReportError(f"{path}: {expected}{reason}") from error
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The JSON lines of a file that may not exist yet; a last line that is still being written is left out."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError as error:
+        raise ReportError(f"{path}: cannot be read: {error.strerror}") from error
     found = []
     for number, line in enumerate(lines, 1):
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # ValueError: also a number of more digits than Python reads
             if number == len(lines):
                 break
             raise ReportError(f"{path}: line {number}: expected JSON, got text that does not parse: {error}") from error
-        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+        step = value.get("step") if isinstance(value, dict) else None
+        if not isinstance(step, int) or isinstance(step, bool) or not 0 <= step <= LAST_STEP:
             raise ReportError(f"{path}: line {number}: expected an object with a whole `step`, got {line[:80]!r}.")
         found.append(value)
     return found
@@ -134,5 +144,6 @@ def _labels(paths: list[Path]) -> list[str]:
     return ["/".join(part[-depth:]) for part in parts]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number that can be drawn."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300

@@ -1,9 +1,10 @@
-"""What APPO does, in plain words for a reader who has never met it, with the numbers of the runs at hand."""
+"""The method in plain words for a reader who has never met it, with the numbers of the runs at hand."""
 
+from html import escape
 from typing import Any, NamedTuple
 
 from appo.reports.html import section, tile
-from appo.reports.runs import Run
+from appo.reports.runs import Run, is_number
 
 STRATEGIES = {
     "hard": "frames that right answers looked at and wrong answers did not",
@@ -88,13 +89,16 @@ def at_work(run: Run, *, several: bool) -> str:
 
 
 def _steps(config: dict[str, Any]) -> list[tuple[str, str, str]]:
-    answers = f"{config['group_size']} times" if "group_size" in config else "several times"
-    prompts = f" {config['prompts_per_step']} questions make one step." if "prompts_per_step" in config else ""
-    rewards = config.get("rewards") or {}
-    parts = " + ".join(f"{scale:g} times {name}" for name, scale in rewards.items()) if len(rewards) > 1 else ""
+    sizes = {name: f"{value:g}" for name, value in config.items() if is_number(value)}
+    answers = f"{sizes['group_size']} times" if "group_size" in sizes else "several times"
+    prompts = f" {sizes['prompts_per_step']} questions make one step." if "prompts_per_step" in sizes else ""
+    rewards = config.get("rewards")
+    weights = {name: scale for name, scale in rewards.items() if is_number(scale)} if isinstance(rewards, dict) else {}
+    parts = " + ".join(f"{scale:g} times {escape(str(name))}" for name, scale in weights.items())
+    parts = parts if len(weights) > 1 else ""
     picked = STRATEGIES.get(str(config.get("strategy")), STRATEGIES["hard"])
-    top_frames = f" (top {config['top_frames']} of each answer)" if "top_frames" in config else ""
-    alpha = float(config.get("alpha", 1.7))
+    top_frames = f" (top {sizes['top_frames']} of each answer)" if "top_frames" in sizes else ""
+    alpha = float(sizes.get("alpha", 1.7))
     return [
         ("Answer", f"The model watches a clip and answers the same question {answers}, each time a little differently."
          + prompts, ""),

@@ -130,7 +130,9 @@ class TransformersRollout:
         cache = DynamicCache(config=self.model.config.get_text_config())
         caching = {cache_argument(self.model): cache, "use_cache": True}
         output = self.model(**inputs, position_ids=positions, logits_to_keep=1, **caching)
-        cache.batch_repeat_interleave(size)
+        # By index: layers of linear attention have no repetition of their own.
+        order: Any = torch.arange(len(prompt_mask), device=prompt_mask.device).repeat_interleave(size)
+        cache.reorder_cache(order)
         logits = output.logits[:, -1].repeat_interleave(size, 0)  # (B, V)
         position = positions[..., -1:].repeat_interleave(size, -2)
         rows, length = logits.shape[0], prompt_mask.shape[1]

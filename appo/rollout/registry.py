@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+from appo.config import REWARD_NAMES
 from appo.data.records import Record
 
 Reward = Callable[[list[str], list[Record]], list[float | None]]
@@ -28,6 +29,7 @@ def register(name: str) -> Callable[[Reward], Reward]:
         if name in REWARDS:
             raise ValueError(f"register: `name`: expected a new name, got {name!r}. Choose another.")
         REWARDS[name] = reward
+        REWARD_NAMES.add(name)
         return reward
 
     return add

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from appo.config import APPOConfig
+from appo.config import APPOConfig, ConfigError
+from appo.models.layouts import layout_of
 from appo.train.groups import ResponseBatch
 from appo.train.packing import Sequences, can_share, separate, shared
 
@@ -26,24 +27,25 @@ class Policy(nn.Module):
 
     share_prompt: lay a group's responses behind one prompt ("on"; "off"; "auto": where the model allows it).
 
-    Raises ValueError for a model whose forward does not take vision features that were computed before
-    (``mm_encoder_outputs``): without it the vision tower would run once per response.
+    Raises ConfigError for a model whose layout is not known to be right (docs/models.md), or whose forward takes no
+    vision features that were computed before (``mm_encoder_outputs``): the tower would run once per response.
     """
 
     def __init__(self, model: nn.Module, share_prompt: str = "auto") -> None:
         super().__init__()
         self.model: Any = model
         causal = self.causal
+        layout = layout_of(causal.config)
         if "mm_encoder_outputs" not in inspect.signature(causal.base_model.forward).parameters:
-            raise ValueError(
-                f"model: expected one whose forward takes `mm_encoder_outputs` (Qwen2.5-VL, Qwen3-VL), got "
-                f"{type(causal).__name__}. Use one of these, or a newer transformers."
+            raise ConfigError(
+                f"model: expected a {layout.models} whose forward takes `mm_encoder_outputs`, got one without. Install "
+                "a newer transformers."
             )
         if causal.get_output_embeddings() is None:
-            raise ValueError(f"model: expected one with a language-model head, got {type(causal).__name__}.")
-        reason = can_share(causal)
+            raise ConfigError(f"model: expected one with a language-model head, got {type(causal).__name__}.")
+        reason = can_share(causal) if layout.shares_prompt else layout.why_not
         if share_prompt == "on" and reason is not None:
-            raise ValueError(f"`share_prompt`: expected a model that allows it, but {reason}. Set it to auto or off.")
+            raise ConfigError(f"`share_prompt`: expected a model that allows it, but {reason}. Set it to auto or off.")
         self.share_prompt = share_prompt != "off" and reason is None
         logger.info("responses of a group %s", "share their prompt" if self.share_prompt else reason or "stand alone")
         text_config = causal.config.get_text_config()

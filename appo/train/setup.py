@@ -4,13 +4,14 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from appo.config import APPOConfig, ConfigError
+from appo.models.layouts import layout_of
+from appo.models.load import check_fits, from_pretrained
 from appo.models.loaded import enable_checkpointing
 from appo.train.policy import Policy
 
@@ -23,22 +24,21 @@ def load_model(config: APPOConfig) -> tuple[nn.Module, Any]:
     Trained weights are kept in fp32, since a learning rate of 1e-6 is lost in bf16; ``config.dtype`` is what the
     forward computes in. With LoRA the frozen model is loaded in that dtype.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
     if not config.model:
         raise ConfigError(
             "`model`: expected a folder or hub name, got nothing. For example Qwen/Qwen2.5-VL-7B-Instruct."
         )
-    try:
-        processor = AutoProcessor.from_pretrained(config.model)
-        model = AutoModelForImageTextToText.from_pretrained(
-            config.model,
-            dtype=DTYPES[config.dtype] if config.lora_rank else torch.float32,
-            attn_implementation=config.attn_implementation,
-        )
-    except OSError as error:
-        kind = "folder" if Path(config.model).exists() else "hub name"
-        raise ConfigError(f"`model`: the {kind} {config.model!r} cannot be loaded: {error}") from error
+    layout_of(from_pretrained(AutoConfig, config.model))  # before gigabytes are read
+    processor = from_pretrained(AutoProcessor, config.model)
+    model = from_pretrained(
+        AutoModelForImageTextToText,
+        config.model,
+        dtype=DTYPES[config.dtype] if config.lora_rank else torch.float32,
+        attn_implementation=config.attn_implementation,
+    )
+    check_fits(config, model, processor)
     return model, processor
 
 

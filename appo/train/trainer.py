@@ -15,6 +15,7 @@ from appo.data.prompts import Prompt, PromptBuilder
 from appo.data.records import Record
 from appo.data.sampler import RecordSampler
 from appo.method.advantages import group_advantages
+from appo.models.load import check_fits
 from appo.rollout.engine import Completion, Rollout, Sampling, TransformersRollout, checked, seed_of
 from appo.train.grade import grade
 from appo.train.groups import Group, batch_groups, loss_operands, token_weights_of
@@ -62,6 +63,8 @@ class Trainer:
         surrogate: Any = linear_weighted_surrogate,
     ) -> None:
         self.config = config = config or APPOConfig()
+        config.check()
+        check_fits(config, model, processor)
         self.reward_weights = rewards or config.rewards
         # Autocast is our own: accelerate's belongs to the process, and would widen what the policy's forward returns.
         self.accelerator = Accelerator(mixed_precision="no")

@@ -1,5 +1,7 @@
 """The pages as a browser shows them: no complaints in its console, everything drawn, pointing at a word works."""
 
+import base64
+import hashlib
 import re
 import shutil
 import subprocess
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from page_inputs import inspection, write_run
+from page_inputs import ATTACKS, RUN, hostile_inspection, inspection, write_hostile_run, write_run
 from PIL import Image
 
 from appo.reports.attention_map import write_inspection
@@ -48,13 +50,20 @@ def run_browser(page: str, profile: Path, *options: str) -> subprocess.Completed
 def look(page: Path, profile: Path, *, fragment: str = "", script: str = "") -> Seen:
     """Open a page, with a script at its end that does what a person would."""
     if script:
-        acted = page.with_name("acted.html")
-        text = page.read_text()
-        assert text.count("</body>") == 1
-        acted.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
-        page = acted
+        page = with_script(page, script)
     done = run_browser(page.as_uri() + fragment, profile, "--dump-dom")
     return Seen(done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line])
+
+
+def with_script(page: Path, script: str) -> Path:
+    """A copy of a page that runs ``script`` as well: its policy names the script by hash, as it does the page's own."""
+    acted = page.with_name("acted.html")
+    text = page.read_text()
+    assert text.count("</body>") == 1
+    allowed = f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+    text = re.sub(r"script-src ('none'|('sha256-[^']*'))", rf"script-src \2 {allowed}", text)
+    acted.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+    return acted
 
 
 def screenshot(page: Path, profile: Path, *, fragment: str = "", size: str = "1280,1600") -> np.ndarray:
@@ -169,8 +178,38 @@ def test_screenshots_are_not_blank(pages: Path, tmp_path: Path) -> None:
 def test_no_picture_runs_out_of_a_narrow_window(pages: Path, tmp_path: Path) -> None:
     script = "document.body.dataset.wide = document.documentElement.scrollWidth > innerWidth + 1"
     for name in ("one/report.html", "inspection/inspection.html"):
-        page = pages / name
-        acted = page.with_name("narrow.html")
-        acted.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
-        dom = run_browser(acted.as_uri(), tmp_path, "--window-size=700,900", "--dump-dom").stdout
+        dom = run_browser(
+            with_script(pages / name, script).as_uri(), tmp_path, "--window-size=700,900", "--dump-dom"
+        ).stdout
         assert 'data-wide="false"' in dom, name
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_nothing_that_a_run_folder_says_runs(tmp_path: Path, attack: str) -> None:
+    """Texts that are scripts, in every place a run folder has for text: no script runs, none is even refused."""
+    run = write_hostile_run(tmp_path / "run", attack)
+    write_inspection(run / "inspect" / "clip", **hostile_inspection(attack))
+    for page in (write_report([run], tmp_path / "report.html"), run / "inspect" / "clip" / "inspection.html"):
+        seen = look(page, tmp_path / "profile")
+        assert "data-attacked" not in seen.dom
+        assert seen.console == []
+
+
+def test_the_policy_stops_a_script_that_was_planted(pages: Path, tmp_path: Path) -> None:
+    """Were a text ever to become markup, it would still not run."""
+    for name in ("one/report.html", "inspection/inspection.html"):
+        planted = (pages / name).with_name("planted.html")
+        attack = f"<script>{RUN}</script><img src=x onerror='{RUN}'><a id=x href='javascript:{RUN}'>x</a>"
+        planted.write_text((pages / name).read_text().replace("</body>", attack + "</body>"))
+        seen = look(planted, tmp_path / "profile")
+        assert "data-attacked" not in seen.dom
+        assert any("Content Security Policy" in line for line in seen.console)
+
+
+def test_cells_that_are_no_numbers_stay_empty(tmp_path: Path) -> None:
+    _, page = write_inspection(tmp_path, **hostile_inspection("plain"))
+    seen = look(page, tmp_path / "profile")
+    assert seen.console == []
+    assert len(re.findall(r'class="cell"', seen.dom)) == 8 * len(inspection()["tokens"][0])
+    assert seen.dom.count('title="not a number"') == 1
+    assert re.search(r'<div class="weight">not a number', seen.dom)

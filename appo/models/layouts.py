@@ -1,0 +1,67 @@
+"""The video models that can be trained, by the ``model_type`` of their configuration. docs/models.md: adding one.
+
+A layout is how a family lays a video into its sequence, and what its code offers: where frames stand, where vision
+features go in, which positions tokens have. What is wrong there gives no error but wrong hidden states, so a model is
+served only after its layout was checked, on random weights, against its own plain forward and its eager attention.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from appo.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A family of models. shares_prompt: a group's responses can stand behind one prompt."""
+
+    model_type: str
+    models: str  # as published
+    frames: str  # how a video's tokens stand in the prompt
+    shares_prompt: bool
+    why_not: str = ""  # in one clause, why a prompt cannot be shared
+
+
+_RUN = "one run of tokens"
+_TIMES = "frames behind their times"
+_LINEAR = "its linear attention passes on a state, which a mask cannot keep from the next response"
+
+LAYOUTS = {
+    layout.model_type: layout
+    for layout in (
+        Layout("qwen2_vl", "Qwen2-VL", _RUN, True),
+        Layout("qwen2_5_vl", "Qwen2.5-VL", _RUN, True),
+        Layout("qwen3_vl", "Qwen3-VL", _TIMES, True),
+        Layout("qwen3_vl_moe", "Qwen3-VL, mixture of experts", _TIMES, True),
+        Layout("qwen3_5", "Qwen3.5", _TIMES, False, _LINEAR),
+        Layout("qwen3_5_moe", "Qwen3.5, mixture of experts", _TIMES, False, _LINEAR),
+    )
+}
+
+
+def register_layout(layout: Layout) -> None:
+    """Serve a further model. Check it first, as docs/models.md says. Raises ValueError for a type that is there."""
+    if layout.model_type in LAYOUTS:
+        raise ValueError(f"register_layout: `layout`: expected a new model type, got {layout.model_type!r}.")
+    LAYOUTS[layout.model_type] = layout
+
+
+def layout_of(config: Any) -> Layout:
+    """The layout of a transformers configuration. Raises ConfigError naming the type that is not known to be right."""
+    kind = getattr(config, "model_type", None)
+    if kind not in LAYOUTS:
+        raise ConfigError(
+            f"model: expected one whose layout is known to be right ({', '.join(LAYOUTS)}), got {kind!r}. "
+            "record_frame_mass works with it; to train it, its layout must be checked and added: docs/models.md."
+        )
+    return LAYOUTS[kind]
+
+
+def layout_table() -> str:
+    """The served models as a table in Markdown."""
+    head = "| model | `model_type` | a video in the prompt | a group behind one prompt |\n|---|---|---|---|\n"
+    return head + "".join(
+        f"| {layout.models} | `{layout.model_type}` | {layout.frames} | "
+        f"{'yes' if layout.shares_prompt else f'no: {layout.why_not}'} |\n"
+        for layout in LAYOUTS.values()
+    )

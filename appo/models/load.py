@@ -1,0 +1,65 @@
+"""Loading what transformers saved, without running code that comes with it, and what settings and model demand of each
+other."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appo.config import APPOConfig, ConfigError
+from appo.constraints import shown
+from appo.recording.hooks import attention_layers
+
+_HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
+
+
+def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
+    """``kind.from_pretrained`` of a folder or hub name; Python files in it are never run.
+
+    Raises ConfigError where it cannot be loaded, and where it needs code of its own.
+    """
+    folder = Path(name)
+    if not folder.exists() and not _HUB_NAME.fullmatch(name):
+        raise ConfigError(f"`model`: expected a folder that exists or a hub name, got {shown(name)}.")
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"`model`: expected a folder, got the file {name}. Pass the folder it is in.")
+    try:
+        return kind.from_pretrained(name, trust_remote_code=False, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # files of any origin, and libraries with errors of their own
+        if "trust_remote_code" in str(error):
+            raise ConfigError(
+                f"`model`: {name} needs Python code that comes with it, which is never run here. Use a model whose "
+                "code is part of transformers."
+            ) from error
+        place = "folder" if folder.exists() else "hub name"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"`model`: the {place} {name!r} cannot be loaded: {reason[:500]}") from error
+
+
+def check_fits(config: APPOConfig, model: Any, processor: Any) -> None:
+    """Settings that need the model to be judged. Raises ConfigError."""
+    if config.method == "appo":
+        try:
+            attention_layers(model, config.layers)
+        except ValueError as error:
+            raise ConfigError(str(error).removeprefix("record_frame_mass: ")) from error
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None:
+        raise ConfigError(
+            f"`model`: expected a processor of text and video beside the model, got {type(processor).__name__}. "
+            "Save it with processor.save_pretrained into the model's folder."
+        )
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(
+            "`model`: expected a tokenizer with a pad token, got none. Set tokenizer.pad_token and save it."
+        )
+    reader: Any = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
+    if isinstance(getattr(reader, "patch_size", None), int) and isinstance(getattr(reader, "merge_size", None), int):
+        least = (reader.patch_size * reader.merge_size) ** 2
+        if config.max_pixels < least:
+            raise ConfigError(
+                f"`max_pixels`: expected at least the {least} pixels of one token, got {config.max_pixels}."
+            )

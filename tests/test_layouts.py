@@ -1,0 +1,131 @@
+"""Every layout that is served, on random weights: hidden states, recorded mass, training; all others are refused."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import training
+import vision_models
+from test_policy import make_groups
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+from appo import record_frame_mass
+from appo.config import ConfigError
+from appo.data.prompts import PromptBuilder, collate
+from appo.models.layouts import LAYOUTS, Layout, layout_of, layout_table, register_layout
+from appo.train.groups import batch_groups
+from appo.train.policy import Policy
+from appo.train.trainer import Trainer
+
+DOCS = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+def settings(processor: Any, folder: Any, **changes: Any) -> Any:
+    """Settings whose frames are one token large. Two layers: as many as have attention in the hybrid models."""
+    reader = processor.video_processor
+    return training.config(folder, max_pixels=(reader.patch_size * reader.merge_size) ** 2, layers=2, **changes)
+
+
+def inputs_of(group: Any, row: int) -> dict[str, Tensor]:
+    """A plain forward's inputs: one response behind its prompt, nothing else in the batch."""
+    count = int(group.mask[row].sum())
+    inputs = dict(collate([group.prompt], 0).inputs)
+    response = group.completion_ids[row : row + 1, :count]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], response], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, count))
+    return inputs
+
+
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_hidden_states_and_mass_are_those_of_each_response_alone(model_type: str, tmp_path: Path) -> None:
+    """Policy against a plain forward, recorded mass against eager attention; shared prompts as well where they are."""
+    model, processor = vision_models.build(model_type)
+    builder = PromptBuilder(processor, model.config, settings(processor, tmp_path))
+    groups = make_groups(builder, 3, 2, [5, 7, 1], 100)
+    batch = batch_groups(groups, processor.tokenizer.pad_token_id, "cpu")
+    alone, eager = [], []
+    for group in groups:
+        frames = (group.prompt.frame_ids[:, None] == torch.arange(group.prompt.num_frames)).double()
+        for row in range(2):
+            model.set_attn_implementation("sdpa")
+            with torch.no_grad():
+                alone.append(model(**inputs_of(group, row)).logits[0, len(group.prompt) - 1 : -1])
+                model.set_attn_implementation("eager")
+                attentions = model(**inputs_of(group, row), output_attentions=True).attentions
+            layers = [layer for layer in attentions if layer is not None][-2:]
+            rows = torch.stack([layer[0, :, len(group.prompt) - 1 : -1, : len(group.prompt)] for layer in layers])
+            eager.append(rows.double().mean((0, 1)) @ frames)
+    model.set_attn_implementation("sdpa")
+    for share in ("on", "off") if LAYOUTS[model_type].shares_prompt else ("auto",):
+        policy = Policy(model, share)
+        assert policy.share_prompt == (share == "on")
+        sequences = policy.sequences(batch)
+        recorder = record_frame_mass(model, sequences.frame_ids, rows=sequences.rows, layers=2, reduction="sum")
+        with torch.no_grad(), recorder:
+            logits = policy(batch, lambda hidden, weight, bias: hidden @ weight.T, sequences)
+        mass = sequences.per_response(recorder.mass)
+        for index in range(6):
+            valid = batch.mask[index]
+            torch.testing.assert_close(logits[index][valid], alone[index], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(
+                mass[index][valid][:, : eager[index].shape[1]].double(), eager[index], rtol=1e-4, atol=1e-6
+            )
+        assert mass[batch.mask].sum(-1).max() > 0.05
+
+
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_five_steps_of_training(model_type: str, tmp_path: Path) -> None:
+    """The ratio of the first update is 1: rollout, scoring and update agree on every token's log-probability."""
+    model, processor = vision_models.build(model_type)
+    before = model.get_output_embeddings().weight.detach().clone()
+    config = settings(processor, tmp_path, max_steps=5, prompts_per_step=2, max_new_tokens=6)
+    Trainer(model, processor, training.records(), config=config).train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if "kl/approx" in line]  # a step whose rewards are all equal makes none
+    assert len(lines) == 5 and updates
+    assert all(abs(line["kl/approx"]) < 1e-5 and line["grad_norm"] > 0 and line["mass/frames"] > 0 for line in updates)
+    assert not torch.equal(before, model.get_output_embeddings().weight.detach())
+
+
+def test_every_layout_has_a_tiny_model() -> None:
+    assert set(vision_models.BUILDERS) == set(LAYOUTS)
+
+
+def test_every_vision_language_model_of_transformers_is_served_or_refused_by_name() -> None:
+    """The list of the installed transformers, whatever its version: no model is taken without having been checked."""
+    served, refused = [], []
+    for model_type in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
+        try:
+            layout_of(SimpleNamespace(model_type=model_type))
+            served.append(model_type)
+        except ConfigError as error:
+            assert repr(model_type) in str(error) and "docs/models.md" in str(error)
+            refused.append(model_type)
+    print("served:", *served, "\nrefused:", *refused)
+    assert set(served) == set(LAYOUTS) and len(refused) > 10
+
+
+@pytest.mark.parametrize(
+    "config", [SimpleNamespace(), SimpleNamespace(model_type=None), SimpleNamespace(model_type="")]
+)
+def test_configurations_without_a_type_are_refused(config: Any) -> None:
+    with pytest.raises(ConfigError, match="layout is known to be right"):
+        layout_of(config)
+
+
+def test_a_layout_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("appo.models.layouts.LAYOUTS", dict(LAYOUTS))
+    with pytest.raises(ValueError, match="expected a new model type"):
+        register_layout(LAYOUTS["qwen3_vl"])
+    mine = Layout("mine", "Mine", "one run of tokens", False, "nobody tried")
+    register_layout(mine)
+    assert layout_of(SimpleNamespace(model_type="mine")) == mine
+
+
+def test_the_page_has_the_table() -> None:
+    assert layout_table() in DOCS.read_text(), "docs/models.md: write the table of appo.models.layouts.layout_table()"

@@ -1,0 +1,81 @@
+"""A tiny random model and processor of every layout that is served, built from nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as hf
+
+from appo.tasks import tiny
+from appo.tasks.tiny import VISION, build_tiny, build_tokenizer
+
+ROPE = {"rope_type": "default", "mrope_section": [4, 6, 6]}
+INTERLEAVED = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# Two of four layers have attention; the others have linear attention.
+HYBRID = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4, "full_attention_interval": 2,
+}  # fmt: skip
+
+
+def _qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
+    patch = 7
+    tower = {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 128}
+    config = hf.Qwen2VLConfig(
+        text_config=tiny._text(tokenizer, ROPE, {}),
+        vision_config=tower | tiny._patches(patch),
+        **tiny._special_ids(tokenizer),
+    )
+    size = tiny._pixels(patch)
+    processor = hf.Qwen2VLProcessor(
+        image_processor=hf.Qwen2VLImageProcessor(patch_size=patch, size=size),
+        tokenizer=tokenizer,
+        video_processor=hf.Qwen2VLVideoProcessor(patch_size=patch, size=size, cap_pixels_per_frame=False),
+        chat_template=tiny.CHAT_TEMPLATE,
+    )
+    return hf.Qwen2VLForConditionalGeneration(config), processor
+
+
+def _third(config: Any, model: Any, text: dict[str, Any], **vision: Any) -> Callable[[Any], tuple[Any, Any]]:
+    """A builder of a model with Qwen3-VL's processor."""
+
+    def build_one(tokenizer: Any) -> tuple[Any, Any]:
+        rope = {**INTERLEAVED, **text.get("rope", {})}
+        sizes = {name: value for name, value in text.items() if name != "rope"}
+        made = config(
+            text_config={**tiny._text(tokenizer, rope, {}), "head_dim": 32, **sizes},
+            vision_config={**VISION, **tiny._patches(8), "num_position_embeddings": 64, **vision},
+            **tiny._special_ids(tokenizer),
+        )
+        return model(made), build_tiny(family="qwen3_vl")[1]
+
+    return build_one
+
+
+PARTIAL = {"rope": {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}}
+BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
+    "qwen2_vl": _qwen2_vl,
+    "qwen2_5_vl": lambda tokenizer: build_tiny(family="qwen2_5_vl"),
+    "qwen3_vl": lambda tokenizer: build_tiny(family="qwen3_vl"),
+    "qwen3_vl_moe": _third(
+        hf.Qwen3VLMoeConfig, hf.Qwen3VLMoeForConditionalGeneration, EXPERTS, deepstack_visual_indexes=[0, 1]
+    ),
+    "qwen3_5": _third(hf.Qwen3_5Config, hf.Qwen3_5ForConditionalGeneration, HYBRID | PARTIAL),
+    "qwen3_5_moe": _third(
+        hf.Qwen3_5MoeConfig,
+        hf.Qwen3_5MoeForConditionalGeneration,
+        HYBRID | PARTIAL | EXPERTS | {"shared_expert_intermediate_size": 32},
+    ),
+}
+
+
+def build(model_type: str, seed: int = 0) -> tuple[Any, Any]:
+    """(model, processor) with random fp32 weights."""
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, processor = BUILDERS[model_type](tokenizer)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.float().eval(), processor
