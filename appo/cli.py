@@ -224,6 +224,9 @@ def plan(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the backward.")] = False,
     micro_groups: Annotated[int, typer.Option(help="Groups in one forward and backward.")] = 1,
     train_vision: Annotated[bool, typer.Option(help="Train the vision tower as well.")] = False,
+    share_prompt: Annotated[bool, typer.Option(help="A group behind one prompt (sdpa, eager).")] = False,
+    lora_rank: Annotated[int, typer.Option(help="Adapters on a frozen model; 0: all weights.")] = 0,
+    fit: Annotated[bool, typer.Option("--fit", help="Look for options with which it fits.")] = False,
     rate: Annotated[float, typer.Option(help="Rate that products reach, TFLOP/s; 400 of an H100's 989.")] = 400.0,
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth that reads reach, TB/s.")] = 2.5,
 ) -> None:
@@ -233,6 +236,7 @@ def plan(
     """
     from appo.models.architectures import find_architecture
     from appo.plan import GIB, Machine, Plan, Workload
+    from appo.plan import fit as find_fit
 
     machine = Machine(memory, rate, bandwidth)
     work = Workload(
@@ -245,8 +249,17 @@ def plan(
         micro_groups=micro_groups,
         checkpointing=gradient_checkpointing,
         freeze_vision=not train_vision,
+        share_prompt=share_prompt,
+        lora_rank=lora_rank,
     )
     found = Plan(find_architecture(model), work)
+    if fit:
+        fitting = find_fit(found, machine.memory * GIB)
+        if fitting is None:
+            typer.echo(f"Nothing that was tried fits in {machine.memory:g} GiB: options, LoRA, 64 times the GPUs.\n")
+        else:
+            found, options = fitting
+            typer.echo(f"Fits with: {' '.join(options) or 'no change'}\n")
     typer.echo(found.text(memory=machine.memory * GIB, rate=machine.rate * 1e12, bandwidth=machine.bandwidth * 1e12))
 
 

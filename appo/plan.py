@@ -6,10 +6,12 @@ torch.utils.flop_counter does: two per multiply-add of matrix products, attentio
 Times are no measurements: FLOPs over a rate and bytes over a bandwidth that the user states.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from appo.constraints import ConfigError, check_fields, setting
 from appo.models.architectures import Architecture
+from appo.workload import Machine as Machine
+from appo.workload import Workload as Workload
 
 GIB = float(1 << 30)
 # Backward products per forward one: two for a matrix; attention kernels compute the scores again.
@@ -18,56 +20,6 @@ MATRIX_BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5
 HEAD_TILE = 256 << 20
 # Copies of (B, V) fp32 alive while a token is sampled: logits, scores, allowed scores, probabilities, noise.
 SAMPLING_COPIES = 5
-
-
-@dataclass(frozen=True)
-class Workload:
-    """Sizes of a step. frames: temporal grid steps of a video, of frame_tokens each; text: the rest of the prompt."""
-
-    frames: int = setting(16, at_least=1)
-    frame_tokens: int = setting(64, at_least=1)
-    text: int = setting(126, at_least=1)
-    response: int = setting(384, at_least=1)  # N
-    responses: int = setting(8, at_least=1)  # G
-    prompts: int = setting(16, at_least=1)  # over all GPUs
-    micro_groups: int = setting(1, at_least=1)
-    layers: int = setting(3, at_least=1)  # recorded
-    target_frames: int = setting(5, at_least=1)  # K
-    slots: int = setting(64, at_least=1)  # K3
-    gpus: int = setting(1, at_least=1)
-    mixed: bool = setting(True)  # bf16 autocast; False: fp32
-    checkpointing: bool = setting(False)
-    freeze_vision: bool = setting(True)
-    foreach: bool = setting(True)  # how AdamW runs on a GPU: one more copy of the gradients during its step
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        if self.prompts % self.gpus:
-            raise ConfigError(
-                f"`prompts`: expected a multiple of the {self.gpus} GPUs, as the trainer does, got {self.prompts}. "
-                "Change either."
-            )
-
-    @property
-    def width(self) -> int:
-        """Bytes of a number of the forward."""
-        return 2 if self.mixed else 4
-
-    @property
-    def prompts_per_gpu(self) -> int:
-        return self.prompts // self.gpus
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A GPU as the user states it. memory: GiB; rate: TFLOP/s that products reach; bandwidth: TB/s that reads reach."""
-
-    memory: float = setting(80.0, above=0, at_most=1e6)
-    rate: float = setting(400.0, above=0, at_most=1e9)
-    bandwidth: float = setting(2.5, above=0, at_most=1e6)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -87,6 +39,19 @@ class Plan:
     @property
     def sequence(self) -> int:
         return self.prompt_tokens + self.work.response
+
+    @property
+    def group_tokens(self) -> int:
+        """Tokens of a group in scoring and update: each response with its prompt, or all behind one."""
+        work = self.work
+        if work.share_prompt:
+            return self.prompt_tokens + work.responses * work.response
+        return work.responses * self.sequence
+
+    @property
+    def keys(self) -> int:
+        """Keys of a token in scoring and update; attention computes the full square."""
+        return self.group_tokens if self.work.share_prompt else self.sequence
 
     # FLOPs
 
@@ -124,7 +89,7 @@ class Plan:
     def score_flop(self) -> float:
         """One forward, log-probabilities, and what the weights take."""
         work, rows = self.work, self.work.prompts_per_gpu * self.work.responses
-        forward = sum(self.layers_flop(rows * self.sequence, self.sequence))
+        forward = sum(self.layers_flop(work.prompts_per_gpu * self.group_tokens, self.keys))
         vision = work.prompts_per_gpu * self.vision_flop()
         return vision + forward + self.head_flop(rows * work.response) + self.recording_flop() + self.divergence_flop()
 
@@ -140,61 +105,84 @@ class Plan:
         return self.head_flop(work.prompts_per_gpu * work.responses * unique)
 
     def update_flop(self) -> float:
-        """Forward and backward over all groups; three products with the head. A frozen tower only runs forward."""
+        """Forward and backward over all groups; three products with the head. A frozen tower only runs forward, and
+        frozen weights have no gradient, so that one product of two is left."""
         work, rows = self.work, self.work.prompts_per_gpu * self.work.responses
-        matrices, attention = self.layers_flop(rows * self.sequence, self.sequence)
+        matrices, attention = self.layers_flop(work.prompts_per_gpu * self.group_tokens, self.keys)
         again = 1.0 if work.checkpointing else 0.0
-        layers = matrices * (1 + again + MATRIX_BACKWARD) + attention * (1 + again + ATTENTION_BACKWARD)
-        vision = work.prompts_per_gpu * self.vision_flop() * (1.0 if work.freeze_vision else 3.0 + again)
-        return vision + layers + 3 * self.head_flop(rows * work.response)
+        matrix_backward = MATRIX_BACKWARD / 2 if work.lora_rank else MATRIX_BACKWARD
+        layers = matrices * (1 + again + matrix_backward) + attention * (1 + again + ATTENTION_BACKWARD)
+        frozen_tower = work.freeze_vision or work.lora_rank
+        vision = work.prompts_per_gpu * self.vision_flop() * (1.0 if frozen_tower else 3.0 + again)
+        return vision + layers + (2 if work.lora_rank else 3) * self.head_flop(rows * work.response)
 
     # Memory
 
     @property
+    def adapters(self) -> int:
+        """Parameters of the adapters on the four projections of attention in every layer."""
+        m = self.model
+        return self.work.lora_rank * m.layers * 2 * (2 * m.hidden + m.query_width + m.key_width)
+
+    @property
     def trained(self) -> int:
+        if self.work.lora_rank:
+            return self.adapters
         return self.model.text_parameters if self.work.freeze_vision else self.model.parameters
 
     def layer_activations(self) -> float:
         """Bytes that one decoder layer keeps for its backward, for each token (the table in docs/performance.md)."""
-        m, w = self.model, self.work.width
-        residual_and_norm = 2 * (4 + 4) * m.hidden  # fp32, before attention and before the feed-forward layer
-        # Under autocast each linear layer that reads a norm has a copy of its own: query, key, value; gate, up.
-        inputs = (5 * 2 if self.work.mixed else 2 * 4) * m.hidden
+        m, w, lora = self.model, self.work.width, self.work.lora_rank
+        # fp32, before attention and before the feed-forward layer: the input, and what a trained weight multiplies.
+        residual_and_norm = 2 * (4 if lora else 4 + 4) * m.hidden
+        # Under autocast each linear layer that reads a norm has a copy of its own: query, key, value; gate, up. Frozen
+        # ones keep nothing: adapters on query, key and value keep theirs (one in fp32), and that of the output.
+        if lora:
+            inputs = (3 * 2 * m.hidden + 2 * m.query_width if self.work.mixed else 4 * m.hidden) + 4 * lora * w
+        else:
+            inputs = (5 * 2 if self.work.mixed else 2 * 4) * m.hidden
         # Query, output, and key and value repeated for the query heads, since a padding mask rules out grouped kernels.
-        attention = 4 * m.query_width * w + 4 * m.heads + self.sequence * w
+        attention = 4 * m.query_width * w + 4 * m.heads + self.keys * w
         if m.query_norm:  # what the norms of query and key normalised, and what they multiplied
-            attention += 8 * (m.query_width + m.key_width)
-        return residual_and_norm + inputs + attention + 4 * m.intermediate * w
+            attention += (4 if lora else 8) * (m.query_width + m.key_width)
+        # Gate, its activation, up, and the product that a trained matrix reads.
+        return residual_and_norm + inputs + attention + (3 if lora else 4) * m.intermediate * w
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of one micro-batch."""
+        return min(self.work.micro_groups, self.work.prompts_per_gpu) * self.group_tokens
 
     def activations(self) -> float:
         """Bytes kept by the forward of one micro-batch."""
         m, work = self.model, self.work
-        tokens = min(work.micro_groups, work.prompts_per_gpu) * work.responses * self.sequence
         ends = 4 * m.hidden * 3  # embeddings, and the last norm's input and normalised input
         if work.checkpointing:
-            return tokens * (4 * m.hidden * m.layers + self.layer_activations() + ends)
-        return tokens * (m.layers * self.layer_activations() + ends)
+            passed = work.width if work.lora_rank else 4  # a frozen model's hidden states have its dtype
+            return self.micro_tokens * (passed * m.hidden * m.layers + self.layer_activations() + ends)
+        return self.micro_tokens * (m.layers * self.layer_activations() + ends)
 
     def layer_workspace(self) -> float:
         """Bytes that the backward of the last feed-forward layer adds: two gradients of its hidden units beyond what it
         has set free. The gradients of the residual take the place of what the last norm kept."""
-        work = self.work
-        tokens = min(work.micro_groups, work.prompts_per_gpu) * work.responses * self.sequence
-        return 2.0 * tokens * self.model.intermediate * work.width
+        return 2.0 * self.micro_tokens * self.model.intermediate * self.work.width
 
     def head_workspace(self) -> float:
         """Bytes that the loss adds: it makes the head's gradient in its forward, in fp32, and a tile of logits."""
         work, m = self.work, self.model
         rows = min(work.micro_groups, work.prompts_per_gpu) * work.responses * work.response
-        return 4.0 * m.head_parameters + min(HEAD_TILE, 4.0 * rows * m.vocabulary)
+        gradient = 0.0 if work.lora_rank else 4.0 * m.head_parameters
+        return gradient + min(HEAD_TILE, 4.0 * rows * m.vocabulary)
 
     def standing(self) -> dict[str, float]:
         """Bytes that are there in every phase. On several GPUs weights and optimizer are sharded (FSDP, full shard)."""
         m, work = self.model, self.work
         gathered = 2 * m.layer_parameters * work.width if work.gpus > 1 else 0  # one layer in use, the next on its way
-        cast = 2 * m.layers * m.layer_parameters if work.mixed and work.gpus == 1 else 0
+        # A frozen model is kept in the dtype of the forward.
+        cast = 2 * m.layers * m.layer_parameters if work.mixed and work.gpus == 1 and not work.lora_rank else 0
+        weights = work.width * m.parameters + 4 * self.adapters if work.lora_rank else 4 * m.parameters
         return {
-            "weights": 4 * m.parameters / work.gpus,
+            "weights": weights / work.gpus,
             "optimizer": 8 * self.trained / work.gpus,
             "weights in bf16": float(cast),
             "gathered layers": float(gathered),
@@ -287,4 +275,32 @@ class Plan:
             return "; try --gradient-checkpointing"
         if self.work.micro_groups > 1:
             return "; try --micro-groups 1"
-        return "; use more GPUs, fewer frames or shorter responses"
+        return "; use more GPUs, fewer frames or shorter responses, or let --fit look"
+
+
+def fit(plan: Plan, memory: float) -> tuple[Plan, list[str]] | None:
+    """The plan with the fewest changes that fits in ``memory`` bytes a GPU, and these as options; None if none does.
+
+    In this order: activations once more in the backward, a group behind one prompt, one group at a time (none of which
+    changes what is learned), then LoRA, then up to 64 times the GPUs.
+    """
+    changes: list[tuple[str, dict[str, Any]]] = [
+        ("--gradient-checkpointing", {"checkpointing": True}),
+        ("--share-prompt", {"share_prompt": True}),
+        ("--micro-groups 1", {"micro_groups": 1}),
+    ]
+    lora = ("--lora-rank 64", {"lora_rank": 64})
+    ways = [changes[:count] for count in range(len(changes) + 1)]
+    gpus = plan.work.gpus
+    for factor in (1, 2, 4, 8, 16, 32, 64):
+        more = []
+        if factor > 1:
+            prompts = -(-plan.work.prompts // (gpus * factor)) * gpus * factor
+            more = [(f"--gpus {gpus * factor} --prompts {prompts}", {"gpus": gpus * factor, "prompts": prompts})]
+        for way in [*(way + more for way in ways), [*changes, lora, *more]]:
+            new = {name: value for _, values in way for name, value in values.items()}
+            found = replace(plan, work=replace(plan.work, **new))
+            if found.peak() <= memory:
+                used = [option for option, values in way if any(getattr(plan.work, k) != v for k, v in values.items())]
+                return found, used
+    return None

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from appo.config import ConfigError
 from appo.models.architectures import ARCHITECTURES, Architecture, find_architecture, from_config
-from appo.plan import GIB, Machine, Plan, Workload
+from appo.plan import GIB, Machine, Plan, Workload, fit
 from appo_kernels import frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
 from appo_kernels.ops.frame_mass import op as frame_mass_op
 from appo_kernels.ops.group_divergence import op as group_divergence_op
@@ -186,6 +186,12 @@ def test_flops_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == pytest.approx(3 * plan.head_flop(G * N), rel=WITHIN)
 
 
+def adapted(model: Any, rank: int) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
+
+
 def saved_bytes(model: Any, embedded: Tensor, mask: Tensor, *, mixed: bool) -> int:
     """Bytes of all tensors that a forward keeps for its backward, parameters and their bf16 copies left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -207,9 +213,10 @@ def saved_bytes(model: Any, embedded: Tensor, mask: Tensor, *, mixed: bool) -> i
     return sum(size for size, _ in kept.values())
 
 
+@pytest.mark.parametrize("lora_rank", [0, 8])
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("name", BOTH)
-def test_activations_that_a_layer_keeps(name: str, mixed: bool) -> None:
+def test_activations_that_a_layer_keeps(name: str, mixed: bool, lora_rank: int) -> None:
     """Two depths: their difference is one layer, without what comes before and after."""
     B, S = 2, 120
     sizes = small(name)
@@ -219,8 +226,14 @@ def test_activations_that_a_layer_keeps(name: str, mixed: bool) -> None:
     for layers in (2, 3):
         model = build(replace(sizes, layers=layers)).model.language_model
         model.set_attn_implementation("sdpa")
+        if lora_rank:
+            model = adapted(model.to(torch.bfloat16) if mixed else model, lora_rank)
+            embedded = embedded.detach().to(torch.bfloat16 if mixed else torch.float32).requires_grad_()
         taken.append(saved_bytes(model.train(), embedded, mask, mixed=mixed))
-    plan = Plan(sizes, Workload(frames=1, frame_tokens=1, text=1, response=S - 2 - sizes.frame_text, mixed=mixed))
+    work = Workload(
+        frames=1, frame_tokens=1, text=1, response=S - 2 - sizes.frame_text, mixed=mixed, lora_rank=lora_rank
+    )
+    plan = Plan(sizes, work)
     assert plan.sequence == S
     assert plan.layer_activations() * B * S == pytest.approx(taken[1] - taken[0], rel=WITHIN)
 
@@ -230,12 +243,12 @@ import gc, json, sys, torch
 from appo_kernels import linear_weighted_surrogate
 from appo_kernels.testing import peak_extra_bytes
 from appo.models.loaded import enable_checkpointing
-from tests.test_plan import build, medium
-name, checkpointing = sys.argv[1], sys.argv[2] == "True"
+from tests.test_plan import adapted, build, medium
+name, checkpointing, rank, shared = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), sys.argv[4] == "True"
 torch.set_num_threads(1)
 sizes = medium(name)
 model = build(sizes).model.language_model
-head = torch.nn.Parameter(torch.randn(sizes.vocabulary, sizes.hidden) * 0.02)
+head = torch.nn.Parameter(torch.randn(sizes.vocabulary, sizes.hidden) * 0.02, requires_grad=not rank)
 if checkpointing:
     enable_checkpointing(model)
 model.train()
@@ -245,8 +258,19 @@ B, P, N = 8, 96, 160
 ids = torch.randint(sizes.vocabulary, (B, P + N))
 mask = torch.ones(B, P + N, dtype=torch.long)
 mask[:, :3] = 0
+own = torch.arange(B * N) // N
+everyone = torch.zeros(P + B * N, P + B * N, dtype=torch.bool)
+everyone[:, :P] = everyone[P:, P:] = True
+everyone[P:, P:] &= own[:, None] == own
+everyone.tril_()
+def forward():
+    if not shared:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, P - 1 : P - 1 + N]
+    row = torch.cat([ids[:1, :P], ids[:, P:].reshape(1, -1)], 1)
+    found = model(input_ids=row, attention_mask=everyone[None, None], use_cache=False).last_hidden_state
+    return found[:, P:].view(B, N, -1)
 def step():
-    hidden = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, P - 1 : P - 1 + N]
+    hidden = forward()
     loss = linear_weighted_surrogate(hidden, head, ids[:, P:], torch.full((B, N), -6.0), torch.linspace(-1, 1, B),
                                      torch.ones(B, N)).loss
     loss.backward()
@@ -269,13 +293,25 @@ def medium(name: str) -> Architecture:
     )  # fmt: skip
 
 
-# Both families as they come, and one with gradient checkpointing, whose peak is of another kind.
+# Both families as they come; gradient checkpointing, whose peak is of another kind; adapters, whose frozen layers keep
+# less; a group behind one prompt, with as many tokens less and a mask that is larger; and all of it together.
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "checkpointing"), [(BOTH[0], False), (BOTH[1], False), (BOTH[0], True)])
-def test_peak_memory_of_an_update(name: str, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "lora_rank", "shared"),
+    [
+        (BOTH[0], False, 0, False),
+        (BOTH[1], False, 0, False),
+        (BOTH[0], True, 0, False),
+        (BOTH[0], False, 16, False),
+        (BOTH[1], False, 16, False),
+        (BOTH[0], False, 0, True),
+        (BOTH[0], True, 16, True),
+    ],
+)
+def test_peak_memory_of_an_update(name: str, checkpointing: bool, lora_rank: int, shared: bool) -> None:
     """A process of its own: peak resident memory of forward, loss and backward, in fp32."""
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, name, str(checkpointing)],
+        [sys.executable, "-c", MEASURE, name, str(checkpointing), str(lora_rank), str(shared)],
         capture_output=True,
         text=True,
         check=True,
@@ -285,15 +321,15 @@ def test_peak_memory_of_an_update(name: str, checkpointing: bool) -> None:
     sizes = medium(name)
     work = Workload(
         frames=1, frame_tokens=1, text=95 - sizes.frame_text, response=160, prompts=1, mixed=False,
-        checkpointing=checkpointing, foreach=False,
+        checkpointing=checkpointing, foreach=False, lora_rank=lora_rank, share_prompt=shared,
     )  # fmt: skip
     plan = Plan(sizes, work)
     assert plan.sequence == 256
     parts = plan.update_bytes() | {"gradients": 0.0}
     mib = {part: round(size / 2**20, 1) for part, size in parts.items()}
-    print(name, checkpointing, mib, {key: size / 2**20 for key, size in measured.items()})
+    print(name, checkpointing, lora_rank, shared, mib, {key: size / 2**20 for key, size in measured.items()})
     assert sum(parts.values()) == pytest.approx(measured["extra"], rel=WITHIN)
-    assert 16 * sizes.text_parameters == measured["standing"]  # weights, gradients, two moments
+    assert 16 * plan.trained == measured["standing"]  # weights, gradients, two moments of what is trained
 
 
 @pytest.mark.parametrize(
@@ -314,6 +350,47 @@ def test_more_work_costs_more() -> None:
     saved = Plan(base.model, replace(base.work, checkpointing=True))
     assert saved.peak() < base.peak() and saved.update_flop() > base.update_flop()
     assert math.isclose(sum(saved.seconds(1e12, 1e30).values()), sum(saved.flop().values()) / 1e12)
+
+
+def test_what_each_setting_brings() -> None:
+    base = Plan(ARCHITECTURES["Qwen2.5-VL-7B"], Workload())
+    adapters = Plan(base.model, replace(base.work, lora_rank=64))
+    assert adapters.trained < base.trained / 100 and adapters.peak() < base.peak() / 2
+    assert adapters.update_flop() < base.update_flop()
+    assert Plan(base.model, replace(base.work, lora_rank=128)).peak() > adapters.peak()
+    shared = Plan(base.model, replace(base.work, share_prompt=True))
+    assert shared.group_tokens == 1150 + 8 * 384 and base.group_tokens == 8 * (1150 + 384)
+    assert shared.activations() < base.activations() and shared.score_flop() < base.score_flop()
+
+
+def test_a_fit_is_the_first_that_fits() -> None:
+    base = Plan(ARCHITECTURES["Qwen2.5-VL-7B"], Workload(micro_groups=4))
+    found = fit(base, 1000 * GIB)
+    assert found is not None and found == (base, [])
+    for memory in (150, 80, 24):
+        found = fit(base, memory * GIB)
+        assert found is not None
+        plan, options = found
+        assert plan.peak() <= memory * GIB < base.peak() and options
+        assert [o for o in options if "--lora-rank" in o] == (["--lora-rank 64"] if plan.work.lora_rank else [])
+        assert plan.work.prompts % plan.work.gpus == 0
+    large = fit(Plan(ARCHITECTURES["Qwen2.5-VL-72B"], Workload()), 80 * GIB)
+    assert large is not None and large[0].work.gpus > 1
+    assert fit(base, 1.0) is None
+
+
+def test_the_command_finds_options_that_fit() -> None:
+    from typer.testing import CliRunner
+
+    from appo.cli import app
+
+    found = CliRunner().invoke(app, ["plan", "--model", "Qwen2.5-VL-7B", "--memory", "24", "--fit"])
+    assert found.exit_code == 0
+    first = found.output.splitlines()[0]
+    assert first.startswith("Fits with: --gradient-checkpointing") and "fits in 24 GiB" in found.output
+    options = first.removeprefix("Fits with: ").split()
+    again = CliRunner().invoke(app, ["plan", "--model", "Qwen2.5-VL-7B", "--memory", "24", *options])
+    assert again.exit_code == 0 and found.output.endswith(again.output)
 
 
 def test_errors_name_the_field() -> None:
