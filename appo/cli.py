@@ -13,6 +13,8 @@ try:
 except ModuleNotFoundError:
     sys.exit("appo: the command line needs the training packages. Install them with: pip install 'appo[train]'")
 
+from appo.cli_data import data_app
+
 if TYPE_CHECKING:
     from appo.config import APPOConfig
 
@@ -23,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: key=value ...")]
 Model = Annotated[str, typer.Option(help="Folder or hub name of the model.")]
@@ -113,11 +117,15 @@ def train(
     from appo.train.setup import load_model
     from appo.train.trainer import Trainer
 
-    records = load_records(settings.data, data_root=settings.data_root, seed=settings.seed)
-    held_out = []
-    if settings.eval_data:
-        held_out = load_records(settings.eval_data, data_root=settings.data_root, seed=settings.seed)
-    check_media([*records, *held_out])
+    source: dict[str, Any] = {
+        "data_root": settings.data_root,
+        "seed": settings.seed,
+        "allow_outside": settings.allow_outside,
+    }
+    records = load_records(settings.data, **source)
+    held_out = load_records(settings.eval_data, **source) if settings.eval_data else []
+    for part in (records, held_out):
+        check_media(part)
     model, processor = load_model(settings)
     output = Trainer(model, processor, records, config=settings, eval_dataset=held_out).train()
     typer.echo(f"Run folder: {output}    Curves: appo report {output}")
@@ -148,7 +156,7 @@ def evaluate_model(
     from appo.train.evaluate import evaluate
     from appo.train.setup import load_model
 
-    records = load_records(data, data_root=data_root, limit=limit)
+    records = load_records(data, data_root=data_root, limit=limit, allow_outside=settings.allow_outside)
     check_media(records)
     loaded, processor = load_model(settings)
     answers: list[dict] = []

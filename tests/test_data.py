@@ -256,7 +256,8 @@ def test_error_says_what_came(tmp_path: Path) -> None:
         ("x.json", "[3]", "record 0: expected an object with fields, got int"),
         ("x.jsonl", '\n{"a": ', r"record 1 \(line 2\): expected JSON"),
         ("x.jsonl", "\n\n", "expected at least one record, got none"),
-        ("x.csv", "a,b", r"expected a file that ends in .json or .jsonl, got '.csv'"),
+        ("x.txt", "a,b", r"expected a file that ends in .json, .jsonl, .* got '.txt'"),
+        ("x.csv", "a,b", "expected at least one record, got none"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path: Path, name: str, content: str, message: str) -> None:

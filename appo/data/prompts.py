@@ -4,10 +4,12 @@ Everything of one prompt is kept apart (its ids, its pixels), so that groups can
 the vision tower runs once per prompt, not once per response.
 """
 
-from collections import OrderedDict
+import re
+import threading
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,8 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from appo.config import APPOConfig
+from appo.data.math_answers import reads
+from appo.data.media import check_spans, load_clip, load_image
 from appo.data.records import DataError, Record
-from appo.data.video import Clip, VideoError, read_video
+from appo.data.video import Clip
 from appo.recording.frame_ids import frame_ids
 
 # Processor outputs with one row per token; everything else is per video or per image.
@@ -47,12 +51,27 @@ def prompt_messages(record: Record, *, instructions: bool = True) -> list[dict[s
     the format.
     """
     text = "\n".join((record.question, *record.options, *([ANSWER_PROMPTS[record.kind]] if instructions else [])))
-    content: list[dict[str, Any]] = [{"type": media.kind, media.kind: str(media.path)} for media in record.media]
-    user = {"role": "user", "content": [*content, {"type": "text", "text": text}]}
+    user = {"role": "user", "content": _placed(record, text)}
     if not instructions:
         return [user]
     system = SYSTEM_PROMPT + (TIME_PROMPT if record.asks_time else "")
     return [{"role": "system", "content": [{"type": "text", "text": system}]}, user]
+
+
+def _placed(record: Record, text: str) -> list[dict[str, Any]]:
+    """The media and the text; media stand where the question has <image> and <video> for all of them, else in front."""
+    parts = [{"type": media.kind, media.kind: str(media.path)} for media in record.media]
+    pieces = re.split(r"<(image|video)>", text)
+    if not parts or sorted(pieces[1::2]) != sorted(media.kind for media in record.media):
+        return [*parts, {"type": "text", "text": text}]
+    of_kind = {kind: iter([part for part in parts if part["type"] == kind]) for kind in ("image", "video")}
+    content: list[dict[str, Any]] = []
+    for place, piece in enumerate(pieces):
+        if place % 2:
+            content.append(next(of_kind[piece]))
+        elif piece.strip():
+            content.append({"type": "text", "text": piece})
+    return content
 
 
 @dataclass
@@ -68,12 +87,28 @@ class Prompt:
     )  # (P,) frame of each token or -1
     num_frames: int = 0  # F
     text: str = ""  # the rendered chat, as the processor got it
-    clips: tuple[Clip, ...] = ()  # the sampled frames of each video, for rollout engines and pages
-    images: tuple[Image.Image, ...] = ()
+    builder: "PromptBuilder | None" = field(default=None, repr=False)
     frame_times: list[tuple[float, float]] = field(default_factory=list)  # F spans (first, last sample) in seconds
 
     def __len__(self) -> int:
         return self.input_ids.numel()
+
+    @property
+    def clips(self) -> tuple[Clip, ...]:
+        """The sampled frames of each video, for rollout engines and pages: decoded again, since none are kept."""
+        return tuple(self.builder.clips(self.record)) if self.builder else ()
+
+    @property
+    def images(self) -> tuple[Image.Image, ...]:
+        """The images at the size in which the model sees them, read again."""
+        pictures = self.builder.images(self.record) if self.builder else []
+        return tuple(Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in pictures)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the prompt's tensors take."""
+        tensors = [self.input_ids, self.frame_ids, *self.vision.values()]
+        return sum(t.nbytes for t in tensors + ([] if self.token_types is None else [self.token_types]))
 
     def crucial_frames(self) -> list[int]:
         """Frames that were sampled within one of the record's time spans [start, end); empty where none are known.
@@ -96,46 +131,115 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Decodes and tokenises records, keeping the last ``cache`` prompts; can do so ahead of time in a thread."""
+    """Decodes and tokenises records, and keeps the latest prompts up to ``config.prompt_cache_gib``.
 
-    def __init__(self, processor: Any, model_config: Any, config: APPOConfig, *, cache: int = 1024) -> None:
+    It can do so ahead of time in a thread of its own, which waits while prompts that nobody has taken yet fill the
+    cache. Prompts are known by `Record.key`, never by id alone.
+    """
+
+    def __init__(self, processor: Any, model_config: Any, config: APPOConfig) -> None:
         self.processor, self.model_config, self.config = processor, model_config, config
-        self._prompts: OrderedDict[str, Future[Prompt]] = OrderedDict()  # by record; an error is raised when asked for
-        self._size = cache
+        self._limit = int(config.prompt_cache_gib * 2**30)
+        self._prompts: OrderedDict[Any, Future[Prompt]] = OrderedDict()  # an error is raised when asked for
+        self._waiting: deque[Record] = deque()
+        self._sizes: dict[Any, int] = {}  # bytes of those that are done
+        self._untaken: set[Any] = set()
+        self._lock = threading.RLock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
+        sizes = video_processor(processor)
+        self._temporal_patch = sizes.temporal_patch_size
+        self._picture = {"max_pixels": config.max_pixels, "factor": sizes.patch_size * sizes.merge_size}
 
     def __call__(self, record: Record) -> Prompt:
-        self.prefetch([record])
-        return self._prompts[record.id].result()
+        """The prompt of ``record``. Raises DataError naming it where it cannot be built."""
+        key = record.key
+        with self._lock:
+            future = self._prompts.get(key) or self._start(key, record)
+            self._prompts.move_to_end(key)
+        try:
+            prompt = future.result()
+        finally:
+            with self._lock:
+                self._untaken.discard(key)
+                self._make_room()
+                self._go_on()
+        # Records of one key may differ in what they are counted under (``task``).
+        return prompt if prompt.record is record else replace(prompt, record=record)
 
     def prefetch(self, records: Iterable[Record]) -> None:
         """Start on ``records`` in the background, in order."""
-        for record in records:
-            if record.id in self._prompts:
-                self._prompts.move_to_end(record.id)
-            else:
-                self._prompts[record.id] = self._thread.submit(self._build, record)
-        while len(self._prompts) > self._size:
-            self._prompts.popitem(last=False)
+        with self._lock:
+            self._waiting = deque(records)
+            for record in self._waiting:
+                if record.key in self._prompts:
+                    self._prompts.move_to_end(record.key)
+            self._go_on()
+
+    def clips(self, record: Record) -> list[Clip]:
+        """The sampled frames of a record's videos, as the model sees them; decoded again, since none are kept."""
+        config = self.config
+        sampling = {"fps": config.fps, "max_frames": config.max_frames, "timeout": config.decode_timeout}
+        sampling |= {"decoder": config.video_decoder, **self._picture}
+        return [load_clip(medium, record, **sampling) for medium in record.media if medium.kind == "video"]
+
+    def images(self, record: Record) -> list[Tensor]:
+        """A record's images, (3, H, W) uint8 each, as the model sees them."""
+        return [load_image(medium, record, **self._picture) for medium in record.media if medium.kind == "image"]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of all prompts that are kept."""
+        return sum(self._sizes.values())
+
+    def _start(self, key: Any, record: Record) -> "Future[Prompt]":
+        future = self._thread.submit(self._build, record)
+        self._prompts[key] = future
+        self._untaken.add(key)
+        future.add_done_callback(lambda done: self._done(key, done))
+        return future
+
+    def _done(self, key: Any, future: "Future[Prompt]") -> None:
+        with self._lock:
+            if self._prompts.get(key) is future:
+                failed = future.cancelled() or future.exception() is not None
+                self._sizes[key] = 4096 if failed else future.result().nbytes
+            self._make_room()
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Start the next record that waits, one at a time, unless what nobody has taken fills the cache."""
+        if any(not future.done() for future in self._prompts.values()):
+            return
+        while self._waiting:
+            if sum(self._sizes.get(key, 0) for key in self._untaken) >= self._limit:
+                return
+            record = self._waiting.popleft()
+            if record.key not in self._prompts:
+                self._start(record.key, record)
+                return
+
+    def _make_room(self) -> None:
+        """Drop what was used longest ago, and nothing that is still to be taken."""
+        total = sum(self._sizes.values())
+        for key in [key for key in self._prompts if key in self._sizes and key not in self._untaken]:
+            if total <= self._limit:
+                return
+            total -= self._sizes.pop(key)
+            del self._prompts[key]
 
     def _build(self, record: Record) -> Prompt:
-        sizes = video_processor(self.processor)
-        factor = sizes.patch_size * sizes.merge_size
-        images, clips = [], []
-        for media in record.media:
-            try:
-                if media.kind == "image":
-                    images.append(Image.open(media.path).convert("RGB"))
-                else:
-                    clips.append(self._read(media.path, factor))
-            except (VideoError, OSError) as error:
-                raise DataError(f"record {record.id!r}: {media.kind} {media.path}: {error}") from error
+        if record.kind in ("numerical", "math") and record.answer and not reads(record.answer):
+            raise DataError(f"{record.place}: `answer`: expected a number or expression, got {record.answer!r}.")
+        self._check_text(record)
+        images, clips = self.images(record), self.clips(record)
+        check_spans(record, clips)
         text = self.processor.apply_chat_template(
             prompt_messages(record, instructions=self.config.instructions), add_generation_prompt=True, tokenize=False
         )
         options: dict[str, Any] = {}
         if images:
             options["images"] = images
+            options["images_kwargs"] = {"do_resize": False}
         if clips:
             options["videos"] = [clip.frames for clip in clips]
             options["videos_kwargs"] = {
@@ -159,21 +263,19 @@ class PromptBuilder:
             frame_ids=ids.ids[0],
             num_frames=int(ids.num_frames[0]),
             text=text,
-            clips=tuple(clips),
-            images=tuple(images),
-            frame_times=_frame_times(clips, sizes.temporal_patch_size),
+            builder=self,
+            frame_times=_frame_times(clips, self._temporal_patch),
         )
 
-    def _read(self, path: Any, factor: int) -> Clip:
-        return read_video(
-            path,
-            fps=self.config.fps,
-            max_frames=self.config.max_frames,
-            max_pixels=self.config.max_pixels,
-            factor=factor,
-            timeout=self.config.decode_timeout,
-            decoder=self.config.video_decoder,
-        )
+    def _check_text(self, record: Record) -> None:
+        """Refuse the processor's own placeholders in a question: they would be taken for images or frames."""
+        names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
+        tokens = [token for name in names if isinstance(token := getattr(self.processor, name, None), str)]
+        for token in tokens:
+            if token and any(token in text for text in (record.question, *record.options)):
+                raise DataError(
+                    f"{record.place}: `question`: expected text, got the model's own token {token!r} in it."
+                )
 
 
 def video_processor(processor: Any) -> Any:

@@ -1,14 +1,13 @@
-"""Records of video questions: one class for every published format, read from .json or .jsonl, checked field by field.
+"""A record: one question about a video, images or nothing but text. docs/data.md has the formats it is read from."""
 
-``appo.data.formats`` knows how each format spells its fields; this module has what they become (docs/data.md).
-"""
-
-from dataclasses import dataclass, field
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 KINDS = ("multiple choice", "numerical", "ocr", "free-form", "regression", "math")
 MEDIA_KINDS = ("video", "image")
+SLACK = 1.0  # seconds that a span may end behind a clip: published times are rounded
 
 
 class DataError(ValueError):
@@ -17,11 +16,21 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Media:
-    """One video or image of a record; ``field`` is where the record names it, for error messages."""
+    """One video or image of a record; ``field`` is where the record names it, for error messages.
+
+    A video is a file (a folder of frames counts as one), or the frames themselves; it may be the segment from ``start``
+    to ``end`` seconds of it. ``data`` are the bytes of a file that the record holds itself, as in Parquet.
+    """
 
     kind: str  # "video" | "image"
     path: Path
     field: str = "path"
+    frames: tuple[Path, ...] = ()
+    fps: float | None = None  # of ``frames``
+    start: float | None = None
+    end: float | None = None
+    data: bytes | None = dataclasses.field(default=None, repr=False)
+    root: Path | None = None  # the folder that ``path`` must lie in, links resolved; None: anywhere
 
 
 @dataclass(frozen=True)
@@ -29,8 +38,8 @@ class Record:
     """One question about a video.
 
     ``options`` are lettered, "A. a red ball"; ``answer`` is then the letter, else the text or number. ``time_spans``
-    are the (start, end) seconds that decide the question, where known. ``meta`` keeps what a format has beyond the
-    fields, and "file" and "index", which say where the record was read.
+    are the (start, end) seconds of the file that decide the question, where known. ``meta`` keeps what a format has
+    beyond the fields, and "file" and "index", which say where the record was read.
     """
 
     id: str
@@ -42,7 +51,7 @@ class Record:
     time_spans: tuple[tuple[float, float], ...] = ()
     duration: float | None = None  # seconds
     source: str = ""
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def asks_time(self) -> bool:
@@ -53,3 +62,10 @@ class Record:
     def place(self) -> str:
         """Where the record comes from, as error messages begin: file, index and id."""
         return f"{self.meta.get('file', 'record')}: record {self.meta.get('index', '?')} (id {self.id!r})"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What tells a record from all others: its file and place there, and what is asked. Ids may be equal."""
+        place = (self.meta.get("file"), self.meta.get("index"))
+        asked = (self.question, self.answer, self.kind, self.options, self.media, self.time_spans, self.asks_time)
+        return (*place, self.id, *asked)

@@ -72,13 +72,14 @@ def draw_group(trainer: Trainer, group: Group, output: Path) -> list[Path]:
     trainer.score([group])
     trainer.select([group])
     trainer.weigh([group])
-    if not group.prompt.clips or group.mass is None or group.target_frames is None:
+    clips = group.prompt.clips
+    if not clips or group.mass is None or group.target_frames is None:
         raise DataError(
             f"{record.place}: expected a record with a video, got {[media.kind for media in record.media]}."
         )
     return write_inspection(
         output,
-        frames=pictures(group.prompt.clips, video_processor(trainer.processor).temporal_patch_size),
+        frames=pictures(clips, video_processor(trainer.processor).temporal_patch_size),
         times=group.prompt.frame_times,
         tokens=token_texts(group, trainer.processor),
         mass=group.mass,

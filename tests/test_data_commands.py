@@ -1,0 +1,102 @@
+"""appo data check and convert: what they find, print and return."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from appo.cli import app
+from appo.data.check import check_file
+from appo.tasks import make_task
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_task(tmp_path_factory.mktemp("task"), seed=1, sizes={"train": 3}, workers=1)["train"]
+
+
+def run(*arguments: Any) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["data", *map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+def test_a_file_without_fault(clips: Path) -> None:
+    code, output = run("check", clips)
+    assert code == 0
+    for text in ("records      3 (multiple choice 3)", "videos 3; 3 decoded", "4.0 to 4.0 s", "Prompt of ", "answer: "):
+        assert text in output, output
+    assert "<video " in output and "system: You watch" in output
+
+
+def test_everything_that_is_wrong_is_counted_and_named(clips: Path, tmp_path: Path) -> None:
+    good = json.loads(clips.read_text())
+    for row in good:
+        os.link(clips.parent / row["path"], tmp_path / Path(row["path"]).name)
+        row["path"] = Path(row["path"]).name
+    whole = (tmp_path / good[0]["path"]).read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(whole[: len(whole) // 2])
+    Image.fromarray(np.zeros((10, 3000, 3), np.uint8)).save(tmp_path / "thin.png")
+    image = {"data_type": "image", "problem_type": "numerical", "problem": "?", "solution": "<answer>1</answer>"}
+    lines = [
+        json.dumps(good[0]),
+        "{broken",
+        json.dumps(good[1] | {"problem_id": good[0]["problem_id"]}),
+        json.dumps(good[2] | {"solution": "<answer>Z</answer>"}),
+        json.dumps(good[2] | {"path": "gone.mp4"}),
+        json.dumps(good[2] | {"path": "cut.mp4", "problem_id": "cut"}),
+        json.dumps(image | {"path": "thin.png"}),
+        json.dumps({"question": "what?", "answer": "\\frac{", "kind": "math"}),
+        json.dumps(good[2] | {"time_spans": [[90, 95]], "duration": None, "problem_id": "beyond"}),
+    ]
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(lines))
+    found = check_file(path)
+    counts = {"broken": 3, "truths": 1, "missing": 1, "undecodable": 2, "equal ids": 1}
+    assert dict(found.counts) == counts and found.records == 7 and not found.clean
+    for problem, words in (
+        ("broken", "record 1 (line 2)"), ("broken", "field `solution`"), ("broken", "spans within the clip of 4 s"),
+        ("truths", "math-verify reads no"), ("missing", "gone.mp4"), ("undecodable", "cut.mp4"),
+        ("undecodable", "thin.png"), ("equal ids", "of records 0, 2"),
+    ):  # fmt: skip
+        assert any(words in message for message in found.messages[problem]), (problem, words, found.messages)
+    code, output = run("check", path, "--show", 1)
+    assert code == 1 and "broken       3 records that cannot be read" in output and "and 2 more" in output
+    code, output = run("check", path, "--decode", 0)
+    assert code == 1 and "0 decoded" in output and "undecodable  0" in output
+
+
+def test_a_sample_is_decoded(clips: Path) -> None:
+    assert check_file(clips, decode=2).decoded == 2
+    assert check_file(clips, decode=2, seed=3).decoded == 2
+    phases = []
+    check_file(clips, decode=1, show=lambda *seen: phases.append(seen))
+    assert phases == [("records", 1, None), ("records", 2, None), ("records", 3, None), ("media", 1, 1)]
+
+
+def test_files_that_cannot_be_checked(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('[{"question": "a", "answer": "b"}, ')
+    code, output = run("check", tmp_path / "x.json")
+    assert code == 1 and "expected JSON" in output
+    code, _ = run("check", tmp_path / "gone.json")
+    assert code not in (0, None)
+    (tmp_path / "empty.jsonl").write_text("")
+    assert run("check", tmp_path / "empty.jsonl")[0] == 1
+
+
+def test_convert_writes_what_loads_and_spares_what_is_there(clips: Path, tmp_path: Path) -> None:
+    output = tmp_path / "ours.jsonl"
+    code, text = run("convert", clips, output)
+    assert code == 0 and "3 records" in text and f"data_root={clips.parent}" in text
+    assert run("check", output, "--data-root", clips.parent)[0] == 0
+    before = output.read_bytes()
+    assert run("convert", clips, output)[0] not in (0, None)
+    assert output.read_bytes() == before
+    assert run("convert", clips, output, "--force")[0] == 0
+    assert run("convert", output, output, "--force")[0] not in (0, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["ours.jsonl"]
