@@ -221,7 +221,7 @@ def test_records_are_read_from_the_file_when_they_are_asked_for(
 ) -> None:
     from appo.data import rows
 
-    monkeypatch.setattr(rows, "KEPT", 0)
+    monkeypatch.setattr(rows, "LARGE", 0)
     for name in ("r.json", "r.jsonl"):
         path = write(
             tmp_path,
@@ -234,6 +234,28 @@ def test_records_are_read_from_the_file_when_they_are_asked_for(
         path.write_text(path.read_text() + " ")
         with pytest.raises(DataError, match="one that has changed"):
             records[5]
+
+
+def test_a_large_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    from appo.data import load, rows
+
+    monkeypatch.setattr(rows, "LARGE", 0)
+    monkeypatch.setenv("APPO_CACHE", str(tmp_path / "cache"))
+    for name in ("r.json", "r.jsonl"):
+        path = write(tmp_path, *(CHOICE | {"problem_id": i // 2} for i in range(50)), name=name)
+        first = list(load_records(path))
+        with monkeypatch.context() as patch:
+            patch.setattr(load, "_scan", None)
+            caplog.clear()
+            again = load_records(path)
+            assert again == first and again[7:9] == first[7:9] and load_records(path, limit=3) == first[:3]
+            assert "25 ids are given to more than one record" in caplog.text
+            with pytest.raises(TypeError):
+                load_records(path, data_root=tmp_path.parent)  # checked again: paths are judged by the root
+        write(tmp_path, CHOICE | {"solution": "?"}, *(CHOICE for i in range(49)), name=name)
+        for _ in range(2):
+            with pytest.raises(DataError, match="record 0"):
+                load_records(path)
 
 
 def test_equal_ids_are_reported_and_kept_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

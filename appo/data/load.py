@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
+from appo.data import checked_index
 from appo.data.fields import shown
 from appo.data.formats import parse_record
 from appo.data.media import locate
@@ -85,6 +86,25 @@ def load_records(
         raise DataError(f"load_records: `limit`: expected at least 1, got {limit}. Leave it out to read all records.")
     if on_broken not in ("stop", "skip"):
         raise DataError(f"load_records: `on_broken`: expected stop or skip, got {on_broken!r}.")
+    root = _root(Path(path), data_root)
+    notice = checked_index.restore(rows, root, allow_outside)
+    if notice is None:
+        numbers, notice = _scan(Path(path), rows, parse, limit, on_broken)
+        if len(numbers) == len(rows) and limit is None:
+            checked_index.keep(rows, root, allow_outside, notice)
+    else:
+        numbers = array("q", range(min(len(rows), limit or len(rows))))
+    if notice:
+        logger.warning(notice)
+    if not numbers:
+        raise DataError(f"{path}: expected at least one record, got none. docs/data.md has the formats.")
+    return Records(rows, parse, numbers)
+
+
+def _scan(
+    path: Path, rows: Rows, parse: Callable[[Any, int], Record], limit: int | None, on_broken: str
+) -> tuple["array[int]", str]:
+    """The numbers of the records that can be used, and what there is to say of equal ids."""
     numbers, ids = array("q"), EqualIds()
     broken = 0
     for number, (index, raw) in enumerate(rows.scan()):
@@ -102,16 +122,19 @@ def load_records(
             break
     if broken:
         logger.warning("%s: %d of %d records cannot be used and are left out", path, broken, broken + len(numbers))
-    if not numbers:
-        raise DataError(f"{path}: expected at least one record, got none. docs/data.md has the formats.")
-    records = Records(rows, parse, numbers)
-    if equal := ids.groups():
-        first = [records[numbers.index(number)] for number in equal[0][:2]]
-        logger.warning(
-            "%s: %d ids are given to more than one record, such as %s to records %s and %s; they are kept apart by "
-            "their place in the file", path, len(equal), shown(first[0].id), *(record.meta["index"] for record in first)
-        )  # fmt: skip
-    return records
+    equal = ids.groups()
+    if not equal:
+        return numbers, ""
+    first = [parse(rows.read(number), rows.index(number)) for number in equal[0][:2]]
+    places = " and ".join(str(record.meta["index"]) for record in first)
+    return numbers, (
+        f"{path}: {len(equal)} ids are given to more than one record, such as {shown(first[0].id)} to records "
+        f"{places}; they are kept apart by their place in the file"
+    )
+
+
+def _root(path: Path, data_root: str | Path | None) -> Path:
+    return Path(data_root) if data_root is not None else path.parent
 
 
 def open_records(
@@ -126,7 +149,7 @@ def open_records(
         raise DataError(f"{shown(str(path))}: expected the path of a file of records: {error}.") from error
     if data_root is not None and not Path(data_root).is_dir():
         logger.warning("data_root: no such folder: %s", data_root)
-    root = Path(data_root) if data_root is not None else path.parent
+    root = _root(path, data_root)
     try:
         rows = open_rows(path)
     except OSError as error:

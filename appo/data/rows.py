@@ -27,7 +27,7 @@ from appo.data.strict_json import JSONError
 ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow")
 LARGEST = 64 << 20  # bytes of one record
 CHUNK = 1 << 20
-KEPT = 8 << 20  # bytes of a file that is kept in memory
+LARGE = 8 << 20  # bytes of a file that is not kept in memory
 
 _SPACE = re.compile(r"[ \t\r\n]*")
 _lock = threading.Lock()
@@ -89,7 +89,7 @@ def _unpacked(path: Path, suffix: str) -> Path:
     return cached(path, suffix, make)
 
 
-class _Spans:
+class SpanRows:
     """Rows that are stretches of bytes of a file; one that is not kept in memory may not change."""
 
     text = False
@@ -100,7 +100,8 @@ class _Spans:
         self._file = source.open("rb")
         self._state = self._now()
         # A small file is kept, so that it may be written again while its records are in use.
-        self._kept = self._file.read() if self._state[0] <= KEPT else None
+        self.large = self._state[0] > LARGE
+        self._kept = None if self.large else self._file.read()
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -151,7 +152,7 @@ def _or_error(read: Callable[[Any, int], Any], value: Any, index: int) -> Any:
         return error
 
 
-class LineRows(_Spans):
+class LineRows(SpanRows):
     """JSON lines; blank lines are passed over and still counted."""
 
     def place(self, index: int) -> str:
@@ -167,7 +168,7 @@ class LineRows(_Spans):
                 place += len(line)
 
 
-class JSONRows(_Spans):
+class JSONRows(SpanRows):
     """A JSON list of records, or the records one after another as in JSON lines.
 
     An object around the list ({"data": [...]}), or one with an object per video (TempCompass), is read whole.
@@ -324,7 +325,7 @@ class _Window:
             return start, len(text), value
 
 
-class CSVRows(_Spans):
+class CSVRows(SpanRows):
     """Rows of a table with a header line; every value is text, and an empty cell is no value."""
 
     text = True
