@@ -35,10 +35,10 @@ def keep(rows: Rows, root: Path, allow_outside: bool, notice: str) -> None:
     place = _place(rows, root, allow_outside)
     if place is None or not isinstance(rows, SpanRows):
         return
-    parts = {name: np.frombuffer(getattr(rows, name), np.int64) for name in ("starts", "sizes", "indices")}
+    starts, sizes, indices = (np.frombuffer(getattr(rows, name), np.int64) for name in ("starts", "sizes", "indices"))
     place.parent.mkdir(parents=True, exist_ok=True)
     partial = place.with_suffix(f".{id(rows)}.npz")
-    np.savez(partial, notice=np.array(notice), **parts)
+    np.savez(partial, notice=np.array(notice), starts=starts, sizes=sizes, indices=indices)
     partial.replace(place)
 
 

@@ -178,7 +178,11 @@ class PromptBuilder:
     def clips(self, record: Record) -> list[Clip]:
         """The sampled frames of a record's videos, as the model sees them; decoded again, since none are kept."""
         config = self.config
-        sampling = {"fps": config.fps, "max_frames": config.max_frames, "timeout": config.decode_timeout}
+        sampling: dict[str, Any] = {
+            "fps": config.fps,
+            "max_frames": config.max_frames,
+            "timeout": config.decode_timeout,
+        }
         sampling |= {"decoder": config.video_decoder, **self._picture}
         return [load_clip(medium, record, **sampling) for medium in record.media if medium.kind == "video"]
 
