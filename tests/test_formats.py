@@ -249,6 +249,7 @@ BROKEN = {
     "an answer that is an object": (PLAIN | {"answer": {"a": 1}}, "answer"),
     "a frame that is no path": (FRAMES | {"frames": ["f/1.jpg", 2]}, "frames"),
     "no frames": (FRAMES | {"frames": []}, "frames"),
+    "a kind without options": (PLAIN | {"kind": "numerical", "options": ["3", "4"]}, "kind"),
     "a kind that there is not": (PLAIN | {"kind": "essay"}, "kind"),
     "ours with a medium of another kind": ({"id": "1", "kind": "math", "question": "x", "answer": "1", "media": [{"kind": "audio"}]}, "media"),
 }  # fmt: skip

@@ -25,11 +25,16 @@ class ArrowRows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        pa = _pyarrow(path)
+        self.table = self._open()
+
+    def _open(self) -> Any:
+        pa = _pyarrow(self.path)
         try:
-            self.table = pa.concat_tables([_table(pa, part) for part in _parts(path)], promote_options="default")
+            return pa.concat_tables([_table(pa, part) for part in _parts(self.path)], promote_options="default")
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{path}: expected Parquet or Arrow, got a file that does not read: {error}.") from error
+            raise DataError(
+                f"{self.path}: expected Parquet or Arrow, got a file that does not read: {error}."
+            ) from error
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -44,11 +49,13 @@ class ArrowRows:
         """Rows with True in place of the bytes of files: a file of images is gone through without reading them."""
         pa = _pyarrow(self.path)
         index = 0
-        for batch in self.table.to_batches(max_chunksize=1000):
+        # A mapping of its own: pages that were gone through do not count as this process's memory afterwards.
+        for batch in self._open().to_batches(max_chunksize=1000):
             light = {name: _without_bytes(pa, batch.column(name)) for name in batch.schema.names}
             for row in pa.table(light).to_pylist():
                 yield index, row
                 index += 1
+        pa.default_memory_pool().release_unused()
 
 
 def _without_bytes(pa: Any, column: Any) -> Any:

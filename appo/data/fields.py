@@ -301,7 +301,8 @@ def _is_image(value: Any) -> bool:
 def _leaves(root: Path, text: str) -> bool:
     """Whether a path points outside ``root`` by what is written in it; links are looked at when it is opened."""
     if re.match(r"[/\\~]|[A-Za-z]:[/\\]", text):
-        return not Path(text).is_absolute() or not Path(text).is_relative_to(root.absolute()) or ".." in text
+        roots = (root.absolute(), root.resolve())
+        return ".." in text or not any(Path(text).is_relative_to(folder) for folder in roots)
     depth = 0
     for part in text.replace("\\", "/").split("/"):
         depth += {"..": -1, ".": 0, "": 0}.get(part, 1)

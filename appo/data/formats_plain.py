@@ -41,7 +41,7 @@ def question_and_answer(
     media = media_of(fields) if media is None else media
     question = _placed(fields, question_field, question, media)
     answer = _final(answer)
-    names = [name for name in ("options", "choices", "candidates") if name in fields.raw]
+    names = [name for name in ("options", "choices", "candidates") if fields.raw.get(name, []) != []]
     if names:
         options = fields.options(names[0])
     else:
@@ -52,8 +52,10 @@ def question_and_answer(
     kinds = {kind: kind for kind in KINDS} | {"OCR": "ocr"}
     named = next((name for name in ("kind", "problem_type") if name in fields.raw), None)
     kind = kinds[fields.choice(named, tuple(kinds))] if named else _kind(answer, bool(options))
-    if kind != "multiple choice":
-        options = ()
+    if kind != "multiple choice" and names:
+        fields.fail(named or "kind", "multiple choice, since the record has options", kind)
+    if kind != "multiple choice":  # what stands in the question is part of it
+        question, options = ("\n".join((question, *options)), ()) if options else (question, options)
     grounding = fields.flag("grounding")
     meta: dict[str, Any] = {"grounding": True} if grounding else {}
     meta |= {"task": fields.text("task")} if "task" in fields.raw else {}
