@@ -60,7 +60,7 @@ def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable
 
 
 def _names_the_data(error: Exception) -> bool:
-    """Whether the error says what is wrong with a record, clip or run folder; asked only once there is one."""
+    """True for errors about a record, clip or run folder; their modules are loaded only once there is an error."""
     from appo.data.records import DataError
     from appo.data.video import VideoError
     from appo.reports.runs import ReportError

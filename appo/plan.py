@@ -1,4 +1,4 @@
-"""What a training step will cost, before anything is loaded: `appo plan`. docs/performance.md has the cost model.
+"""Memory and work of a training step, before anything is loaded: `appo plan`. docs/performance.md has the model.
 
 Everything follows from the sizes of a model (`Architecture`) and of the work (`Workload`). FLOPs are counted as
 torch.utils.flop_counter does: two per multiply-add of matrix products, attention as the full square. Memory is that of

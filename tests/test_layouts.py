@@ -129,3 +129,8 @@ def test_a_layout_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_page_has_the_table() -> None:
     assert layout_table() in DOCS.read_text(), "docs/models.md: write the table of appo.models.layouts.layout_table()"
+    readme = (DOCS.parents[1] / "README.md").read_text()
+    row = next(line for line in readme.splitlines() if line.startswith("| ") and "docs/models.md" in line)
+    named = row.split("(")[0].replace(" and MoE", "").removeprefix("| ").split(", ")
+    families = list(dict.fromkeys(layout.models.split(",")[0] for layout in LAYOUTS.values()))
+    assert [name.strip() for name in named] == families, "README.md: the row of models"

@@ -1,6 +1,8 @@
 """Loading models: code that comes with them never runs, and what settings and model demand of each other is checked."""
 
+import ast
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 import training
 from safetensors.torch import load_file, save_file
 
+import appo
 from appo.config import APPOConfig, ConfigError
 from appo.models.load import check_fits
 from appo.train.setup import load_model
@@ -80,6 +83,17 @@ def test_weights_are_never_unpickled(folder: Path) -> None:
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"x": Evil()}))
     assert "cannot be loaded" in refused(folder)
     assert not (folder / "ran").exists()
+
+
+def test_no_file_is_unpickled_and_no_code_of_others_asked_for() -> None:
+    """Pickles pass between our own processes only; what lies on a disk is read as weights, JSON or YAML."""
+    for path in Path(appo.__file__).parent.rglob("*.py"):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            written = ast.unparse(call)
+            if re.match(r"pickle\.loads?\(|torch\.load\(", written):
+                assert re.search(r"stdout|stdin|weights_only=True", written), f"{path}: {written}"
+            if isinstance(call.func, ast.Attribute) and call.func.attr == "from_pretrained":
+                assert "trust_remote_code=False" in written or "PeftModel" in written, f"{path}: {written}"
 
 
 # Files that are broken or of another kind: each named with the folder, none a traceback of another library.

@@ -1,1 +1,1 @@
-"""What is known of model architectures, and what a loaded model says of itself."""
+"""Models of transformers: those that are served, the sizes of published ones, loading, what a loaded one holds."""

@@ -1,4 +1,4 @@
-"""What a loaded transformers model says of itself: positions of its prompts, its vision tokens, its end tokens."""
+"""Properties of a loaded transformers model: positions of its prompts, its vision tokens, its end tokens."""
 
 import inspect
 from collections.abc import Callable, Mapping

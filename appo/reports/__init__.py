@@ -1,1 +1,1 @@
-"""What the report and inspection pages share: reading run folders, charts, and the shell of a self-contained page."""
+"""The report and inspection pages: reading run folders, charts, and the shell of a self-contained page."""

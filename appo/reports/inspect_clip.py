@@ -1,4 +1,4 @@
-"""What one clip and one question make a model look at: sample a group, score it, draw it."""
+"""Attention of a model to one clip under one question: sample a group, score it, draw it."""
 
 import tempfile
 from collections.abc import Sequence

@@ -145,5 +145,5 @@ def _labels(paths: list[Path]) -> list[str]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number that can be drawn."""
+    """True for a JSON value that is a finite number, which can be drawn."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and -1e300 < value < 1e300

@@ -53,7 +53,7 @@ class Figure(NamedTuple):
 
 
 def picked(run: Run) -> list[Figure]:
-    """What the method picked, as means over all steps; empty for a run that picks nothing, such as GRPO's."""
+    """Figures on the picked frames, as means over all steps; empty for a run that picks nothing, such as GRPO's."""
 
     def mean(metric: str) -> float | None:
         values = run.series(metric)[1]
@@ -70,7 +70,7 @@ def picked(run: Run) -> list[Figure]:
 
 
 def at_work(run: Run, *, several: bool) -> str:
-    """What the method picked in this run, against chance."""
+    """Tiles on the frames that were picked in this run, against chance."""
     tiles = [
         tile(
             figure.name,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from appo.config import APPOConfig, ConfigError
 from appo.models.layouts import layout_of
+from appo.models.loaded import unwrapped
 from appo.train.groups import ResponseBatch
 from appo.train.packing import Sequences, can_share, separate, shared
 
@@ -54,7 +55,7 @@ class Policy(nn.Module):
     @property
     def causal(self) -> Any:
         """The transformers model itself, without adapters around it."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return unwrapped(self.model)
 
     def forward(self, batch: ResponseBatch, head: Head[T], sequences: Sequences | None = None) -> T:
         """``head(hidden (B, N, D), weight (V, D), bias (V,) or None)`` on the rows that predict the response.
