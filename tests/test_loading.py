@@ -57,6 +57,17 @@ def refused(folder: Path, text: str | bytes, name: str) -> str:
         (["A. never", "B. always"], "B always", "B"),
         (["1", "2", "3"], "2", "B"),
         (["E. coli", "S. aureus"], "S. aureus", "B"),
+        (["A", "B", "C"], "B", "B"),  # they stand in the picture
+        (["A.", "B."], "B", "B"),
+        (["（A） cat", "（B） dog"], "B", "B"),
+        (["A - cat", "B - dog"], "dog", "B"),
+        (["[A] cat", "[B] dog"], "B", "B"),
+        (["A cat", "B dog"], "B", "B"),
+        (["A dog", "A cat"], "A cat", "B"),
+        (["B dog", "A cat"], "B", None),
+        (["B", "A"], "B", None),
+        (["1. cat", "2. dog"], "2", None),
+        (["A.", "B. dog"], "B", None),
         (["A. B", "B. C"], "B", None),  # B, or the text of A?
         (["B. y", "A. x"], "B", None),
         (["B. y", "C. z"], "B", None),

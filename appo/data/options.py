@@ -5,7 +5,8 @@ import unicodedata
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
-_LETTERED = re.compile(r"\(?([A-Za-z])[).:]\s*(.*)", re.DOTALL)
+_LETTERED = re.compile(r"[(\[（]?([A-Za-z])(?:[).:\]）．：、]|\s[-–—](?=\s))\s*(.*)", re.DOTALL)
+_BARE = re.compile(r"([A-Z])(?:\s+\S.*)?", re.DOTALL)  # "B a cat": a letter without a sign behind it, or a word
 _LABEL = re.compile(r"\(?([A-Za-z])\)?[.:)]?|\(([A-Za-z])\)\s*(.+)|([A-Za-z])[.:)]\s*(.+)", re.DOTALL)
 _LINE = re.compile(r"\s*\(?([A-Za-z])[).:]\s*(\S.*)")
 
@@ -28,6 +29,11 @@ def letter_options(texts: tuple[str, ...]) -> tuple[str, ...]:
     elif any(letter == own for letter, own in zip(letters, LETTERS, strict=False)) or _are_labels(letters):
         # Another letter would be put before theirs, and "B" would name another option than it did.
         raise LabelError("the letters A, B, C, ... in order, or none")
+    bare = [match[1] if (match := _BARE.fullmatch(text)) else "" for text in texts]
+    if bare != sorted(bare) and sorted(bare) == list(LETTERS[: len(texts)]):
+        raise LabelError("the letters A, B, C, ... in order, or none")
+    if not any(texts):  # the options stand in the picture
+        texts = tuple(LETTERS[: len(texts)])
     if not all(texts):
         raise LabelError("a text behind each letter")
     plain = [same_text(text) for text in texts]
