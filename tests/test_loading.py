@@ -230,9 +230,9 @@ def test_tables(tmp_path: Path) -> None:
 def test_records_are_read_from_the_file_when_they_are_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from appo.data import rows
+    from appo.data import span_rows
 
-    monkeypatch.setattr(rows, "LARGE", 0)
+    monkeypatch.setattr(span_rows, "LARGE", 0)
     for name in ("r.json", "r.jsonl"):
         path = write(
             tmp_path,
@@ -248,9 +248,9 @@ def test_records_are_read_from_the_file_when_they_are_asked_for(
 
 
 def test_a_large_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from appo.data import load, rows
+    from appo.data import load, span_rows
 
-    monkeypatch.setattr(rows, "LARGE", 0)
+    monkeypatch.setattr(span_rows, "LARGE", 0)
     monkeypatch.setenv("APPO_CACHE", str(tmp_path / "cache"))
     for name in ("r.json", "r.jsonl"):
         path = write(tmp_path, *(CHOICE | {"problem_id": i // 2} for i in range(50)), name=name)

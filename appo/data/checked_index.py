@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from appo.data.cache import cache_path
-from appo.data.rows import Rows, SpanRows
+from appo.data.rows import Rows
+from appo.data.span_rows import SpanRows
 
 CODE = Path(__file__).parent
 
