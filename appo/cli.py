@@ -1,6 +1,5 @@
 """The command line: appo demo, train, eval, inspect, report, plan, merge."""
 
-import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ except ModuleNotFoundError:
     sys.exit("appo: the command line needs the training packages. Install them with: pip install 'appo[train]'")
 
 from appo.cli_data import data_app
+from appo.cli_errors import guarded
 
 if TYPE_CHECKING:
     from appo.config import APPOConfig
@@ -30,47 +30,11 @@ app.add_typer(data_app, name="data")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings that replace those of the file: key=value ...")]
 Model = Annotated[str, typer.Option(help="Folder or hub name of the model.")]
-WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
 
 def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A command whose errors are one line: exit code 2 for what the user gave, 1 for files, 130 for Ctrl-C."""
-
-    def add(run: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(run)
-        def guarded(**arguments: Any) -> None:
-            from appo.config import ConfigError
-
-            try:
-                run(**arguments)
-            except KeyboardInterrupt:
-                _stop("interrupted", INTERRUPTED)
-            except ConfigError as error:
-                _stop(error, WRONG_INPUT)
-            except Exception as error:
-                if _names_the_data(error):
-                    _stop(error, WRONG_INPUT)
-                if isinstance(error, OSError) and error.filename is not None and not isinstance(error, BrokenPipeError):
-                    _stop(f"{error.filename}: {error.strerror}", FAILED)
-                raise
-
-        return app.command(name)(guarded)
-
-    return add
-
-
-def _names_the_data(error: Exception) -> bool:
-    """True for errors about a record, clip or run folder; their modules are loaded only once there is an error."""
-    from appo.data.records import DataError
-    from appo.data.video import VideoError
-    from appo.reports.runs import ReportError
-
-    return isinstance(error, (DataError, ReportError, VideoError))
-
-
-def _stop(message: object, code: int) -> None:
-    typer.echo(f"appo: {message}", err=True)
-    raise typer.Exit(code)
+    """A command of ``appo`` whose errors are one line."""
+    return lambda run: app.command(name)(guarded(run))
 
 
 @command()

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from appo.cli_errors import guarded
+
 data_app = typer.Typer(help="Check and convert files of records.", no_args_is_help=True)
 
 Root = Annotated[Path | None, typer.Option(help="Folder that media paths start from (default: that of the file).")]
@@ -13,6 +15,7 @@ Outside = Annotated[bool, typer.Option(help="Take media from outside that folder
 
 
 @data_app.command()
+@guarded
 def check(
     file: Annotated[Path, typer.Argument(help="Records: .json, .jsonl, .csv, .parquet, .gz, a folder of datasets.")],
     data_root: Root = None,
@@ -64,6 +67,7 @@ def check(
 
 
 @data_app.command()
+@guarded
 def convert(
     file: Annotated[Path, typer.Argument(help="Records of any known format.")],
     output: Annotated[Path, typer.Argument(help="The .jsonl file to write.")],

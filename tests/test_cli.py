@@ -164,6 +164,15 @@ def test_ctrl_c_in_any_command_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     assert run("report", tmp_path) == (130, "appo: interrupted\n")
 
 
+def test_ctrl_c_while_a_file_of_records_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("appo.data.check.check_file", interrupt)
+    code, printed = run("data", "check", tmp_path / "train.json")
+    assert (code, printed.strip()) == (130, "appo: interrupted")
+
+
 def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(*arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device", str(tmp_path / "x"))

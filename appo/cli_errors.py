@@ -1,0 +1,46 @@
+"""Errors of commands: one line each, and an exit code that says whose fault it is."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
+
+
+def guarded(run: Callable[..., None]) -> Callable[..., None]:
+    """A command whose errors are one line: exit code 2 for what the user gave, 1 for files, 130 for Ctrl-C."""
+
+    @functools.wraps(run)
+    def guarding(**arguments: Any) -> None:
+        from appo.constraints import ConfigError
+
+        try:
+            run(**arguments)
+        except KeyboardInterrupt:
+            _stop("interrupted", INTERRUPTED)
+        except ConfigError as error:
+            _stop(error, WRONG_INPUT)
+        except Exception as error:
+            if _names_the_data(error):
+                _stop(error, WRONG_INPUT)
+            if isinstance(error, OSError) and error.filename is not None and not isinstance(error, BrokenPipeError):
+                _stop(f"{error.filename}: {error.strerror}", FAILED)
+            raise
+
+    return guarding
+
+
+def _names_the_data(error: Exception) -> bool:
+    """True for errors about a record, clip or run folder; their modules are loaded only once there is an error."""
+    from appo.data.records import DataError
+    from appo.data.video import VideoError
+    from appo.reports.runs import ReportError
+
+    return isinstance(error, (DataError, ReportError, VideoError))
+
+
+def _stop(message: object, code: int) -> None:
+    typer.echo(f"appo: {message}", err=True)
+    raise typer.Exit(code)
