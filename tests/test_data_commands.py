@@ -71,6 +71,14 @@ def test_everything_that_is_wrong_is_counted_and_named(clips: Path, tmp_path: Pa
     assert code == 1 and "0 decoded" in output and "undecodable  0" in output
 
 
+def test_a_clip_of_several_records_is_decoded_once(clips: Path) -> None:
+    rows = json.loads(clips.read_text())
+    path = clips.with_name("repeated.json")
+    path.write_text(json.dumps([rows[0] | {"problem_id": i, "time_spans": [[0, i + 1]]} for i in range(6)]))
+    found = check_file(path)
+    assert (found.decoded, len(found.seconds), found.counts) == (1, 1, {"broken": 1})
+
+
 def test_a_sample_is_decoded(clips: Path) -> None:
     assert check_file(clips, decode=2).decoded == 2
     assert check_file(clips, decode=2, seed=3).decoded == 2

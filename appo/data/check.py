@@ -13,7 +13,7 @@ from appo.data.load import EqualIds, open_records
 from appo.data.math_answers import reads
 from appo.data.media import check_spans, load_clip, load_image, locate
 from appo.data.prompts import prompt_messages
-from appo.data.records import DataError, Record
+from appo.data.records import DataError, Media, Record
 
 KEPT = 1000  # messages of each sort; the rest are counted
 
@@ -122,8 +122,9 @@ def check_file(
         places = ", ".join(str(record.meta["index"]) for record in records)
         found.add("equal ids", f"{shown(records[0].id)} of records {places}{', ...' if len(numbers) > 5 else ''}")
     chosen = list(whole) if decode is None else sorted(random.Random(seed).sample(whole, min(decode, len(whole))))
+    decoder = _Decoder(found, timeout)
     for done, number in enumerate(chosen, start=1):
-        _decode(parse(rows.read(number), rows.index(number)), found, timeout)
+        decoder(parse(rows.read(number), rows.index(number)))
         show("media", done, len(chosen))
     return found
 
@@ -162,21 +163,40 @@ def _locate(record: Record, found: Findings) -> bool:
     return complete
 
 
-def _decode(record: Record, found: Findings, timeout: float) -> None:
-    sizes: dict[str, Any] = {"max_pixels": 64 * 28 * 28, "factor": 28}
-    clips = []
-    for medium in record.media:
+class _Decoder:
+    """Decodes each medium once, however many records are about it."""
+
+    def __init__(self, found: Findings, timeout: float) -> None:
+        self.found, self.timeout = found, timeout
+        self._lengths: dict[int, float | None] = {}  # by a hash of the medium; None: it does not decode
+
+    def __call__(self, record: Record) -> None:
+        lengths = [self._length(medium, record) for medium in record.media]
+        try:
+            of_clips = zip(record.media, lengths, strict=True)
+            check_spans(
+                record, [length for medium, length in of_clips if medium.kind == "video" and length is not None]
+            )
+        except DataError as error:
+            self.found.add("broken", error)
+
+    def _length(self, medium: Media, record: Record) -> float | None:
+        key = hash(medium)
+        if key not in self._lengths:
+            self._lengths[key] = self._decoded(medium, record)
+        return self._lengths[key]
+
+    def _decoded(self, medium: Media, record: Record) -> float | None:
+        sizes: dict[str, Any] = {"max_pixels": 64 * 28 * 28, "factor": 28}
+        length = 0.0
         try:
             if medium.kind == "image":
                 load_image(medium, record, **sizes)
             else:
-                clips.append(load_clip(medium, record, fps=1.0, max_frames=16, timeout=timeout, **sizes))
-                found.seconds.append(clips[-1].duration)
-            found.decoded += 1
+                length = load_clip(medium, record, fps=1.0, max_frames=16, timeout=self.timeout, **sizes).duration
+                self.found.seconds.append(length)
         except DataError as error:
-            found.add("undecodable", error)
-            return
-    try:
-        check_spans(record, clips)
-    except DataError as error:
-        found.add("broken", error)
+            self.found.add("undecodable", error)
+            return None
+        self.found.decoded += 1
+        return length

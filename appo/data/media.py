@@ -89,14 +89,11 @@ def load_clip(
         raise _unusable(medium, record, error) from error
 
 
-def check_spans(record: Record, clips: Sequence[Clip]) -> None:
-    """The moments that decide a question lie within the clip that was decoded, give or take rounding."""
-    if not record.time_spans or len(clips) != 1:
-        return
-    length = clips[0].duration
-    if any(end > length + SLACK for _, end in record.time_spans):
+def check_spans(record: Record, lengths: Sequence[float]) -> None:
+    """The moments that decide a question lie within its clip, of ``lengths`` seconds, give or take rounding."""
+    if record.time_spans and len(lengths) == 1 and any(end > lengths[0] + SLACK for _, end in record.time_spans):
         raise DataError(
-            f"{record.place}: `time_spans`: expected spans within the clip of {length:g} s, got "
+            f"{record.place}: `time_spans`: expected spans within the clip of {lengths[0]:g} s, got "
             f"{[list(span) for span in record.time_spans]}."
         )
 

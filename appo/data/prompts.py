@@ -236,7 +236,7 @@ class PromptBuilder:
             raise DataError(f"{record.place}: `answer`: expected a number or expression, got {record.answer!r}.")
         self._check_text(record)
         images, clips = self.images(record), self.clips(record)
-        check_spans(record, clips)
+        check_spans(record, [clip.duration for clip in clips])
         text = self.processor.apply_chat_template(
             prompt_messages(record, instructions=self.config.instructions), add_generation_prompt=True, tokenize=False
         )
