@@ -277,6 +277,8 @@ def test_inspection_of_hostile_groups(tmp_path: Path) -> None:
     ("changed", "named"),
     [
         ({"mass": torch.rand(4, 24)}, "mass"),
+        ({"mass": torch.rand(0, 24, 8)}, "mass"),
+        ({"mass": torch.rand(4, 24, 0)}, "mass"),
         ({"frames": torch.zeros(7, 3, 8, 8, dtype=torch.uint8)}, "frames"),
         ({"frames": torch.zeros(8, 8, 8, 3, dtype=torch.uint8)}, "frames"),
         ({"frames": torch.zeros(8, 3, 8, 8)}, "frames"),

@@ -55,6 +55,8 @@ def write_inspection(
     """
     checks.rank(OP, "mass", mass, 3, "(G, N, F)")
     G, N, F = mass.shape
+    if not G or not F:
+        checks.fail(OP, "mass", "at least one response and one frame", tuple(mass.shape), "Draw a group with a video.")
     checks.rank(OP, "frames", frames, 4, "(T, 3, H, W)")
     checks.dtype(OP, "frames", frames, (torch.uint8,))
     T = frames.shape[0]

@@ -84,7 +84,7 @@ def draw_lines(
         low, high = axes.get_ylim()
         axes.set_ylim(max(0.0, low) if floor is None else floor, min(1.02, high) if high > 0.25 else max(high, 0.05))
     elif floor is not None:
-        axes.set_ylim(bottom=floor)
+        axes.set_ylim(floor, max(axes.get_ylim()[1], floor + 1e-9))
     axes.set_xlabel("step", loc="right", fontsize=8, labelpad=1)
 
 
@@ -107,7 +107,7 @@ def stacked_chart(steps: Sequence[int], layers: Sequence[tuple[str, str, Sequenc
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.margins(x=0)
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, max(axes.get_ylim()[1], 1e-9))
         axes.set_xlabel("step", loc="right", fontsize=8, labelpad=1)
         return data_uri(figure)
 
