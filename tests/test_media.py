@@ -196,6 +196,17 @@ def test_the_cache_is_bounded_by_bytes(tmp_path: Path, reader: tuple[Any, Any]) 
     assert calls[8:] == ["0"]
 
 
+def test_prompts_that_nobody_takes_make_room(tmp_path: Path, reader: tuple[Any, Any]) -> None:
+    records = [record(tmp_path, str(i), Media("video", frames(tmp_path / "v", 4)), index=i) for i in range(9)]
+    size = builder(reader)(records[0]).nbytes
+    build = builder(reader, prompt_cache_gib=3.5 * size / 2**30)
+    for start in (0, 3, 6):
+        build.prefetch(records[start : start + 3])
+        assert build(records[start + 2]).record.id == str(start + 2)  # and not the two before it
+    build.prefetch([])
+    assert build.held_bytes <= 3.5 * size
+
+
 def test_images_text_and_clips_side_by_side(tmp_path: Path, reader: tuple[Any, Any]) -> None:
     picture = saved(tmp_path, image((112, 112)))
     media = [

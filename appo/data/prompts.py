@@ -170,9 +170,13 @@ class PromptBuilder:
         """Start on ``records`` in the background, in order."""
         with self._lock:
             self._waiting = deque(records)
-            for record in self._waiting:
-                if record.key in self._prompts:
-                    self._prompts.move_to_end(record.key)
+            keys = [record.key for record in self._waiting]
+            # Only what is asked for now is held for its taker: what an earlier call asked for may never be taken.
+            self._untaken = {key for key in keys if key in self._prompts}
+            for key in keys:
+                if key in self._prompts:
+                    self._prompts.move_to_end(key)
+            self._make_room()
             self._go_on()
 
     def clips(self, record: Record) -> list[Clip]:
