@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from appo.cli import app
 from appo.data.check import check_file
+from appo.data.records import DataError
 from appo.tasks import make_task
 
 
@@ -93,6 +94,9 @@ def test_files_that_cannot_be_checked(tmp_path: Path) -> None:
     assert code == 1 and "expected JSON" in output
     code, _ = run("check", tmp_path / "gone.json")
     assert code not in (0, None)
+    for path in (tmp_path / "gone.json", tmp_path / ("x" * 5000), tmp_path / "a\0b"):
+        with pytest.raises(DataError, match=r"(?s)^(?!.*docs/data.md\)\.\.)"):
+            check_file(path)
     (tmp_path / "empty.jsonl").write_text("")
     assert run("check", tmp_path / "empty.jsonl")[0] == 1
 

@@ -143,10 +143,11 @@ def open_records(
     """The rows of a file and how one of them becomes a record, for those who go through it themselves."""
     path = Path(path)
     try:
-        if not path.exists():
-            raise DataError(f"{path}: no such file. Pass the path of a .json or .jsonl file of records (docs/data.md).")
+        exists = path.exists()
     except (OSError, ValueError) as error:
         raise DataError(f"{shown(str(path))}: expected the path of a file of records: {error}.") from error
+    if not exists:
+        raise DataError(f"{path}: no such file. Pass the path of a .json or .jsonl file of records (docs/data.md).")
     if data_root is not None and not Path(data_root).is_dir():
         logger.warning("data_root: no such folder: %s", data_root)
     root = _root(path, data_root)
