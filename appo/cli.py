@@ -41,7 +41,7 @@ def command(name: str | None = None) -> Callable[[Callable[..., None]], Callable
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for clips, models, runs and pages.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seeds clips, model, warm start and training.")] = 0,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 48,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 36,
     method: Annotated[str, typer.Option(help="appo, grpo or dapo.")] = "appo",
     compare: Annotated[bool, typer.Option(help="Train with GRPO as well, beside APPO on the page.")] = True,
 ) -> None:

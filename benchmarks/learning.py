@@ -7,8 +7,9 @@ all are done, the means and 95% intervals of the paired differences to GRPO go t
 results/learning-cue.*).
 
 Tasks:
-  moment  One short moment of a clip shows the answer; right and wrong responses mostly look at the same frames.
-  cue     The demo's clips. Every time shows another colour, and a mark that is hard to read says which time is meant. A
+  moment  One short moment of a clip shows the answer (the demo's clips); right and wrong responses mostly look at
+          the same frames.
+  cue     Every time of a clip shows another colour, and a mark that is hard to read says which time is meant. A
           response writes a time, and that decides where it looks for the colour: right and wrong responses look at
           different frames, which is what `hard`, the paper's difference of sets, goes by.
 
@@ -39,7 +40,7 @@ import torch
 from appo.config import APPOConfig
 from appo.data.load import load_records
 from appo.data.prompts import PromptBuilder
-from appo.demo import CLIPS, SETTINGS, WARM_START, make_clips, stage, warm_start
+from appo.demo import SETTINGS, make_clips, stage, warm_start
 from appo.method.selection import select_frames
 from appo.train.evaluate import evaluate
 from appo.train.setup import load_model
@@ -62,7 +63,7 @@ SELECTION = ("frames/empty", "frames/precision", "frames/recall", "weight/share"
 
 @dataclass(frozen=True)
 class Task:
-    """clips: of `make_task`. warm: of `warm_start`. settings: beside `appo.demo.SETTINGS`."""
+    """clips: of `make_task`. warm: of `warm_start`. settings: what differs from those of the demo."""
 
     clips: dict[str, Any] = field(default_factory=dict)
     warm: dict[str, Any] = field(default_factory=dict)
@@ -71,8 +72,12 @@ class Task:
 
 TASKS = {
     "moment": Task(),
-    # The look-up is one token's and may happen in the first layer: every layer counts, and the one largest mass.
-    "cue": Task(CLIPS, WARM_START, {"layers": 2, "top_tokens": 1, "top_frames": 1}),
+    "cue": Task(
+        clips={"kinds": ("cue",)},
+        warm={"model_options": {"num_hidden_layers": 2}, "looking_steps": 40, "steps": 200, "label_noise": 0.4},
+        # The look-up is one token's and may happen in the first layer: every layer counts, and the one largest mass.
+        settings={"layers": 2, "top_tokens": 1, "top_frames": 1},
+    ),
 }
 
 

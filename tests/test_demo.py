@@ -15,8 +15,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from appo import demo
-demo.CLIPS["sizes"] = {"warmup": 16, "train": 32, "validation": 6, "ood": 2}
-demo.WARM_START |= {"looking_steps": 2, "steps": 3}
+clips, warm = demo.make_clips, demo.warm_start
+sizes = {"warmup": 16, "train": 32, "validation": 6, "ood": 2}
+demo.make_clips = lambda folder, seed: clips(folder, seed, sizes=sizes)
+demo.warm_start = lambda folder, data, seed: warm(folder, data, seed, looking_steps=2, steps=3)
 demo.SETTINGS |= {"eval_samples": 1, "eval_every": 2, "save_every": 2, "sample_every": 1}
 demo.run_demo(Path(sys.argv[1]), steps=2)
 """
@@ -35,6 +37,8 @@ OWN = (
     r"(picked frames that decide|deciding frames picked) +\d+%  \(\d+% by chance\)",
     r"Held-out accuracy, before and after \(one seed: a few points are chance\):",
     r"(APPO|GRPO) +\d+% -> \d+%",
+    r"close-ups: \S+ \(\d+ s\)",
+    r"close-ups: using \S+",
     r"Done in \d+ s\. Open \S+/report\.html",
 )
 
@@ -57,6 +61,8 @@ def test_the_demo_prints_its_own_lines_and_draws_one_page(tmp_path: Path) -> Non
     assert sum(line.startswith("training: ") for line in lines) == 2
     page = (tmp_path / "out" / "report.html").read_text()
     assert "2 training runs side by side" in page and "The method at work in run-appo" in page
+    assert len(list((tmp_path / "out" / "run-appo").glob("inspect-before-training/validation-*/inspection.png"))) > 0
+    assert "One clip of run-appo up close, before training" in page
     # Interrupted or not, the same command goes on from what is there.
     again = run()
     assert [line for line in again if line.startswith(("clips", "warm start"))] == [

@@ -223,7 +223,11 @@ def _closeup(run: Run, output: Path, several: bool) -> str:
         f"Open it to point at words: {links}."
     )
     name = f"One clip of {run.label} up close" if several else "One clip up close"
-    return section(name, lead, f'<div class="card viewer">{image}</div>')
+    # A folder may say of when it is: inspect-before-training.
+    _, _, moment = picture.relative_to(run.folder).parts[0].partition("-")
+    return section(
+        name + (f", {moment.replace('-', ' ')}" if moment else ""), lead, f'<div class="card viewer">{image}</div>'
+    )
 
 
 def _settings(runs: list[Run]) -> str:

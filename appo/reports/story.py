@@ -76,7 +76,6 @@ def at_work(run: Run, *, several: bool) -> str:
             figure.name,
             f"{figure.value:.0%}",
             figure.note if figure.chance is None else f"{figure.chance:.0%} if as many frames were drawn at random.",
-            strong=figure.chance is not None,
         )
         for figure in picked(run)
     ]
