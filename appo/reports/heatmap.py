@@ -116,4 +116,4 @@ def _weights(axes: Any, found: "Inspection", index: int) -> None:
     axes.tick_params(labelleft=False)
     axes.set_xticks([])
     axes.spines[:].set_visible(False)
-    axes.set_title("weight W; bars from 1", fontsize=7.5, color=MUTED, loc="left", pad=3)
+    axes.set_title("weight W", fontsize=7.5, color=MUTED, loc="left", pad=3)
