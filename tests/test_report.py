@@ -9,7 +9,6 @@ import torch
 from page_inputs import inspection, write_run, write_small_run
 from PIL import Image
 
-from appo.data.video import Clip
 from appo.reports.attention_map import write_inspection
 from appo.reports.charts import smoothing_window, trailing_mean
 from appo.reports.inspect_clip import pictures
@@ -192,18 +191,11 @@ def test_files_that_do_not_parse(tmp_path: Path, name: str, content: str, messag
 
 
 def test_the_pictures_of_two_videos_stand_in_order_whole_and_told_apart(tmp_path: Path) -> None:
-    def clip(frames: int, height: int, width: int, first: int) -> Clip:
+    def video(frames: int, height: int, width: int, first: int) -> torch.Tensor:
         grey = torch.arange(first, first + frames, dtype=torch.uint8)
-        return Clip(
-            frames=grey[:, None, None, None].expand(-1, 3, height, width),
-            timestamps=torch.arange(frames) / 2,
-            duration=frames / 2,
-            source_fps=2.0,
-            start=0.0,
-            end=frames / 2,
-        )
+        return grey[:, None, None, None].expand(-1, 3, height, width)
 
-    shown = pictures([clip(3, 4, 8, 10), clip(2, 6, 4, 20)], 2)  # of two sampled frames each: 2 frames, then 1
+    shown = pictures([video(3, 4, 8, 10), video(2, 6, 4, 20)], 2)  # of two sampled frames each: 2 frames, then 1
     assert shown.shape == (6, 3, 6, 8)
     assert shown[:, 0, 3, 4].tolist() == [10, 11, 12, 12, 20, 21]
     assert (shown[:4, :, [0, 5]] == 255).all() and (shown[4:, :, :, [0, 1, 6, 7]] == 255).all()

@@ -11,7 +11,6 @@ from appo.config import APPOConfig, ConfigError
 from appo.data.load import check_media
 from appo.data.prompts import video_processor
 from appo.data.records import DataError, Media, Record
-from appo.data.video import Clip
 from appo.reports.attention_map import write_inspection
 from appo.train.groups import Group
 from appo.train.metrics import token_texts
@@ -79,7 +78,7 @@ def draw_group(trainer: Trainer, group: Group, output: Path) -> list[Path]:
         )
     return write_inspection(
         output,
-        frames=pictures(clips, video_processor(trainer.processor).temporal_patch_size),
+        frames=pictures([clip.frames for clip in clips], video_processor(trainer.processor).temporal_patch_size),
         times=group.prompt.frame_times,
         tokens=token_texts(group, trainer.processor),
         mass=group.mass,
@@ -94,15 +93,16 @@ def draw_group(trainer: Trainer, group: Group, output: Path) -> list[Path]:
     )
 
 
-def pictures(clips: Sequence[Clip], merged: int) -> Tensor:
+def pictures(videos: Sequence[Tensor], merged: int) -> Tensor:
     """(T, 3, H, W) uint8: the sampled frames of all videos in order, of which the model sees ``merged`` as one frame.
 
-    The last one of a video is repeated where that frame has fewer; smaller videos stand on white, in the middle.
+    videos: (T_v, 3, H_v, W_v) uint8 each. The last one of a video is repeated where that frame has fewer; smaller ones
+    stand on white, in the middle.
     """
-    height, width = (max(clip.frames.shape[axis] for clip in clips) for axis in (2, 3))
+    height, width = (max(frames.shape[axis] for frames in videos) for axis in (2, 3))
     shown = []
-    for clip in clips:
-        frames = torch.cat([clip.frames, clip.frames[-1:].expand(-len(clip.frames) % merged, -1, -1, -1)])
+    for video in videos:
+        frames = torch.cat([video, video[-1:].expand(-len(video) % merged, -1, -1, -1)])
         down, across = height - frames.shape[2], width - frames.shape[3]
         around = (across // 2, across - across // 2, down // 2, down - down // 2)
         shown.append(torch.nn.functional.pad(frames, around, value=255))
