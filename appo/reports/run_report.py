@@ -214,7 +214,7 @@ def _closeup(run: Run, output: Path, several: bool) -> str:
     pages = [os.path.relpath(path.with_suffix(".html"), output.parent) for path in pictures]
     # Quoted, a name with a colon is no scheme such as javascript:
     links = ", ".join(f'<a href="{escape(quote(page))}">clip {number}</a>' for number, page in enumerate(pages, 1))
-    picture = next(iter(pictures.values()))
+    path, picture = next(iter(pictures.items()))
     image = f'<img class="wide" src="{picture}" alt="Attention of each word to each frame of one clip">'
     lead = (
         "Rows are words, columns are moments of the clip, dark is where the model looked while saying the word. "
@@ -224,7 +224,7 @@ def _closeup(run: Run, output: Path, several: bool) -> str:
     )
     name = f"One clip of {run.label} up close" if several else "One clip up close"
     # A folder may say of when it is: inspect-before-training.
-    _, _, moment = picture.relative_to(run.folder).parts[0].partition("-")
+    _, _, moment = path.relative_to(run.folder).parts[0].partition("-")
     return section(
         name + (f", {moment.replace('-', ' ')}" if moment else ""), lead, f'<div class="card viewer">{image}</div>'
     )
