@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -172,15 +172,19 @@ def train(run: Path, clips: Path, warm: Path, *, method: str, seed: int, steps: 
     model, processor = load_model(config)
     Trainer(model, processor, load_records(config.data), config=config, eval_dataset=held_out).train()
     if config.method == "appo":
-        stage("close-ups", run / "inspect-before-training", lambda folder: draw_closeups(folder, config, held_out))
+        stage(
+            "close-ups",
+            run / "inspect-before-training",
+            lambda folder: draw_closeups(folder, config, held_out["validation"]),
+        )
     return run
 
 
-def draw_closeups(folder: Path, config: APPOConfig, held_out: dict[str, list[Record]]) -> None:
+def draw_closeups(folder: Path, config: APPOConfig, held_out: Sequence[Record]) -> None:
     """Held-out clips as the warm start sees them, those first to which it gives right and wrong answers."""
     model, processor = load_model(config)
     with tempfile.TemporaryDirectory() as unused:
-        records = held_out["validation"][:TRIED]
+        records = [held_out[index] for index in range(min(TRIED, len(held_out)))]
         trainer = Trainer(model, processor, records, config=replace(config, output=unused))
         groups = [sample_group(trainer, record) for record in records]
         for group in sorted(groups, key=lambda group: not group.informative)[:CLOSEUPS]:
