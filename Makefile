@@ -10,7 +10,7 @@ JOBS   ?= 2
 SUITE  := pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu'
 
 .PHONY: setup demo test test-slow test-browser test-gpu test-newest renew lint format clean
-.PHONY: bench bench-check bench-gpu bench-learning
+.PHONY: test-integrations bench bench-check bench-gpu bench-learning
 
 # $(call install,ENVIRONMENT,EXTRAS[,CONSTRAINTS]): the package, editable. pip comes first, since a Python may bring an old one.
 # What a package is built with is installed elsewhere, under constraints of its own.
@@ -71,6 +71,16 @@ $(BENCH)/.installed: pyproject.toml constraints.txt
 	$(call install,$(BENCH),$(BENCH_EXTRAS),constraints.txt)
 	@touch $@
 
+# TRL has requirements of its own, and is wanted by one adapter alone.
+TRL := .venv-trl
+TRL_EXTRAS := train,dev,trl
+$(TRL)/.installed: pyproject.toml constraints.txt
+	$(call install,$(TRL),$(TRL_EXTRAS),constraints.txt)
+	@touch $@
+
+test-integrations: $(TRL)/.installed
+	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -n $(JOBS) tests/integrations
+
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python -m pytest benchmarks
 	$(BENCH)/bin/python -m benchmarks
@@ -90,4 +100,4 @@ bench-learning: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks.page
 
 clean:
-	rm -rf $(VENV) $(BENCH) .venv-newest .venv-renew build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(TRL) .venv-newest .venv-renew build .pytest_cache .mypy_cache .ruff_cache

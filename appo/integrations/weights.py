@@ -1,0 +1,80 @@
+"""From what a scoring forward knows to token weights: the one function that all adapters call."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from appo.config import APPOConfig
+from appo.method.selection import perception_slots, select_frames
+from appo.method.token_weights import token_weights
+from appo_kernels import checks, group_divergence, token_logprobs
+
+
+class GroupWeights(NamedTuple):
+    """Of B = groups x G responses of N tokens."""
+
+    weights: Tensor  # (B, N) fp32: W, 1 where nothing is to be weighed
+    logprobs: Tensor  # (B, N) fp32: of the response tokens, 0 at masked ones
+    frames: list[Tensor]  # (K,) int64 for each group: its key frames
+
+
+@torch.no_grad()
+def group_weights(
+    mass: Tensor,
+    mask: Tensor,
+    rewards: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    config: APPOConfig,
+    group_size: int,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> GroupWeights:
+    """Token weights of whole groups, which lie one after another (docs/method.md eqs. 6, 10, 14).
+
+    Args:
+        mass: (B, N, F) frame mass of each response token, from ``record_frame_mass``; F may be 0, and then W = 1.
+        mask: (B, N) bool, True at tokens that are trained on: not at padding, nor at what a tool wrote.
+        rewards: (B,) accuracy of each response, which divides right from wrong at ``config.threshold``.
+        hidden: (B, N, D) final hidden states of the rows that predict the response tokens.
+        weight, bias: (V, D) and (V,) of the language-model head.
+        targets: (B, N) int64, the response tokens.
+        config: ``strategy``, ``top_tokens``, ``top_frames``, ``threshold``, ``slot_tokens``, ``divergence``, ``alpha``
+            and ``average`` are read.
+        group_size: G; B is a multiple of it.
+        temperature, softcap: of the logits, as sampled.
+
+    Raises:
+        ValueError: B is no multiple of ``group_size``, or the arguments do not fit each other.
+    """
+    op = "group_weights"
+    checks.rank(op, "mass", mass, 3, "(B, N, F)")
+    B, N = mass.shape[:2]
+    checks.shape(op, "mask", mask, (B, N), "(B, N)", "Pass one entry per response token.")
+    checks.shape(op, "rewards", rewards, (B,), "(B,)", "Pass one accuracy per response.")
+    checks.shape(op, "targets", targets, (B, N), "(B, N)", "Pass the response tokens.")
+    if group_size < 1 or B % group_size:
+        checks.fail(op, "group_size", f"a divisor of the {B} responses", group_size, "Pass whole groups.")
+    if mass.shape[2] == 0:
+        mass = mass.new_zeros(B, N, 1)  # a frame that nobody looks at is never chosen
+    logits = {"temperature": temperature, "softcap": softcap}
+    scored = token_logprobs(hidden[mask], weight, targets[mask], bias=bias, **logits)  # type: ignore[arg-type]
+    logprobs, lse = (mass.new_zeros(B, N).masked_scatter(mask, x.float()) for x in (scored.logprobs, scored.lse))
+    weights, frames = [], []
+    for start in range(0, B, group_size):
+        own = slice(start, start + group_size)
+        found = select_frames(
+            mass[own], mask[own], rewards[own], strategy=config.strategy,
+            top_tokens=config.top_tokens, top_frames=config.top_frames, threshold=config.threshold,
+        )  # fmt: skip
+        slots = perception_slots(mass[own], mask[own], found, top_tokens=config.slot_tokens)
+        divergence = group_divergence(
+            hidden[own], weight, lse[own], slots, kind=config.divergence, bias=bias, **logits  # type: ignore[arg-type]
+        )  # fmt: skip
+        weights.append(token_weights(divergence, slots, mask[own], alpha=config.alpha, average=config.average))
+        frames.append(found)
+    return GroupWeights(torch.cat(weights), logprobs, frames)
