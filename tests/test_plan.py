@@ -251,8 +251,11 @@ model = build(sizes).model.language_model
 head = torch.nn.Parameter(torch.randn(sizes.vocabulary, sizes.hidden) * 0.02, requires_grad=not rank)
 if checkpointing:
     enable_checkpointing(model)
+if rank:
+    model = adapted(model, rank)
+    model.enable_input_require_grads()
 model.train()
-parameters = [*model.parameters(), head]
+parameters = [p for p in (*model.parameters(), head) if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False)
 B, P, N = 8, 96, 160
 ids = torch.randint(sizes.vocabulary, (B, P + N))
