@@ -10,8 +10,10 @@ import importlib
 import importlib.util
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ CHOICES = ("auto", "torch", "triton", "cuda")
 
 @dataclass(frozen=True)
 class Problem:
-    """What a backend is asked whether it can serve."""
+    """A call, as a backend sees it when asked whether it supports it."""
 
     op: str
     device: torch.device
@@ -38,6 +40,28 @@ def implementation(op: str, backend: str) -> ModuleType | None:
     """The module of one backend of one operator, or None where the operator has no such backend."""
     name = f"appo_kernels.ops.{op}.{MODULES[backend]}"
     return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+def backend_module(op: str, backend: str) -> ModuleType:
+    """The module of a backend that ``resolve`` returned."""
+    module = implementation(op, backend)
+    if module is None:
+        raise ValueError(f'{op}: `backend`: expected one that the operator has, got {backend!r}. Pass "auto".')
+    return module
+
+
+def out_variant(name: str, *, mutates: Sequence[str]) -> Callable[[Callable[..., None]], Any]:
+    """Decorator that registers a function which only writes into the buffers ``mutates`` as custom operator ``name``.
+
+    What it writes into was allocated by its caller, so the fake, which compilers trace, has nothing to do.
+    """
+
+    def register(function: Callable[..., None]) -> Any:
+        operator = torch.library.custom_op(f"appo::{name}", function, mutates_args=tuple(mutates))
+        operator.register_fake(lambda *operands: None)
+        return operator
+
+    return register
 
 
 def why_not(problem: Problem, backend: str) -> str | None:
@@ -75,21 +99,43 @@ def _automatic(problem: Problem) -> str:
     raise ValueError(f"{problem.op}: no backend can serve {problem}: {'; '.join(refused)}")
 
 
-# Python constants in, a Python constant out: torch.compile evaluates it while tracing and keeps the answer.
-@torch.compiler.assume_constant_result
+def constant(size: int) -> int:
+    """``size`` as a plain int: torch.compile with dynamic shapes compiles again for another one."""
+    if not torch.compiler.is_compiling():
+        return size
+    from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+    return int(guard_scalar(size))
+
+
 def resolve(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int = 0, needs_grad: bool = False
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int = 0,
+    needs_grad: bool = False,
+    *,
+    function: str | None = None,
 ) -> str:
     """The backend that serves this call: the named one, or the fastest that can when ``backend`` is "auto".
 
     ``APPO_BACKEND`` replaces "auto" (not an explicit name). Raises ValueError when a named backend cannot serve the
-    call, saying why and which ones can.
+    call, saying why and which ones can. function: the public one, where its name is not the operator's.
     """
-    if backend == "auto":
+    return _resolve(op, function or op, backend, device, dtype, constant(head_dim), needs_grad)
+
+
+# Python constants in, a Python constant out: torch.compile evaluates it while tracing and keeps the answer.
+@torch.compiler.assume_constant_result
+def _resolve(
+    op: str, function: str, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
+) -> str:
+    if isinstance(backend, str) and backend == "auto":
         backend = os.environ.get("APPO_BACKEND", "auto")
-    if backend not in CHOICES:
+    if not isinstance(backend, str) or backend not in CHOICES:
         raise ValueError(
-            f"{op}: `backend`: expected one of {', '.join(CHOICES)}, got {backend!r}. "
+            f"{function}: `backend`: expected one of {', '.join(CHOICES)}, got {backend!r}. "
             "Pass one of these, or set APPO_BACKEND to one."
         )
     problem = Problem(op, device, dtype, head_dim, needs_grad)
@@ -99,7 +145,7 @@ def resolve(
     if reason is not None:
         others = [name for name in MODULES if why_not(problem, name) is None]
         raise ValueError(
-            f"{op}: `backend`: expected one that can serve this call, got {backend!r}: {reason}. "
+            f"{function}: `backend`: expected one that can serve this call, got {backend!r}: {reason}. "
             f'Here {", ".join(others) or "none"} can; pass that or "auto".'
         )
     return backend

@@ -19,11 +19,14 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 256
 
 
+def interprets() -> bool:
+    """Whether Triton's interpreter runs the kernels."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
 def runs_on_host() -> bool:
     """Whether Triton launches kernels on CPU tensors: its interpreter, or a driver that says so (``host_memory``)."""
-    if os.environ.get("TRITON_INTERPRET", "0") == "1":
-        return True
-    return bool(getattr(driver._active, "host_memory", False))
+    return interprets() or bool(getattr(driver._active, "host_memory", False))
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -36,9 +39,14 @@ def unsupported(problem: Problem) -> str | None:
         if torch.cuda.get_device_capability(problem.device) < (8, 0):
             return "the Triton kernels need compute capability 8.0 or later"
         return None
+    # tl.dot of Triton's interpreter multiplies the bit patterns of bf16 as if they were numbers.
+    interpretable = not (problem.head_dim and problem.dtype == torch.bfloat16)
     if problem.device.type == "cpu" and runs_on_host():
+        if interprets() and not interpretable:
+            return "Triton's interpreter cannot multiply bf16 matrices"
         return None
-    return f"the Triton kernels run on CUDA devices, not on {problem.device.type} (or set TRITON_INTERPRET=1)"
+    advice = " (or set TRITON_INTERPRET=1)" if interpretable else ""
+    return f"the Triton kernels run on CUDA devices, not on {problem.device.type}{advice}"
 
 
 def on_its_device(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.ops.frame_attention import triton as frame_attention
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence_from_logits
@@ -63,19 +63,20 @@ def attention_entries(head_dim: int, dtype: str, arch: int, *, gradients: bool =
     with triton_device.simulated(arch=arch, execute=False) as device:
         query, out, grad_out, grad_query = torch.zeros(4, 1, HEADS, ROWS, head_dim, dtype=DTYPES[dtype])
         key, value, grad_key, grad_value = torch.zeros(4, 1, KEY_HEADS, KEYS, head_dim, dtype=DTYPES[dtype])
-        lse, mass = torch.zeros(1, HEADS, ROWS), torch.zeros(1, ROWS, FRAMES)
+        lse, mass = torch.zeros(1, HEADS, ROWS), torch.zeros(1, 1, ROWS, FRAMES)
         ids = (torch.arange(KEYS) // (KEYS // FRAMES))[None].int()
         last = (torch.arange(ROWS) + KEYS - ROWS)[None].int()
         layout = Layout(ids, None, last, None, None, 0.1)
         frame_attention.forward(query, key, value, layout, out, lse, mass)
         without_frames = layout._replace(frame_ids=torch.full_like(ids, -1))
         frame_attention.forward(query, key, value, without_frames, out, lse, mass[..., :0])
-        frame_mass.forward(query, key, layout, lse, False, mass, None)
-        frame_mass.forward(query, key, layout, None, False, mass, lse)
+        frame_mass.forward(query, key, layout, lse, mass, None, False)
+        frame_mass.forward(query, key, layout, None, mass, lse, False)
         if gradients:
             frame_attention.backward(
-                query, key, value, layout, out, lse, grad_out, lse, mass, grad_query, grad_key, grad_value
-            )
+                query, key, value, layout, out, lse, Upstream(grad_out, lse, mass),
+                Gradients(grad_query, grad_key, grad_value),
+            )  # fmt: skip
     seen = set()
     for launch in device.launches:
         name = _label(launch)

@@ -65,6 +65,17 @@ def token_weights(
                 "others",
                 "Pass what perception_slots returned.",
             )
+        ordered = slots.sort(dim=2).values
+        twice = (ordered.diff(dim=2) == 0) & (ordered[..., 1:] >= 0)
+        if bool(twice.any()):
+            k, i, j = twice.nonzero()[0].tolist()
+            checks.fail(
+                op,
+                "slots",
+                "each position at most once among the slots of a frame",
+                f"position {int(ordered[k, i, j])} twice in slots[{k}, {i}]",
+                "Pass what perception_slots returned.",
+            )
         if not bool((divergence_KJ.isfinite() | ~filled_KJ).all()):
             checks.fail(
                 op,

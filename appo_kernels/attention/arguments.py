@@ -3,28 +3,71 @@
 Shapes: B sequences, Hq/Hkv query/key heads, R query rows, S keys, d head size, F frames.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from appo_kernels import checks
+from appo_kernels import checks, dispatch
+from appo_kernels.dtypes import compute_dtype
 
 REDUCTIONS = ("sum", "mean")
 
 
-def check_attention(
+class Layout(NamedTuple):
+    """Frames, visibility and scale as the attention backends take them: validated, in the dtypes they read.
+
+    Tensors may have any strides. None stands for the default of a bound (0, S - 1, 0) and for weights of 1.
+    """
+
+    frame_ids: Tensor  # (B, S) int32: frame of each key, -1 for none
+    first_key: Tensor | None  # (B, R) int32, may be negative
+    last_key: Tensor | None  # (B, R) int32
+    prefix_keys: Tensor | None  # (B, R) int32
+    frame_weights: Tensor | None  # (B, F): factor of each frame's sum
+    scale: float  # of the scores
+
+    @property
+    def bounds(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.first_key, self.last_key, self.prefix_keys
+
+
+class Upstream(NamedTuple):
+    """Gradients of the results of an attention pass, any strides; None where a result was not used."""
+
+    out: Tensor | None  # (B, Hq, R, d)
+    lse: Tensor | None  # (B, Hq, R)
+    mass: Tensor | None  # (B, Hq, R, F) where the mass was per head, else (B, 1, R, F)
+
+
+class Gradients(NamedTuple):
+    """Buffers for the gradients of the inputs, contiguous and like these; None where none is wanted."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+
+
+def prepare(
     op: str,
     query: Tensor,
     key: Tensor,
     frame_ids: Tensor,
+    *,
     num_frames: int,
     first_key: Tensor | None,
     last_key: Tensor | None,
     prefix_keys: Tensor | None,
+    scale: float | None,
     reduction: str,
-) -> None:
-    """Shapes, dtypes and devices of the arguments that both operators have."""
+) -> Layout:
+    """The ``Layout`` of the arguments that all operators on attention have, after their checks.
+
+    Raises:
+        ValueError: a wrong type, shape, dtype or device, a number out of its range. Values of tensors are left to
+            ``check_values``, in the custom operators.
+    """
     checks.rank(op, "query", query, 4, "(B, Hq, R, d)")
     checks.rank(op, "key", key, 4, "(B, Hkv, S, d)")
     checks.dtype(op, "query", query, checks.FLOATS)
@@ -37,10 +80,10 @@ def check_attention(
         remedy = "Pass the heads of the layer as they are; keys need not be repeated."
         got = f"Hq = {query_heads}, Hkv = {key_heads}, d = {head_dim}"
         checks.fail(op, "query", "Hq a positive multiple of Hkv, d at least 1", got, remedy)
-    if num_frames < 0:
-        checks.fail(op, "num_frames", "a number of frames, at least 0", num_frames, "Count the frames of the video.")
-    if reduction not in REDUCTIONS:
-        checks.fail(op, "reduction", '"sum" or "mean"', repr(reduction), "Pass one of these.")
+    num_frames = checks.count(
+        op, "num_frames", num_frames, "a number of frames, at least 0", "Count the frames of the video."
+    )
+    checks.choice(op, "reduction", reduction, REDUCTIONS)
     remedy = "Pass one frame per key, -1 for keys of no frame."
     checks.shape(op, "frame_ids", frame_ids, (batch, keys), "(B, S)", remedy)
     checks.dtype(op, "frame_ids", frame_ids, checks.INTS)
@@ -52,65 +95,52 @@ def check_attention(
         op, "query", query,
         key=key, frame_ids=frame_ids, first_key=first_key, last_key=last_key, prefix_keys=prefix_keys,
     )  # fmt: skip
-
-
-class Layout(NamedTuple):
-    """What the backends of both operators are told of keys and rows, checked and in the dtypes they read.
-
-    frame_ids (B, S) int32, -1 for none. first_key, last_key, prefix_keys (B, R) int32, or None for 0, S - 1 and 0;
-    first_key may be negative. frame_weights (B, F), what multiplies each frame's sum, or None for ones. scale: of the
-    scores. Tensors may have any strides.
-    """
-
-    frame_ids: Tensor
-    first_key: Tensor | None
-    last_key: Tensor | None
-    prefix_keys: Tensor | None
-    frame_weights: Tensor | None
-    scale: float
-
-    @property
-    def bounds(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.first_key, self.last_key, self.prefix_keys
+    if scale is None:
+        scale = 1.0 / math.sqrt(dispatch.constant(head_dim))
+    first, last, prefix = (None if b is None else checks.narrowed(b) for b in (first_key, last_key, prefix_keys))
+    return Layout(
+        checks.narrowed(frame_ids),
+        first,
+        last,
+        prefix,
+        frame_weights(frame_ids, num_frames, reduction, compute_dtype(query.dtype)),
+        checks.number(op, "scale", scale, "None or a finite number", "None stands for 1 / sqrt(d)."),
+    )
 
 
 def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def check_values(
-    op: str,
-    keys: int,
-    frame_ids: Tensor,
-    num_frames: int,
-    last_key: Tensor | None,
-    prefix_keys: Tensor | None,
-) -> None:
-    """Numbers in range. ``first_key`` needs none: below 0 is as 0, beyond ``last_key`` is an empty interval."""
-    bounds = (
-        ("frame_ids", frame_ids, -1, num_frames - 1, "Raise `num_frames`, or mark keys of no frame with -1."),
-        ("last_key", last_key, None, keys - 1, "last_key is inclusive: the last key is S - 1."),
-        ("prefix_keys", prefix_keys, 0, keys, "Pass the number of keys at the start that the row sees."),
+def check_values(op: str, keys: int, num_frames: int, layout: Layout) -> None:
+    """ValueError unless frame ids, ``last_key`` and ``prefix_keys`` are in range.
+
+    ``first_key`` needs no check: below 0 is as 0, beyond ``last_key`` is an empty interval.
+    """
+    ranges = (
+        ("frame_ids", layout.frame_ids, -1, num_frames - 1, "Raise `num_frames`, or mark keys of no frame with -1."),
+        ("last_key", layout.last_key, None, keys - 1, "last_key is inclusive: the last key is S - 1."),
+        ("prefix_keys", layout.prefix_keys, 0, keys, "Pass the number of keys at the start that the row sees."),
     )
-    for name, tensor, least, most, remedy in bounds:
+    for name, tensor, least, most, remedy in ranges:
         if tensor is None or not tensor.numel():
             continue
         low, high = (int(x) for x in tensor.aminmax())
         if high > most or (least is not None and low < least):
             expected = f"numbers up to {most}" if least is None else f"numbers in [{least}, {most}]"
-            checks.fail(op, name, expected, f"numbers from {low} to {high}", remedy)
+            checks.fail(op, name, expected, checks.span(low, high), remedy)
 
 
-def sees_any(keys: int, first_key: Tensor | None, last_key: Tensor | None, prefix_keys: Tensor | None) -> Tensor | bool:
-    """(B, R) bool: rows that see at least one of ``keys`` keys; a plain bool where that is the same for all rows."""
-    low = 0 if first_key is None else first_key.clamp(min=0)
-    high = keys - 1 if last_key is None else last_key
+def sees_any(keys: int, layout: Layout) -> Tensor | bool:
+    """Rows (B, R) that see at least one of ``keys`` keys; a plain bool where that is the same for all rows."""
+    low = 0 if layout.first_key is None else layout.first_key.clamp(min=0)
+    high = keys - 1 if layout.last_key is None else layout.last_key
     seen = low <= high
-    return seen if prefix_keys is None else seen | (prefix_keys > 0)
+    return seen if layout.prefix_keys is None else seen | (layout.prefix_keys > 0)
 
 
 def frame_weights(frame_ids: Tensor, num_frames: int, reduction: str, dtype: torch.dtype) -> Tensor | None:
-    """(B, F): what a frame's sum is multiplied by: 1 / its keys for "mean", 0 where it has none; None for "sum"."""
+    """Factors (B, F) of the frames' sums: for "mean" 1 / keys of the frame, 0 where it has none; None for "sum"."""
     if reduction == "sum":
         return None
     # An id out of range is an error that the custom operator reports; here it only must not index out of bounds.

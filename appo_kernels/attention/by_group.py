@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.attention.group_layout import Group, GroupLayout, bounds
 
 
@@ -35,8 +35,8 @@ def forward(
             torch.empty_like(operands[0], memory_format=torch.contiguous_format),
             lse[:, :, group.whole].contiguous(),
         )
-        mass = lse.new_zeros(1, operands[0].shape[2], 0)
-        attend(*operands, _visibility(group, query.device, scale), *found, mass)
+        no_mass = lse.new_zeros(1, 1, operands[0].shape[2], 0)
+        attend(*operands, _visibility(group, query.device, scale), *found, no_mass, per_head=False)
         out[:, :, group.whole], lse[:, :, group.whole] = found
 
 
@@ -56,12 +56,14 @@ def backward(
     grad_value: Tensor,
 ) -> None:
     for group in layout.groups:
-        rows = [None if x is None else x[:, :, group.whole] for x in (query, key, value, out, lse, grad_out, grad_lse)]
-        operands = rows[:3], [None if x is None else x.contiguous() for x in rows[3:]]
+        operands = [x[:, :, group.whole] for x in (query, key, value)]
+        results = [x[:, :, group.whole].contiguous() for x in (out, lse)]
+        grads = (None if x is None else x[:, :, group.whole].contiguous() for x in (grad_out, grad_lse))
+        upstream = Upstream(next(grads), next(grads), None)
         found = [
             torch.empty_like(x[:, :, group.whole], memory_format=torch.contiguous_format) for x in (query, key, value)
         ]
         seen = _visibility(group, query.device, scale)
-        attend_backward(*operands[0], seen, *operands[1], None, *found)
+        attend_backward(*operands, seen, *results, upstream, Gradients(*found), per_head=False)
         for total, share in zip((grad_query, grad_key, grad_value), found, strict=True):
             total[:, :, group.whole] = share

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from appo_kernels import cuda_library
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.dispatch import Problem
 from appo_kernels.dtypes import HALVES
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 GRAD_HEAD_DIMS = (64, 128)
-FRAME_TILE = 32  # keys per entry of `FrameTiles.range`: kFrameTile
+FRAME_TILE = 32  # keys per entry of `FrameIds.range`: kFrameTile
 KEY_TILE = 64  # the largest tile of keys of a kernel
 ROW_PADDING = 64  # kRowPadding
+# Operator and launcher of the pass without and with a value.
+FORWARD = (("frame_mass", "appo_frame_mass_one_pass"), ("frame_attention", "appo_frame_attention_forward"))
 
 
 class Visibility(ctypes.Structure):
@@ -156,84 +158,96 @@ def operands(query: Tensor, key: Tensor, layout: Layout, frame_count: int) -> Op
     )
 
 
-def add_head_mean(op: str, per_head: Tensor, frame_weights: Tensor | None, mass: Tensor, keep_heads: bool) -> None:
-    """mass += frame_weights times the mean over heads of per_head (B, Hq, R, F), or times per_head itself."""
-    batch, heads, rows, frame_count = per_head.shape
-    mass_BHRF = mass if keep_heads else mass[:, None]
-    params = HeadMeanParams(
-        per_head=per_head,
-        frame_weights=None if frame_weights is None else frame_weights.contiguous(),
-        mass=mass,
-        **stride_fields("mass", "bhrf", mass_BHRF),
-        batch=batch,
-        query_heads=heads,
-        kept_heads=heads if keep_heads else 1,
-        rows=rows,
-        frame_count=frame_count,
-    )
-    cuda_library.call(op, "appo_head_mean", params, mass.device)
-
-
 def attend(
-    op: str,
-    launcher: str,
-    common: Operands,
-    value: Tensor | None,
-    frame_weights: Tensor | None,
-    out: Tensor | None,
-    lse: Tensor,
-    mass: Tensor,
-    keep_heads: bool,
-) -> None:
-    """The flash-style pass: writes ``out`` and ``lse``, both contiguous, and adds to ``mass``."""
-    batch, heads, rows, _ = common.query.shape
-    sums = lse.new_empty(batch, heads, rows, common.frame_count)
-    tops = torch.empty_like(sums)
-    params = AttentionForwardParams(
-        **common.fields(),
-        value=value,
-        out=out,
-        lse=lse,
-        sums=sums,
-        tops=tops,
-        **stride_fields("value", "bhs", value),
-        **stride_fields("out", "bhr", out),
-    )
-    cuda_library.call(op, launcher, params, lse.device)
-    if common.frame_count:
-        add_head_mean(op, sums, frame_weights, mass, keep_heads)
-
-
-def attend_backward(
-    op: str,
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
     layout: Layout,
     out: Tensor | None,
     lse: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_mass: Tensor | None,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
+    mass: Tensor,
+    per_head: bool,
 ) -> None:
-    """The two backward passes, which write the last three where they are tensors, whatever was in them.
+    """Arguments as of ``torch_passes.attend``; ``out`` and ``lse`` contiguous."""
+    if not lse.numel():
+        return
+    if not key.shape[2]:
+        lse.fill_(-math.inf)
+        if out is not None:
+            out.zero_()
+        return
+    op, launcher = FORWARD[value is not None]
+    batch, heads, rows, _ = query.shape
+    common = operands(query, key, layout, mass.shape[-1])
+    value = None if value is None else aligned(value)
+    row_sums = lse.new_empty(batch, heads, rows, common.frame_count)
+    row_maxima = torch.empty_like(row_sums)
+    params = AttentionForwardParams(
+        **common.fields(),
+        value=value,
+        out=out,
+        lse=lse,
+        sums=row_sums,
+        tops=row_maxima,
+        **stride_fields("value", "bhs", value),
+        **stride_fields("out", "bhr", out),
+    )
+    cuda_library.call(op, launcher, params, lse.device)
+    if common.frame_count:
+        _add_heads(op, row_sums, layout.frame_weights, mass)
 
-    ``value``, ``out`` and ``grad_out``: all or none. ``grad_mass`` (B, 1 or Hq, R, F) is that of head sums.
-    """
-    gradients = [g for g in (grad_query, grad_key, grad_value) if g is not None]
+
+def _add_heads(op: str, head_mass: Tensor, frame_weights: Tensor | None, mass: Tensor) -> None:
+    """mass (B, H, R, F) += frame_weights times head_mass (B, Hq, R, F), or its mean over heads where H is 1."""
+    batch, heads, rows, frame_count = head_mass.shape
+    params = HeadMeanParams(
+        per_head=head_mass,
+        frame_weights=None if frame_weights is None else frame_weights.contiguous(),
+        mass=mass,
+        **stride_fields("mass", "bhrf", mass),
+        batch=batch,
+        query_heads=heads,
+        kept_heads=mass.shape[1],
+        rows=rows,
+        frame_count=frame_count,
+    )
+    cuda_library.call(op, "appo_head_mean", params, mass.device)
+
+
+def attend_backward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    layout: Layout,
+    out: Tensor | None,
+    lse: Tensor,
+    upstream: Upstream,
+    gradients: Gradients,
+    per_head: bool,
+) -> None:
+    """Arguments as of ``torch_passes.attend_backward``: two passes over rows and over keys."""
     batch, heads, rows, _ = query.shape
     if not (batch * rows and key.shape[2]):
         for gradient in gradients:
-            gradient.zero_()
+            if gradient is not None:
+                gradient.zero_()
         return
+    op = FORWARD[value is not None][0]
+    grad_out, grad_lse, grad_mass = upstream
+    grad_value = gradients.value
+    if grad_out is None:  # nothing reaches the values
+        value = out = None
+        if grad_value is not None:
+            grad_value.zero_()
+        grad_value = None
     frame_count = 0 if grad_mass is None else grad_mass.shape[-1]
     common = operands(query, key, layout, frame_count)
     padded = rows + -rows % ROW_PADDING
     mass_gradient = None
     if grad_mass is not None and frame_count:
+        grad_mass = grad_mass if per_head else grad_mass / heads
+        if layout.frame_weights is not None:
+            grad_mass = grad_mass * layout.frame_weights[:, None, None]
         # Rows next to one another, padded: what two neighbouring lanes read is neighbouring too.
         mass_gradient = lse.new_zeros(batch, grad_mass.shape[1], frame_count, padded)
         mass_gradient[..., :rows] = grad_mass.transpose(2, 3)
@@ -254,9 +268,9 @@ def attend_backward(
         score_unit=unit,
         row_stats=stats,
         row_views=views,
-        grad_query=grad_query,
-        grad_key=grad_key,
-        grad_value=grad_value if grad_out is not None else None,
+        grad_query=gradients.query,
+        grad_key=gradients.key,
+        grad_value=grad_value,
         **stride_fields("value", "bhs", value),
         **stride_fields("out", "bhr", out),
         **stride_fields("grad_out", "bhr", grad_out),
@@ -265,9 +279,8 @@ def attend_backward(
         scale=common.scale,
     )
     cuda_library.call(op, "appo_attention_backward", params, lse.device)
-    if layout.scale <= 0.0:  # the kernels saw `operands`' query: the negative of this one, or 0
-        for gradient in (g for g in (grad_query,) if g is not None):
-            gradient.mul_(-1.0 if layout.scale < 0.0 else 0.0)
+    if layout.scale <= 0.0 and gradients.query is not None:
+        gradients.query.mul_(-1.0 if layout.scale < 0.0 else 0.0)  # the kernels saw the query of `operands`
 
 
 def score_unit(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor | None:

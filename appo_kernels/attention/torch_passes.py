@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from appo_kernels.attention.arguments import Layout
-from appo_kernels.attention.torch_tiles import KeyTile, Rows, hide, key_tiles, row_tiles
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.torch_tiles import KeyTile, Rows, key_tiles, mask_, row_tiles
 from appo_kernels.dtypes import LOG2_E, compute_dtype
 
 MAX_KEYS = 256
@@ -39,12 +39,17 @@ def attend(
     out: Tensor | None,
     lse: Tensor,
     mass: Tensor,
-    *,
     per_head: bool,
-    max_keys: int,
-    tile_scores: int,
+    *,
+    max_keys: int | None = None,
+    tile_scores: int | None = None,
 ) -> None:
-    """Writes ``lse``, and ``out`` if there is a value; adds to ``mass``, (B, Hq, R, F) when ``per_head``."""
+    """Writes ``lse`` (B, Hq, R), and ``out`` (B, Hq, R, d) if there is a value; adds to ``mass``.
+
+    mass: (B, Hq, R, F) when ``per_head``, else (B, 1, R, F), the mean over heads. max_keys, tile_scores: other sizes of
+    tiles than those of this module.
+    """
+    max_keys, tile_scores = max_keys or MAX_KEYS, tile_scores or TILE_SCORES
     batch, heads, rows, head_dim = query.shape
     num_frames, group = mass.shape[-1], heads // key.shape[1]
     factor, log2_e = base_two(layout.scale, lse.dtype)
@@ -55,12 +60,12 @@ def attend(
         for part in row_tiles(b, rows, max(16, size), layout.bounds):
             here = slice(part.start, part.stop)
             one_value = None if value is None else value[b]
-            sums, peak, weighted = _online_softmax(
+            sums, row_max, weighted = _online_softmax(
                 query[b, :, here], key[b], one_value, tiles, part, factor, num_frames
             )
-            denominator = sums.sum(-1)  # (Hq, rows)
-            lse[b, :, here] = peak / log2_e + denominator.log()
-            inverse = torch.where(denominator == 0, 0, 1 / denominator)[..., None]
+            row_sum = sums.sum(-1)  # (Hq, rows)
+            lse[b, :, here] = row_max / log2_e + row_sum.log()
+            inverse = torch.where(row_sum == 0, 0, 1 / row_sum)[..., None]
             if out is not None and weighted is not None:
                 out[b, :, here] = weighted.mul_(inverse).to(out.dtype)
             by_head = sums[..., :num_frames].mul_(inverse)
@@ -69,7 +74,7 @@ def attend(
             if per_head:
                 mass[b, :, here] += by_head
             else:
-                mass[b, here] += by_head.sum(0).mul_(1 / heads)
+                mass[b, 0, here] += by_head.sum(0).mul_(1 / heads)
 
 
 def _online_softmax(
@@ -83,36 +88,36 @@ def _online_softmax(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Some rows of one sequence: query (Hq, rows, d), key and value (Hkv, S, d).
 
-    Returns the frame sums (Hq, rows, F + 1) and value product (Hq, rows, d) of exp2(factor query . key - peak), and the
-    peak (Hq, rows).
+    Returns, of exp2(factor query . key - row_max), the frame sums (Hq, rows, F + 1) and the product with value (Hq,
+    rows, d), and row_max (Hq, rows).
     """
     heads, rows, head_dim = query.shape
     dtype, group = compute_dtype(query.dtype), heads // len(key)
     queries = query.to(dtype).reshape(len(key), group * rows, head_dim)
     sums = queries.new_zeros(len(key), group, rows, num_frames + 1)
-    peaks = queries.new_full((len(key), group, rows, 1), -math.inf)
+    row_maxima = queries.new_full((len(key), group, rows, 1), -math.inf)
     weighted = None if value is None else torch.zeros_like(queries)
     for tile in tiles:
-        hidden = part.hidden(tile)
-        if hidden is True:
+        masked = part.masked(tile)
+        if masked is True:
             continue
         scores = queries.new_empty(group, rows, len(tile))
         flat = scores.view(group * rows, -1)
-        for kv, peak in enumerate(peaks):
+        for kv, row_max in enumerate(row_maxima):
             # The same rounding as in the gradient, whose probabilities then add up to 1 with this lse.
             torch.addmm(flat, queries[kv], tile.take(key[kv], dtype).t(), beta=0, alpha=factor, out=flat)
-            if isinstance(hidden, Tensor):
-                hide(scores, hidden)
-            highest = torch.maximum(peak, scores.amax(-1, keepdim=True))
-            finite = highest.masked_fill(torch.isneginf(highest), 0)  # a row that has seen no key yet
-            rescale = (peak - finite).exp2_()
+            if isinstance(masked, Tensor):
+                mask_(scores, masked)
+            new_max = torch.maximum(row_max, scores.amax(-1, keepdim=True))
+            finite = new_max.masked_fill(torch.isneginf(new_max), 0)  # a row that has seen no key yet
+            rescale = (row_max - finite).exp2_()
             scores.sub_(finite).exp2_()
             tile.add_frame_sums(scores, sums[kv].mul_(rescale))
             if weighted is not None and value is not None:
                 weighted[kv].mul_(rescale.view(-1, 1)).addmm_(flat, tile.take(value[kv], dtype))
-            peak.copy_(highest)
+            row_max.copy_(new_max)
     shape = (heads, rows, -1)
-    return sums.view(shape), peaks.view(heads, rows), None if weighted is None else weighted.view(shape)
+    return sums.view(shape), row_maxima.view(heads, rows), None if weighted is None else weighted.view(shape)
 
 
 def attend_backward(
@@ -122,16 +127,13 @@ def attend_backward(
     layout: Layout,
     out: Tensor | None,
     lse: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_mass: Tensor | None,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
-    *,
+    upstream: Upstream,
+    gradients: Gradients,
     per_head: bool,
 ) -> None:
-    """Writes the gradients asked for, from those of the results that were used (see op.py for the formulas)."""
+    """Writes ``gradients`` from those of the results that were used (formulas: ``frame_attention/op.py``)."""
+    grad_out, grad_lse, grad_mass = upstream
+    grad_query, grad_key, grad_value = gradients
     dtype = compute_dtype(query.dtype)
     batch, heads, rows, _ = query.shape
     group = heads // key.shape[1]
@@ -153,7 +155,7 @@ def attend_backward(
                 of_kv = slice(kv * group, (kv + 1) * group)
                 frame_grad = None
                 if grad_mass is not None:
-                    chosen = grad_mass[b, of_kv, here] if per_head else grad_mass[b, None, here] / heads
+                    chosen = grad_mass[b, of_kv, here] if per_head else grad_mass[b, :, here] / heads
                     chosen = chosen if layout.frame_weights is None else chosen * layout.frame_weights[b]
                     frame_grad = torch.nn.functional.pad(chosen.to(dtype), (0, 1)).expand(group, -1, -1)  # none: F
                 delta = query.new_zeros(group, part.stop - part.start, dtype=dtype)
@@ -198,25 +200,25 @@ def _rows_backward(
     delta comes without the term of the mass, which takes a pass of its own over the keys of frames.
     """
     group = query.shape[0]
-    hidden = [part.hidden(tile) for tile in tiles]
+    masked = [part.masked(tile) for tile in tiles]
     if frame_grad is not None:
         delta = delta.clone()
-        for tile, hides in zip(tiles, hidden, strict=True):
-            if hides is True or tile.runs[0][0] == frame_grad.shape[-1] - 1:
+        for tile, tile_mask in zip(tiles, masked, strict=True):
+            if tile_mask is True or tile.runs[0][0] == frame_grad.shape[-1] - 1:
                 continue
             column = tile.take(key, query.dtype).t()
             for head in range(group):
-                probabilities = _probabilities(query[head], column, shift[head], hides, factor)
+                probabilities = _probabilities(query[head], column, shift[head], tile_mask, factor)
                 delta[head] += probabilities.mul_(frame_grad[head].index_select(1, tile.frames)).sum(-1)
     dquery = torch.zeros_like(query)
-    for tile, hides in zip(tiles, hidden, strict=True):
-        if hides is True:
+    for tile, tile_mask in zip(tiles, masked, strict=True):
+        if tile_mask is True:
             continue
         keys = tile.take(key, query.dtype)  # (n, d)
         values = None if value is None or grad_out is None else tile.take(value, query.dtype)
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(keys)
         for head in range(group):
-            probabilities = _probabilities(query[head], keys.t(), shift[head], hides, factor)
+            probabilities = _probabilities(query[head], keys.t(), shift[head], tile_mask, factor)
             minus_delta = -delta[head, :, None]
             if values is not None and grad_out is not None:
                 dvalues.addmm_(probabilities.t(), grad_out[head])
@@ -234,11 +236,11 @@ def _rows_backward(
     return dquery
 
 
-def _probabilities(query: Tensor, column: Tensor, shift: Tensor, hidden: bool | Tensor, factor: float) -> Tensor:
-    """(rows, n): exp2(factor query . key + shift), 0 where hidden."""
+def _probabilities(query: Tensor, column: Tensor, shift: Tensor, masked: bool | Tensor, factor: float) -> Tensor:
+    """(rows, n): exp2(factor query . key + shift), 0 where masked."""
     scores = query.new_empty(len(query), column.shape[1])
     torch.addmm(scores, query, column, beta=0, alpha=factor, out=scores)
     scores += shift[:, None]
-    if isinstance(hidden, Tensor):
-        hide(scores, hidden)
+    if isinstance(masked, Tensor):
+        mask_(scores, masked)
     return scores.exp2_()

@@ -21,9 +21,9 @@ class Rows:
     last: Tensor | None
     prefix: Tensor | None
 
-    def hidden(self, tile: "KeyTile") -> bool | Tensor:
+    def masked(self, tile: "KeyTile") -> bool | Tensor:
         """False: every row sees every key of the tile. True: none sees any. Else (rows, keys of the tile) int32, 1
-        where a key is hidden: comparisons are several times faster into integers than into bools."""
+        where a key is masked: comparisons are several times faster into integers than into bools."""
         if self.first is None and self.last is None:
             return False
         whole: Tensor | bool = True
@@ -39,27 +39,27 @@ class Rows:
         if bool(torch.as_tensor(apart).all()):
             return True
         keys = tile.positions
-        hidden = torch.zeros(self.stop - self.start, len(keys), dtype=torch.int32, device=keys.device)
-        compared = torch.empty_like(hidden)
+        masked = torch.zeros(self.stop - self.start, len(keys), dtype=torch.int32, device=keys.device)
+        compared = torch.empty_like(masked)
         if self.first is not None:
-            hidden |= torch.lt(keys, self.first[:, None].int(), out=compared)
+            masked |= torch.lt(keys, self.first[:, None].int(), out=compared)
         if self.last is not None:
-            hidden |= torch.gt(keys, self.last[:, None].int(), out=compared)
+            masked |= torch.gt(keys, self.last[:, None].int(), out=compared)
         if self.prefix is not None:
-            hidden &= torch.ge(keys, self.prefix[:, None].int(), out=compared)
-        return hidden
+            masked &= torch.ge(keys, self.prefix[:, None].int(), out=compared)
+        return masked
 
 
-def hide(scores: Tensor, hidden: Tensor) -> None:
-    """Makes (..., rows, n) ``scores`` -inf where ``hidden``, (rows, n) int32, is 1, whatever stood there, NaN included.
+def mask_(scores: Tensor, masked: Tensor) -> None:
+    """Makes (..., rows, n) ``scores`` -inf where ``masked``, (rows, n) int32, is 1, whatever stood there, NaN included.
 
     On the bits, since masked_fill_ with a mask that is broadcast takes ten times as long on a CPU.
     """
     integers = {torch.float32: torch.int32, torch.float64: torch.int64}[scores.dtype]
     minus_infinity = torch.full((), -torch.inf, dtype=scores.dtype, device=scores.device).view(integers)
-    bits, hidden = scores.view(integers), hidden.to(integers)
-    bits &= hidden - 1
-    bits |= hidden * minus_infinity
+    bits, masked = scores.view(integers), masked.to(integers)
+    bits &= masked - 1
+    bits |= masked * minus_infinity
 
 
 def row_tiles(

@@ -181,7 +181,7 @@ def query_step(
 )
 def query_kernel(
     p_query, p_key, p_value, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_grad_query,
-    p_order, p_frames, p_tiles, p_visits, p_counts, p_bounds,
+    p_order, p_frames, p_tiles, p_kv_indices, p_num_blocks, p_bounds,
     stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gr, stride_mb, stride_mh, stride_mr, stride_mf,
     HKV, R, S, T, N, F, scale, factor,
@@ -212,23 +212,23 @@ def query_kernel(
     p_grad_mass += b64 * stride_mb
     p_weights += b64 * F
     row_offset = head.to(tl.int64) * stride_mh + row.to(tl.int64) * stride_mr
-    visit = b64 * N + row_tile
-    p_visits += visit * T
-    leading = tl.load(p_counts + visit * 2)
-    count = tl.load(p_counts + visit * 2 + 1)
+    block_row = b64 * N + row_tile
+    p_kv_indices += block_row * T
+    full_blocks = tl.load(p_num_blocks + block_row * 2)
+    num_blocks = tl.load(p_num_blocks + block_row * 2 + 1)
 
     b_dq = tl.zeros([BM, DP], tl.float32)
-    for i in range(leading):
+    for i in range(full_blocks):
         b_dq = query_step(
-            b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles, tl.load(p_visits + i),
-            p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta, first, last, prefix, valid,
-            scale, b_dq, D, DP, BM, BN, False, BOUNDS, VALUE, MASS, WEIGHTED,
+            b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles,
+            tl.load(p_kv_indices + i), p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta,
+            first, last, prefix, valid, scale, b_dq, D, DP, BM, BN, False, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
-    for i in range(leading, count):
+    for i in range(full_blocks, num_blocks):
         b_dq = query_step(
-            b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles, tl.load(p_visits + i),
-            p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta, first, last, prefix, valid,
-            scale, b_dq, D, DP, BM, BN, True, BOUNDS, VALUE, MASS, WEIGHTED,
+            b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles,
+            tl.load(p_kv_indices + i), p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta,
+            first, last, prefix, valid, scale, b_dq, D, DP, BM, BN, True, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
     d = tl.arange(0, DP)
     b_dq = b_dq * (scale * TO_BASE_E)
@@ -289,7 +289,7 @@ def key_step(
 )
 def key_kernel(
     p_query, p_key, p_value, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_grad_key, p_grad_value,
-    p_order, p_frames, p_tiles, p_visitors, p_counts, p_bounds,
+    p_order, p_frames, p_tiles, p_q_indices, p_num_blocks, p_bounds,
     stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_gb, stride_gh, stride_gr, stride_mb, stride_mh, stride_mr, stride_mf,
     HKV, R, S, T, N, F, scale, factor,
@@ -323,24 +323,24 @@ def key_kernel(
     p_weights += b64 * F
     p_lse += b64 * HKV * G * R
     p_delta += b64 * HKV * G * R
-    visit = b64 * T + tile
-    p_visitors += visit * N
-    whole = tl.load(p_counts + visit * 2)
-    count = tl.load(p_counts + visit * 2 + 1)
+    block_row = b64 * T + tile
+    p_q_indices += block_row * N
+    full_blocks = tl.load(p_num_blocks + block_row * 2)
+    num_blocks = tl.load(p_num_blocks + block_row * 2 + 1)
 
     b_dk = tl.zeros([BN, DP], tl.float32)
     b_dv = tl.zeros([BN, DP], tl.float32)
-    for i in range(whole):
+    for i in range(full_blocks):
         b_dk, b_dv = key_step(
             b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds,
-            tl.load(p_visitors + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh,
+            tl.load(p_q_indices + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh,
             stride_mr, stride_mf, HKV, R, F, factor, position, inside, frame, p_frames, start, length, scale,
             b_dk, b_dv, G, D, DP, BM, BN, False, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
-    for i in range(whole, count):
+    for i in range(full_blocks, num_blocks):
         b_dk, b_dv = key_step(
             b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds,
-            tl.load(p_visitors + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh,
+            tl.load(p_q_indices + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh,
             stride_mr, stride_mf, HKV, R, F, factor, position, inside, frame, p_frames, start, length, scale,
             b_dk, b_dv, G, D, DP, BM, BN, True, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How the Triton attention kernels walk keys: sorted by frame, cut into tiles, and which tile of rows visits which.
+"""Tiles of keys sorted by frame, and the block mask of row tiles and key tiles, for the Triton attention kernels.
 
 A tile never holds keys of two frames, so that its row sum belongs to one frame, with one exception: frames smaller than
 half a tile share tiles (MIXED), and their mass is replayed after the pass. Everything is computed on the device of the
@@ -33,11 +33,11 @@ class KeyPlan:
 
 
 @dataclass(frozen=True)
-class Visits:
-    """For each row tile the key tiles that it sees, ascending; and for each key tile the row tiles."""
+class BlockMask:
+    """The key tiles that each row tile sees; FlexAttention's BlockMask, with one list for both kinds of tiles."""
 
-    tiles: Tensor  # (B, N, T) int32
-    counts: Tensor  # (B, N, 2) int32: how many of these lead with FULL, how many there are
+    kv_indices: Tensor  # (B, N, T) int32: key tiles in ascending order, those not seen last
+    kv_num_blocks: Tensor  # (B, N, 2) int32: FULL tiles before the first that is not, tiles seen
     kinds: Tensor  # (B, N, T) int8: SKIP, PARTIAL or FULL
 
 
@@ -96,8 +96,10 @@ def row_bounds(
     return bounds
 
 
-def visits(plan: KeyPlan, num_frames: int, bounds: Tensor | None, rows: int, tile_rows: int, tile_keys: int) -> Visits:
-    """Which of the row tiles (``tile_rows`` rows each) see which key tiles. Tiles that do not exist are SKIP."""
+def block_mask(
+    plan: KeyPlan, num_frames: int, bounds: Tensor | None, rows: int, tile_rows: int, tile_keys: int
+) -> BlockMask:
+    """The ``BlockMask`` of row tiles of ``tile_rows`` rows and the key tiles of ``plan``; one without keys is SKIP."""
     B, T = plan.low.shape
     N = -(-rows // tile_rows)
     exists = plan.tiles[:, None, :, 1] > 0
@@ -124,14 +126,15 @@ def visits(plan: KeyPlan, num_frames: int, bounds: Tensor | None, rows: int, til
         every = ((most_first <= low) & (least_last >= high)) | (least_prefix > high)
     kinds = some.to(torch.int8) + (some & every & whole).to(torch.int8)
     tiles = torch.argsort((kinds == SKIP).to(torch.int8), dim=2, stable=True)
-    leading = (kinds.gather(2, tiles) == FULL).int().cumprod(2).sum(2)
-    counts = torch.stack([leading, some.sum(2)], dim=2)
-    return Visits(tiles.int(), counts.int().contiguous(), kinds.contiguous())
+    full = (kinds.gather(2, tiles) == FULL).int().cumprod(2).sum(2)
+    counts = torch.stack([full, some.sum(2)], dim=2)
+    return BlockMask(tiles.int(), counts.int().contiguous(), kinds.contiguous())
 
 
-def visitors(visits: Visits) -> tuple[Tensor, Tensor]:
-    """The transpose: row tiles that see each key tile, FULL ones first, (B, T, N) int32, and counts (B, T, 2) int32."""
-    kinds = visits.kinds.transpose(1, 2)
+def row_blocks(mask: BlockMask) -> tuple[Tensor, Tensor]:
+    """The transpose: q_indices (B, T, N) int32, row tiles that see each key tile, FULL ones first; q_num_blocks (B, T,
+    2) int32: FULL ones, all."""
+    kinds = mask.kinds.transpose(1, 2)
     rows = torch.argsort(-kinds, dim=2, stable=True)
     counts = torch.stack([(kinds == FULL).sum(2), (kinds != SKIP).sum(2)], dim=2)
     return rows.int().contiguous(), counts.int().contiguous()

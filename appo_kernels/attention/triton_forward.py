@@ -24,11 +24,11 @@ from appo_kernels.attention.triton_device import (
 @triton.jit
 def online_step(
     b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tile, p_tile_sum, p_tile_max,
-    first, last, prefix, scale, b_out, total, peak,
+    first, last, prefix, scale, b_out, row_sum, row_max,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     MASKED: tl.constexpr, BOUNDS: tl.constexpr, VALUE: tl.constexpr, MASS: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Takes one tile of keys into (b_out, total, peak). peak is in base 2 and includes ``scale``."""
+    """Takes one tile of keys into (b_out, row_sum, row_max). row_max is in base 2 and includes ``scale``."""
     n = tl.arange(0, BN)
     start = tl.load(p_tiles + tile * 4)
     if MASKED:
@@ -44,25 +44,26 @@ def online_step(
     if MASKED:
         seen = inside[None, :] & visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)
         b_score = tl.where(seen, b_score, float("-inf"))
-    new_peak = tl.maximum(peak, tl.max(b_score, 1) * scale)
-    base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
+    new_max = tl.maximum(row_max, tl.max(b_score, 1) * scale)
+    base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
     b_p = tl.exp2(b_score * scale - base[:, None])
     tile_sum = tl.sum(b_p, 1)
-    decay = tl.exp2(peak - base)
-    total = total * decay + tile_sum
+    decay = tl.exp2(row_max - base)
+    row_sum = row_sum * decay + tile_sum
     if VALUE:
         b_value = load_keys(p_value, stride_vs, position, inside, D, DP, not MASKED)
         b_out = tl.dot(b_p.to(b_value.dtype), b_value, b_out * decay[:, None], input_precision="ieee")
     if MASS:
         lane = tl.arange(0, BM)
         tl.store(p_tile_sum + tile * BM + lane, tile_sum)
-        tl.store(p_tile_max + tile * BM + lane, new_peak)
-    return b_out, total, new_peak
+        tl.store(p_tile_max + tile * BM + lane, new_max)
+    return b_out, row_sum, new_max
 
 
 @triton.jit(do_not_specialize=["R", "S", "T", "N", "first_row_tile"])
 def online_kernel(
-    p_query, p_key, p_value, p_out, p_lse, p_order, p_tiles, p_visits, p_counts, p_bounds, p_tile_sum, p_tile_max,
+    p_query, p_key, p_value, p_out, p_lse, p_order, p_tiles, p_kv_indices, p_num_blocks, p_bounds, p_tile_sum,
+    p_tile_max,
     stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_or, HKV, R, S, T, N, first_row_tile, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BOUNDS: tl.constexpr,
@@ -91,31 +92,31 @@ def online_kernel(
     scratch = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + local_tile) * T * BM
     p_tile_sum += scratch
     p_tile_max += scratch
-    visit = b64 * N + row_tile
-    p_visits += visit * T
-    leading = tl.load(p_counts + visit * 2)
-    count = tl.load(p_counts + visit * 2 + 1)
+    block_row = b64 * N + row_tile
+    p_kv_indices += block_row * T
+    full_blocks = tl.load(p_num_blocks + block_row * 2)
+    num_blocks = tl.load(p_num_blocks + block_row * 2 + 1)
 
     b_out = tl.zeros([BM, DP], tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    peak = tl.full([BM], float("-inf"), tl.float32)
-    for i in range(leading):
-        b_out, total, peak = online_step(
-            b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_visits + i), p_tile_sum,
-            p_tile_max, first, last, prefix, scale, b_out, total, peak,
+    row_sum = tl.zeros([BM], tl.float32)
+    row_max = tl.full([BM], float("-inf"), tl.float32)
+    for i in range(full_blocks):
+        b_out, row_sum, row_max = online_step(
+            b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_kv_indices + i), p_tile_sum,
+            p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,
             D, DP, BM, BN, False, BOUNDS, VALUE, MASS, NEGATIVE,
         )  # fmt: skip
-    for i in range(leading, count):
-        b_out, total, peak = online_step(
-            b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_visits + i), p_tile_sum,
-            p_tile_max, first, last, prefix, scale, b_out, total, peak,
+    for i in range(full_blocks, num_blocks):
+        b_out, row_sum, row_max = online_step(
+            b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_kv_indices + i), p_tile_sum,
+            p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,
             D, DP, BM, BN, True, BOUNDS, VALUE, MASS, NEGATIVE,
         )  # fmt: skip
 
-    lse = tl.where(total == 0.0, float("-inf"), peak + tl.log2(total)) * TO_BASE_E
+    lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum)) * TO_BASE_E
     tl.store(p_lse + (b64 * HKV * G + head) * R + row, lse, mask=valid)
     if VALUE:
-        b_out = b_out / tl.where(total == 0.0, 1.0, total)[:, None]
+        b_out = b_out / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
         d = tl.arange(0, DP)
         p = p_out + b64 * stride_ob + head.to(tl.int64)[:, None] * stride_oh + row.to(tl.int64)[:, None] * stride_or
         tl.store(p + d[None, :], b_out.to(p_out.dtype.element_ty), mask=valid[:, None] & (d < D)[None, :])

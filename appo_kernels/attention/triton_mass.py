@@ -152,18 +152,19 @@ def replay(
     frame_weights: Tensor | None,
     scale: float,
     mass: Tensor,
+    per_head: bool,
     choice: Tiling,
     *,
     large: bool = True,
     split: bool | None = None,
 ) -> None:
-    """Adds the mass of frames to ``mass`` (B, 1 or Hq, R, F), any strides.
+    """Adds the mass of frames to ``mass`` (B, H, R, F), any strides; H = Hq when ``per_head``, else 1.
 
     plan: of tiles of ``choice.keys`` keys. large: False leaves out the frames that have tiles of their own. split: one
     program per key/value head and fewer frames; None: where there are too few programs for the GPU otherwise.
     """
     (B, Hq, R, D), (HKV, S) = query.shape, key.shape[1:3]
-    F, T, G, per_head = mass.shape[3], plan.tiles.shape[1], Hq // HKV, mass.shape[1] != 1 or Hq == 1
+    F, T, G = mass.shape[3], plan.tiles.shape[1], Hq // HKV
     row_tiles = triton.cdiv(R, choice.rows // G)
     if split is None:
         split = row_tiles * triton.cdiv(F, FRAMES) * B < 2 * multiprocessors(query.device)

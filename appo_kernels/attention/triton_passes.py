@@ -9,8 +9,8 @@ from torch import Tensor
 from appo_kernels.attention import triton_backward as backward_kernels
 from appo_kernels.attention import triton_forward as forward_kernels
 from appo_kernels.attention import triton_mass
-from appo_kernels.attention.arguments import Layout
-from appo_kernels.attention.triton_block_mask import key_plan, row_bounds, visitors, visits
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.triton_block_mask import block_mask, key_plan, row_blocks, row_bounds
 from appo_kernels.dtypes import LOG2_E
 from appo_kernels.triton_launch import BACKWARD, FORWARD, architecture, on_its_device, padded_head_dim, tiling
 
@@ -27,10 +27,11 @@ def attend(
     out: Tensor | None,
     lse: Tensor,
     mass: Tensor,
+    per_head: bool,
 ) -> None:
-    """Writes ``out`` (with ``value``) and ``lse`` (contiguous), adds to ``mass`` (B, 1 or Hq, R, F), any strides."""
+    """Arguments as of ``torch_passes.attend``; ``lse`` contiguous."""
     (B, Hq, R, D), (HKV, S) = query.shape, key.shape[1:3]
-    F, per_head = mass.shape[3], mass.shape[1] != 1 or Hq == 1
+    F = mass.shape[3]
     scale, frame_weights = layout.scale, layout.frame_weights
     if not B * R:
         return
@@ -40,33 +41,33 @@ def attend(
             out.zero_()
         return
     choice = tiling(FORWARD, architecture(query.device), query.element_size(), D, Hq // HKV)
-    G, T_bytes = Hq // HKV, 2 * 4 * choice.rows
+    G, tile_bytes = Hq // HKV, 2 * 4 * choice.rows
     bounds = row_bounds(B, R, S, *layout.bounds)
     plan = key_plan(layout.frame_ids, F, bounds, choice.keys)
-    visit = visits(plan, F, bounds, R, choice.rows // G, choice.keys)
-    N, T = visit.tiles.shape[1:]
-    part = min(N, max(1, SCRATCH_BYTES // (B * HKV * T * T_bytes)))
+    mask = block_mask(plan, F, bounds, R, choice.rows // G, choice.keys)
+    N, T = mask.kv_indices.shape[1:]
+    part = min(N, max(1, SCRATCH_BYTES // (B * HKV * T * tile_bytes)))
     scratch = torch.empty(2, B * HKV * part * T * choice.rows if F else 1, dtype=torch.float32, device=query.device)
     bounds_or_any = plan.order if bounds is None else bounds
     value_or_any, out_or_any = (key, query) if value is None or out is None else (value, out)
     for start in range(0, N, part):
         tiles = min(part, N - start)
         forward_kernels.online_kernel[(tiles, B * HKV)](
-            query, key, value_or_any, out_or_any, lse, plan.order, plan.tiles, visit.tiles, visit.counts, bounds_or_any,
-            *scratch, *query.stride()[:3], *key.stride()[:3], *value_or_any.stride()[:3], *out_or_any.stride()[:3],
-            HKV, R, S, T, N, start, magnitude(scale),
+            query, key, value_or_any, out_or_any, lse, plan.order, plan.tiles, mask.kv_indices,
+            mask.kv_num_blocks, bounds_or_any, *scratch, *query.stride()[:3], *key.stride()[:3],
+            *value_or_any.stride()[:3], *out_or_any.stride()[:3], HKV, R, S, T, N, start, magnitude(scale),
             G=G, D=D, DP=padded_head_dim(D), BM=choice.rows, BN=choice.keys, BOUNDS=bounds is not None,
             VALUE=value is not None, MASS=F > 0, NEGATIVE=scale < 0, **choice.options,
         )  # fmt: skip
         if F:
             forward_kernels.finish_kernel[(tiles, F, B)](
-                *scratch, lse, visit.kinds, plan.frame_tiles, lse if frame_weights is None else frame_weights, mass,
+                *scratch, lse, mask.kinds, plan.frame_tiles, lse if frame_weights is None else frame_weights, mass,
                 *mass.stride(), HKV, R, T, N, F, start, 1.0 if per_head else 1.0 / Hq,
                 G=G, BM=choice.rows, WEIGHTED=frame_weights is not None, PER_HEAD=per_head,
                 ROWS=triton.next_power_of_2(choice.rows // G), num_warps=4,
             )  # fmt: skip
     if F:
-        triton_mass.replay(query, key, lse, plan, bounds, frame_weights, scale, mass, choice, large=False)
+        triton_mass.replay(query, key, lse, plan, bounds, frame_weights, scale, mass, per_head, choice, large=False)
 
 
 def magnitude(scale: float) -> float:
@@ -82,14 +83,13 @@ def attend_backward(
     layout: Layout,
     out: Tensor | None,
     lse: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_mass: Tensor | None,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
+    upstream: Upstream,
+    gradients: Gradients,
+    per_head: bool,
 ) -> None:
-    """Writes the last three. ``grad_mass`` (B, 1 or Hq, R, F); lse contiguous; all other gradients in any strides."""
+    """Arguments as of ``torch_passes.attend_backward``."""
+    grad_out, grad_lse, grad_mass = upstream
+    grad_query, grad_key, grad_value = gradients
     (B, Hq, R, D), (HKV, S) = query.shape, key.shape[1:3]
     for gradient in (grad_key, grad_value):
         if gradient is not None:
@@ -103,8 +103,8 @@ def attend_backward(
     bounds = row_bounds(B, R, S, *layout.bounds)
     ids = torch.full_like(layout.frame_ids, -1) if not F else layout.frame_ids
     plan = key_plan(ids, F, bounds, choice.keys)
-    visit = visits(plan, F, bounds, R, choice.rows // G, choice.keys)
-    N, T = visit.tiles.shape[1:]
+    mask = block_mask(plan, F, bounds, R, choice.rows // G, choice.keys)
+    N, T = mask.kv_indices.shape[1:]
     lse = lse.contiguous()
     if grad_out is not None and grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
@@ -113,7 +113,6 @@ def attend_backward(
     frame_weights = layout.frame_weights if F else None
     if not F:
         grad_mass = None
-    per_head = grad_mass is not None and (grad_mass.shape[1] != 1 or Hq == 1)
     factor = 1.0 if per_head else 1.0 / Hq
     signed = math.copysign(magnitude(layout.scale), layout.scale)
     query_strides, key_strides = query.stride()[:3], key.stride()[:3]
@@ -144,16 +143,16 @@ def attend_backward(
     )  # fmt: skip
     if grad_query is not None:
         backward_kernels.query_kernel[(N, B * HKV)](
-            *operands, grad_query, plan.order, plan.frames, plan.tiles, visit.tiles, visit.counts, bounds_or_any,
-            *strides, VALUE=value is not None, **common,
+            *operands, grad_query, plan.order, plan.frames, plan.tiles, mask.kv_indices, mask.kv_num_blocks,
+            bounds_or_any, *strides, VALUE=value is not None, **common,
         )  # fmt: skip
     if grad_key is not None or grad_value is not None:
-        rows, counts = visitors(visit)
+        q_indices, q_num_blocks = row_blocks(mask)
         grad_key = key.new_empty(key.shape) if grad_key is None else grad_key
         grad_value = key.new_empty(key.shape if value is not None else 1) if grad_value is None else grad_value
         backward_kernels.key_kernel[(T, B * HKV)](
-            *operands, grad_key, grad_value, plan.order, plan.frames, plan.tiles, rows, counts, bounds_or_any,
-            *strides, VALUE=value is not None, **common,
+            *operands, grad_key, grad_value, plan.order, plan.frames, plan.tiles, q_indices, q_num_blocks,
+            bounds_or_any, *strides, VALUE=value is not None, **common,
         )  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from appo_kernels import checks
 from appo_kernels.dtypes import HALVES, compute_dtype
 
 # Bytes of one tile of logits. On a CPU a tile is read again by the passes after its matrix product and should
@@ -23,31 +22,6 @@ CPU_TILE_BYTES, GPU_TILE_BYTES = 4 << 20, 128 << 20
 CPU_TILE_ROWS, GPU_TILE_ROWS = 512, 2048
 # Bytes of the fp32 copy of one vocabulary tile of a half-precision weight, where products need such a copy.
 WEIGHT_TILE_BYTES = 32 << 20
-
-
-def check_projection(
-    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
-) -> None:
-    """ValueError unless hidden (..., D), weight (V, D), bias (V,), temperature and softcap make logits together."""
-    checks.dtype(op, "hidden", hidden, checks.FLOATS)
-    checks.rank(op, "weight", weight, 2, "(V, D)")
-    checks.dtype(op, "weight", weight, (hidden.dtype,))
-    if weight.shape[1] != hidden.shape[-1]:
-        expected = f"shape (V, D) with D = {hidden.shape[-1]}, the last of `hidden`"
-        checks.fail(op, "weight", expected, f"shape {tuple(weight.shape)}", "Pass the output embedding as it is.")
-    if bias is not None:
-        checks.dtype(op, "bias", bias, checks.FLOATS)
-        checks.shape(op, "bias", bias, weight.shape[:1], "(V,)", "Pass one number per row of `weight`.")
-    checks.same_device(op, "hidden", hidden, weight=weight, bias=bias)
-    check_temperature(op, temperature)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        checks.fail(op, "softcap", "a positive finite number or None", softcap, "Pass None for logits without a cap.")
-
-
-def check_temperature(op: str, temperature: float) -> None:
-    if not 0 < temperature < float("inf"):
-        remedy = "Pass the temperature that the responses were sampled with."
-        checks.fail(op, "temperature", "a positive finite number", temperature, remedy)
 
 
 def operand(tensor: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """What a backend may refuse, written down a second time, so that one that refuses more fails instead of skipping."""
 
+import os
+
 import torch
 
 from appo_kernels.dispatch import Problem
@@ -16,6 +18,8 @@ def may_refuse(problem: Problem, backend: str) -> bool:
     if problem.dtype == torch.float64:
         return True
     if backend == "triton":
+        if os.environ.get("TRITON_INTERPRET") == "1" and problem.op in ATTENTION and problem.dtype == torch.bfloat16:
+            return True
         return problem.head_dim > TRITON_LARGEST_HEAD_DIM
     if problem.op == "token_logprobs":
         return True

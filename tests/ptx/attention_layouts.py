@@ -23,7 +23,7 @@ class Layout:
     def bounds(self):
         return self.first_key, self.last_key, self.prefix_keys
 
-    def told(self, scale: float, weights: torch.Tensor | None = None) -> arguments.Layout:
+    def operands(self, scale: float, weights: torch.Tensor | None = None) -> arguments.Layout:
         """As backends take it."""
         return arguments.Layout(self.frame_ids, *self.bounds, weights, scale)
 
@@ -92,15 +92,14 @@ def attention(layout: Layout, inputs, backend: str, *, scale: float, grads=None,
     out = torch.full(query.shape, math.nan, dtype=query.dtype, device=device)
     lse = torch.full(query.shape[:3], math.nan, dtype=compute, device=device)
     mass = torch.zeros(query.shape[0], query.shape[2], layout.num_frames, dtype=compute, device=device)
-    common = (*inputs, layout.told(scale, weights))
-    module.forward(*common, out, lse, mass)
+    common = (*inputs, layout.operands(scale, weights))
+    module.forward(*common, out, lse, mass[:, None])
     if grads is None:
         return out, lse, mass
-    gradients = [torch.full(t.shape, math.nan, dtype=t.dtype, device=device) for t in inputs]
+    gradients = arguments.Gradients(*(torch.full(t.shape, math.nan, dtype=t.dtype, device=device) for t in inputs))
     grad_out, grad_lse, grad_mass = grads
-    module.backward(
-        *common, out, lse, grad_out.to(query.dtype), grad_lse.to(compute), grad_mass.to(compute), *gradients
-    )
+    upstream = arguments.Upstream(grad_out.to(query.dtype), grad_lse.to(compute), grad_mass.to(compute)[:, None])
+    module.backward(*common, out, lse, upstream, gradients)
     return out, lse, mass, *gradients
 
 

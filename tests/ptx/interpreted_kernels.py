@@ -7,6 +7,7 @@ import attention_layouts as layouts
 import pytest
 import torch
 
+import appo_kernels
 from appo_kernels import testing
 from appo_kernels.ops.frame_mass import streaming
 from appo_kernels.ops.frame_mass import triton as frame_mass
@@ -38,7 +39,8 @@ def test_frame_mass(per_head):
     results = []
     for module, given in ((streaming, lse), (frame_mass, lse), (frame_mass, None)):
         mass, new_lse = torch.zeros(shape), torch.full_like(lse, float("nan")) if given is None else None
-        module.forward(query, key, layout.told(SCALE), given, per_head, mass, new_lse)
+        mass_BHRF = mass if per_head else mass[:, None]
+        module.forward(query, key, layout.operands(SCALE), given, mass_BHRF, new_lse, per_head)
         results.append(mass)
     for got in results[1:]:
         testing.assert_as_good_as(got, results[0].double(), results[0], atol=3e-6, name="mass")
@@ -69,3 +71,12 @@ def test_logits():
         )
         got = group_divergence(hidden.view(2, 3, 48), weight, lse.float(), slots, backend="triton", **options)
         torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("op", ["frame_mass", "frame_attention"])
+def test_bf16_attention_is_refused(op):
+    """The interpreter's tl.dot takes the bits of bf16 for integers: results would be off by powers of ten."""
+    query, ids = torch.randn(1, 1, 4, 32, dtype=torch.bfloat16), torch.zeros(1, 4, dtype=torch.int64)
+    value = {"value": query} if op == "frame_attention" else {}
+    with pytest.raises(ValueError, match=rf"^{op}: `backend`: .*interpreter cannot multiply bf16"):
+        getattr(appo_kernels, op)(query, query, frame_ids=ids, num_frames=1, backend="triton", **value)

@@ -57,7 +57,8 @@ def run_mass(module, layout, query, key, lse, *, per_head=False, weights=None):
     shape = (layout.num_frames, B, Hq, R) if per_head else (layout.num_frames, B, R)
     mass = torch.ones(shape).movedim(0, -1)
     new_lse = torch.full((B, Hq, R), float("nan")) if lse is None else None
-    module.forward(query, key, layout.told(SCALE, weights), lse, per_head, mass, new_lse)
+    mass_BHRF = mass if per_head else mass[:, None]
+    module.forward(query, key, layout.operands(SCALE, weights), lse, mass_BHRF, new_lse, per_head)
     return mass - 1, new_lse
 
 

@@ -31,7 +31,7 @@ def attention(batch: int, rows: int, keys: int, frames: int) -> None:
     inputs = layouts.tensors(layout, 14, 2, 64, torch.bfloat16)
     layouts.attention(layout, inputs, "triton", scale=0.2, grads=layouts.upstream(layout, inputs))
     lse, mass = torch.zeros(batch, 14, rows), torch.zeros(batch, rows, frames)
-    frame_mass.forward(*inputs[:2], layout.told(0.2), lse, False, mass, None)
+    frame_mass.forward(*inputs[:2], layout.operands(0.2), lse, mass[:, None], None, False)
 
 
 def test_attention():

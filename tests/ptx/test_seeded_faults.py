@@ -16,7 +16,7 @@ from ptxsim import machine, triton_device
 FAULTS = {
     "a missing mask": ("b_score = tl.where(seen, b_score, ", "b_score = tl.where(inside[None, :], b_score, "),
     "a wrong stride": ("load_keys(p_value, stride_vs,", "load_keys(p_value, stride_ks + 1,"),
-    "a stale accumulator": ("total = total * decay + tile_sum", "total = total + tile_sum"),
+    "a stale accumulator": ("row_sum = row_sum * decay + tile_sum", "row_sum = row_sum + tile_sum"),
     "a frame boundary forgotten": ("mass += tl.where(known,", "mass = tl.where(known,"),
     "a tile that was skipped is read": ("(tl.load(p_kinds + tile) > 0)", "(tl.load(p_kinds + tile) >= 0)"),
 }

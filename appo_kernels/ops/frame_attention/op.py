@@ -4,16 +4,14 @@ A backend has
 
     forward(query, key, value, layout, out, lse, mass)
         writes ``out`` and ``lse`` and adds to ``mass``, which comes in as zeros
-    backward(query, key, value, layout, out, lse, grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value)
-        writes the last three where they are not None, whatever was in the buffers before; grad_out, grad_lse and
-        grad_mass are None where that result was not used
+    backward(query, key, value, layout, out, lse, upstream, gradients)
+        writes those of ``gradients`` that are not None, whatever was in the buffers before
 
     query      (B, Hq, R, d), key and value (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides,
                unit last one
-    layout     which keys are of which frame, and which rows see which keys: ``attention.arguments.Layout``
-    out        (B, Hq, R, d) like query; lse (B, Hq, R) fp32, natural log; mass (B, R, F) fp32: contiguous
-    grad_out, grad_lse, grad_mass: like the results, any strides; grad_query, grad_key, grad_value: like the inputs,
-               contiguous
+    layout     frames and visibility: ``attention.arguments.Layout``
+    out        (B, Hq, R, d) like query; lse (B, Hq, R) fp32, natural log; both contiguous; mass (B, 1, R, F) fp32
+    upstream, gradients    ``attention.arguments.Upstream`` and ``Gradients``
 
 With P_h the softmax of head h, w the frame weights, f(j) the frame of key j, and g the gradient of the mass (0 on
 keys of no frame):
@@ -26,7 +24,6 @@ where M_h is the frame sum of head h alone, not the mean over heads. The first t
 ``out`` that was returned.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -34,7 +31,9 @@ from torch import Tensor
 
 from appo_kernels import checks, dispatch
 from appo_kernels.attention import arguments
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.attention.merge import FrameAttentionOutput
+from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
 
 OP = "frame_attention"
@@ -74,28 +73,20 @@ def frame_attention(
         Differentiable once with respect to query, key and value through all three.
 
     Raises:
-        ValueError: a wrong shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,
+        ValueError: a wrong type, shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,
             prefix_keys outside [0, S].
     """
-    arguments.check_attention(OP, query, key, frame_ids, num_frames, first_key, last_key, prefix_keys, reduction)
+    layout = arguments.prepare(
+        OP, query, key, frame_ids, num_frames=num_frames, first_key=first_key, last_key=last_key,
+        prefix_keys=prefix_keys, scale=scale, reduction=reduction,
+    )  # fmt: skip
     checks.shape(OP, "value", value, key.shape, "(B, Hkv, S, d)", "Its shape is that of `key`.")
     checks.dtype(OP, "value", value, (query.dtype,))
     checks.same_device(OP, "query", query, value=value)
-    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    backend = dispatch.resolve(OP, backend, query.device, query.dtype, query.shape[-1], needs_grad)
+    wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    backend = dispatch.resolve(OP, backend, query.device, query.dtype, query.shape[-1], wants_grad)
     query, key, value = (arguments.unit_last_stride(t) for t in (query, key, value))
-    results = _FrameAttention.apply(
-        query,
-        key,
-        value,
-        frame_ids.int(),
-        *(None if bound is None else bound.int() for bound in (first_key, last_key, prefix_keys)),
-        arguments.frame_weights(frame_ids, num_frames, reduction, compute_dtype(query.dtype)),
-        1.0 / math.sqrt(query.shape[-1]) if scale is None else float(scale),
-        num_frames,
-        backend,
-    )
-    return FrameAttentionOutput(*results)
+    return FrameAttentionOutput(*_FrameAttention.apply(query, key, value, *layout, num_frames, backend))
 
 
 class _FrameAttention(torch.autograd.Function):
@@ -120,13 +111,14 @@ class _FrameAttention(torch.autograd.Function):
         out = query.new_empty(query.shape)
         lse = query.new_empty((batch, heads, rows), dtype=dtype)
         mass = query.new_zeros((batch, rows, num_frames), dtype=dtype)
-        layouts = (frame_ids, first_key, last_key, prefix_keys, frame_weights)
-        forward_op(query, key, value, *layouts, scale, out, lse, mass, backend)
-        ctx.save_for_backward(query, key, value, *layouts, out, lse)
+        layout = (frame_ids, first_key, last_key, prefix_keys, frame_weights)
+        forward_op(query, key, value, *layout, scale, out, lse, mass, backend)
+        ctx.save_for_backward(query, key, value, *layout, out, lse)
         ctx.settings = scale, backend
         return out, lse, mass
 
     @staticmethod
+    @differentiable_once(OP)
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_mass: Tensor | None
     ) -> tuple[Tensor | None, ...]:
@@ -137,7 +129,7 @@ class _FrameAttention(torch.autograd.Function):
         return *grads, *(None,) * 8
 
 
-@torch.library.custom_op("appo::frame_attention_forward", mutates_args=("out", "lse", "mass"))
+@dispatch.out_variant("frame_attention_forward", mutates=("out", "lse", "mass"))
 def forward_op(
     query: Tensor,
     key: Tensor,
@@ -153,15 +145,14 @@ def forward_op(
     mass: Tensor,
     backend: str,
 ) -> None:
+    """Writes ``out`` and ``lse``, adds to ``mass`` (B, R, F)."""
+    layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     if checks.values_enabled():
-        arguments.check_values(OP, key.shape[2], frame_ids, mass.shape[-1], last_key, prefix_keys)
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
-    told = arguments.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
-    module.forward(query, key, value, told, out, lse, mass)
+        arguments.check_values(OP, key.shape[2], mass.shape[-1], layout)
+    dispatch.backend_module(OP, backend).forward(query, key, value, layout, out, lse, mass[:, None])
 
 
-@torch.library.custom_op("appo::frame_attention_backward", mutates_args=("grad_query", "grad_key", "grad_value"))
+@dispatch.out_variant("frame_attention_backward", mutates=("grad_query", "grad_key", "grad_value"))
 def backward_op(
     query: Tensor,
     key: Tensor,
@@ -182,13 +173,8 @@ def backward_op(
     grad_value: Tensor | None,
     backend: str,
 ) -> None:
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
-    told = arguments.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
-    module.backward(query, key, value, told, out, lse, grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value)
-
-
-@forward_op.register_fake
-@backward_op.register_fake
-def _writes_into_its_buffers(*_: Any) -> None:
-    return None
+    """Writes the gradients that are not None; ``grad_mass`` (B, R, F)."""
+    layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    upstream = Upstream(grad_out, grad_lse, None if grad_mass is None else grad_mass[:, None])
+    gradients = Gradients(grad_query, grad_key, grad_value)
+    dispatch.backend_module(OP, backend).backward(query, key, value, layout, out, lse, upstream, gradients)

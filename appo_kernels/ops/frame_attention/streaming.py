@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from appo_kernels.attention import torch_passes as passes
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.dispatch import Problem
 
 
@@ -11,27 +11,9 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    out: Tensor,
-    lse: Tensor,
-    mass: Tensor,
-) -> None:
-    passes.attend(
-        query,
-        key,
-        value,
-        layout,
-        out,
-        lse,
-        mass,
-        per_head=False,
-        max_keys=passes.MAX_KEYS,
-        tile_scores=passes.TILE_SCORES,
-    )
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, out: Tensor, lse: Tensor, mass: Tensor) -> None:
+    """Writes ``out`` and ``lse``, adds to ``mass`` (B, 1, R, F)."""
+    passes.attend(query, key, value, layout, out, lse, mass, per_head=False)
 
 
 def backward(
@@ -41,14 +23,8 @@ def backward(
     layout: Layout,
     out: Tensor,
     lse: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_mass: Tensor | None,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
+    upstream: Upstream,
+    gradients: Gradients,
 ) -> None:
-    passes.attend_backward(
-        query, key, value, layout, out, lse, grad_out, grad_lse, grad_mass, grad_query, grad_key, grad_value,
-        per_head=False,
-    )  # fmt: skip
+    """Writes ``gradients`` from ``upstream``, whose mass is (B, 1, R, F)."""
+    passes.attend_backward(query, key, value, layout, out, lse, upstream, gradients, per_head=False)

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from appo_kernels import triton_launch
 from appo_kernels.attention import triton_passes as passes
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.dispatch import Problem
 
 
@@ -12,16 +12,9 @@ def unsupported(problem: Problem) -> str | None:
     return triton_launch.unsupported(problem)
 
 
-def forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    out: Tensor,
-    lse: Tensor,
-    mass: Tensor,
-) -> None:
-    passes.attend(query, key, value, layout, out, lse, mass[:, None])
+def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, out: Tensor, lse: Tensor, mass: Tensor) -> None:
+    """Writes ``out`` and ``lse``, adds to ``mass`` (B, 1, R, F)."""
+    passes.attend(query, key, value, layout, out, lse, mass, per_head=False)
 
 
 def backward(
@@ -31,14 +24,8 @@ def backward(
     layout: Layout,
     out: Tensor,
     lse: Tensor,
-    grad_out: Tensor | None,
-    grad_lse: Tensor | None,
-    grad_mass: Tensor | None,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
-    grad_value: Tensor | None,
+    upstream: Upstream,
+    gradients: Gradients,
 ) -> None:
-    passes.attend_backward(
-        query, key, value, layout, out, lse, grad_out, grad_lse, None if grad_mass is None else grad_mass[:, None],
-        grad_query, grad_key, grad_value,
-    )  # fmt: skip
+    """Writes ``gradients`` from ``upstream``, whose mass is (B, 1, R, F)."""
+    passes.attend_backward(query, key, value, layout, out, lse, upstream, gradients, per_head=False)

@@ -1,14 +1,13 @@
 """frame_mass, backend "cuda": csrc/frame_mass from a given lse, csrc/attention_forward without one."""
 
 import ctypes
-import math
 
 import torch
 from torch import Tensor
 
 from appo_kernels import cuda_library
 from appo_kernels.attention import cuda_passes as passes
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.dispatch import Problem
 
 OP = "frame_mass"
@@ -39,38 +38,30 @@ def forward(
     key: Tensor,
     layout: Layout,
     lse: Tensor | None,
-    per_head: bool,
     mass: Tensor,
     new_lse: Tensor | None,
+    per_head: bool,
 ) -> None:
     """Arguments as of ``streaming.forward``."""
-    batch, heads, rows, _ = query.shape
-    frame_count = mass.shape[-1]
-    if not (batch * rows and key.shape[2]):
-        if new_lse is not None:
-            new_lse.fill_(-math.inf)
-        return
-    common = passes.operands(query, key, layout, frame_count)
     if lse is None:
         assert new_lse is not None
-        passes.attend(
-            OP, "appo_frame_mass_one_pass", common, None, layout.frame_weights, None, new_lse, mass, per_head
-        )  # fmt: skip
+        passes.attend(query, key, None, layout, None, new_lse, mass, per_head)
         return
-    if not frame_count:
+    batch, heads, rows, _ = query.shape
+    frame_count = mass.shape[-1]
+    if not (batch * rows and key.shape[2] and frame_count):
         return
-    mass_BHRF = mass if per_head else mass[:, None]
+    common = passes.operands(query, key, layout, frame_count)
     weights = None if layout.frame_weights is None else layout.frame_weights.contiguous()
     lse = lse.contiguous()
+    blocks = batch * -(-rows // ROW_TILE) * (heads if per_head else 1)
     params = FrameMassParams(
         **common.fields(),
         lse=lse,
         frame_weights=weights,
         mass=mass,
-        **passes.stride_fields("mass", "bhrf", mass_BHRF),
-        frames_per_block=frames_per_block(
-            batch * -(-rows // ROW_TILE) * (heads if per_head else 1), frame_count, mass.device
-        ),
+        **passes.stride_fields("mass", "bhrf", mass),
+        frames_per_block=frames_per_block(blocks, frame_count, mass.device),
         per_head=int(per_head),
     )
     cuda_library.call(OP, "appo_frame_mass_replay", params, mass.device)
@@ -81,20 +72,16 @@ def backward(
     key: Tensor,
     layout: Layout,
     lse: Tensor,
-    per_head: bool,
     grad_mass: Tensor,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
+    gradients: Gradients,
+    per_head: bool,
 ) -> None:
     """Arguments as of ``streaming.backward``."""
-    head_mass = grad_mass if per_head else grad_mass[:, None] / query.shape[1]
-    if layout.frame_weights is not None:
-        head_mass = head_mass * layout.frame_weights[:, None, None]
-    passes.attend_backward(OP, query, key, None, layout, None, lse, None, None, head_mass, grad_query, grad_key, None)
+    passes.attend_backward(query, key, None, layout, None, lse, Upstream(None, None, grad_mass), gradients, per_head)
 
 
 def frames_per_block(blocks: int, frame_count: int, device: torch.device) -> int:
-    """How many frames each block takes, so that every multiprocessor gets four blocks where there is that much work."""
+    """Number of frames of a block, so that every multiprocessor gets four blocks where there is that much work."""
     if device.type == "cpu":
         return max(1, frame_count // 2)  # emulated: two blocks, so that the cut is tested
     wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count

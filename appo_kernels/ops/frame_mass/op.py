@@ -2,17 +2,17 @@
 
 A backend has
 
-    forward(query, key, layout, lse, per_head, mass, new_lse)
+    forward(query, key, layout, lse, mass, new_lse, per_head)
         adds to ``mass``; exactly one of ``lse`` (given) and ``new_lse`` (to be written) is a tensor
-    backward(query, key, layout, lse, per_head, grad_mass, grad_query, grad_key)
-        writes the gradients that are not None, whatever was in the buffers before
+    backward(query, key, layout, lse, grad_mass, gradients, per_head)
+        writes those of ``gradients`` that are not None, whatever was in the buffers before
 
     query, key     (B, Hq, R, d) and (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides, unit last
-    layout         which keys are of which frame, and which rows see which keys: ``attention.arguments.Layout``
+    layout         frames and visibility: ``attention.arguments.Layout``
     lse, new_lse   (B, Hq, R) fp32, natural log; lse -inf (also +inf) only in rows that see no key
-    per_head       bool
-    mass           (B, R, F), or (B, Hq, R, F) when per_head, fp32; any strides
-    grad_mass      like mass, any strides; grad_query, grad_key: contiguous, of the dtype of query and key, or None
+    mass           (B, H, R, F) fp32, any strides; H = Hq when ``per_head``, else 1, the mean over heads
+    grad_mass      like mass, any strides
+    gradients      ``attention.arguments.Gradients``, without a value
 
 With P_h the softmax of head h over all visible keys, w the frame weights, c = 1/Hq (1 when per_head), f(j) the frame
 of key j and g the incoming gradient: mass[r,f] = c w_f sum_h sum_{j in f} P_h[r,j], and
@@ -22,7 +22,6 @@ of key j and g the incoming gradient: mass[r,f] = c w_f sum_h sum_{j in f} P_h[r
 with g = 0 on keys of no frame: dS is not zero there, because they share the row's normaliser.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -30,6 +29,8 @@ from torch import Tensor
 
 from appo_kernels import checks, dispatch
 from appo_kernels.attention import arguments
+from appo_kernels.attention.arguments import Gradients, Layout
+from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
 
 OP = "frame_mass"
@@ -69,7 +70,7 @@ def frame_mass(
         per_head: no mean over heads.
         out: (B, R, F), or (B, Hq, R, F), of the dtype of the result: the mass is added to it and ``out`` returned, so
             that layers sum up in one buffer. Where a gradient is wanted the mass is computed aside and added by
-            ``out.add_``, under autograd's ordinary rules (``out`` cannot be a leaf that requires a gradient).
+            ``out.add_``, under autograd's ordinary rules.
         backend: "auto", "torch", "triton" or "cuda".
 
     Returns:
@@ -79,40 +80,57 @@ def frame_mass(
         reaches all visible keys, and ``lse`` itself gets none.
 
     Raises:
-        ValueError: a wrong shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,
+        ValueError: a wrong type, shape, dtype or device; an ``out`` that overlaps itself or another argument, or is a
+            leaf that requires a gradient; a frame id outside [-1, num_frames), a last_key beyond S - 1,
             prefix_keys outside [0, S], an lse that is NaN, or +inf in a row that sees keys.
     """
-    arguments.check_attention(OP, query, key, frame_ids, num_frames, first_key, last_key, prefix_keys, reduction)
+    layout = arguments.prepare(
+        OP, query, key, frame_ids, num_frames=num_frames, first_key=first_key, last_key=last_key,
+        prefix_keys=prefix_keys, scale=scale, reduction=reduction,
+    )  # fmt: skip
+    checks.flag(OP, "per_head", per_head)
     batch, heads, rows, head_dim = query.shape
     dtype = compute_dtype(query.dtype)
     if lse is not None:
         checks.shape(OP, "lse", lse, (batch, heads, rows), "(B, Hq, R)", "Pass the lse of exactly the rows of `query`.")
         checks.dtype(OP, "lse", lse, (dtype,))
+        lse = lse.detach()
     shape = (batch, heads, rows, num_frames) if per_head else (batch, rows, num_frames)
     if out is not None:
         legend = "(B, Hq, R, F)" if per_head else "(B, R, F)"
         checks.shape(OP, "out", out, shape, legend, "Start with torch.zeros of that shape.")
         checks.dtype(OP, "out", out, (dtype,))
     checks.same_device(OP, "query", query, lse=lse, out=out)
-    needs_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
-    backend = dispatch.resolve(OP, backend, query.device, query.dtype, head_dim, needs_grad)
+    wants_grad = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
+    if out is not None:
+        given = {"query": query, "key": key, "frame_ids": frame_ids, "lse": lse, "first_key": first_key}
+        _check_out(out, **given, last_key=last_key, prefix_keys=prefix_keys)
+    backend = dispatch.resolve(OP, backend, query.device, query.dtype, head_dim, wants_grad)
 
-    operands = (
-        frame_ids.int(),
-        None if lse is None else lse.detach(),
-        *(None if bound is None else bound.int() for bound in (first_key, last_key, prefix_keys)),
-        arguments.frame_weights(frame_ids, num_frames, reduction, dtype),
-        1.0 / math.sqrt(head_dim) if scale is None else float(scale),
-        per_head,
-    )
     query, key = arguments.unit_last_stride(query), arguments.unit_last_stride(key)
-    if needs_grad:
+    operands = (layout.frame_ids, lse, *layout[1:], per_head)
+    if wants_grad or (out is not None and out.requires_grad and torch.is_grad_enabled()):
         mass = _FrameMass.apply(query, key, *operands, num_frames, backend)
         return mass if out is None else out.add_(mass)
     mass = query.new_zeros(shape, dtype=dtype) if out is None else out
     new_lse = query.new_empty((batch, heads, rows), dtype=dtype) if lse is None else None
     forward_op(query, key, *operands, mass, new_lse, backend)
     return mass
+
+
+def _check_out(out: Tensor, **others: Tensor | None) -> None:
+    """``out`` is added to in place: it must be memory of its own, and no parameter."""
+    if out.is_leaf and out.requires_grad and torch.is_grad_enabled():
+        remedy = "Start with torch.zeros, which requires none."
+        checks.fail(OP, "out", "a buffer that may be changed in place", "a leaf that requires a gradient", remedy)
+    if torch.compiler.is_compiling():
+        return  # compilers replace buffers by results and plan memory themselves
+    if checks.overlaps_itself(out):
+        got = f"strides {out.stride()} of shape {tuple(out.shape)}"
+        checks.fail(OP, "out", "memory of its own for each element", got, "Start with torch.zeros of that shape.")
+    for name, other in others.items():
+        if other is not None and checks.share_memory(out, other):
+            checks.fail(OP, "out", "memory of its own", f"memory of `{name}`", "Start with torch.zeros of that shape.")
 
 
 class _FrameMass(torch.autograd.Function):
@@ -137,13 +155,14 @@ class _FrameMass(torch.autograd.Function):
         dtype = compute_dtype(query.dtype)
         mass = query.new_zeros(shape, dtype=dtype)
         new_lse = query.new_empty((batch, heads, rows), dtype=dtype) if lse is None else None
-        bounds = (first_key, last_key, prefix_keys)
-        forward_op(query, key, frame_ids, lse, *bounds, frame_weights, scale, per_head, mass, new_lse, backend)
-        ctx.save_for_backward(query, key, frame_ids, new_lse if lse is None else lse, *bounds, frame_weights)
+        others = (first_key, last_key, prefix_keys, frame_weights)
+        forward_op(query, key, frame_ids, lse, *others, scale, per_head, mass, new_lse, backend)
+        ctx.save_for_backward(query, key, frame_ids, new_lse if lse is None else lse, *others)
         ctx.settings = scale, per_head, backend
         return mass
 
     @staticmethod
+    @differentiable_once(OP)
     def backward(ctx: Any, grad_mass: Tensor) -> tuple[Tensor | None, ...]:
         query, key, *others = ctx.saved_tensors
         scale, per_head, backend = ctx.settings
@@ -153,7 +172,7 @@ class _FrameMass(torch.autograd.Function):
         return grad_query, grad_key, *(None,) * 10
 
 
-@torch.library.custom_op("appo::frame_mass_forward", mutates_args=("mass", "new_lse"))
+@dispatch.out_variant("frame_mass_forward", mutates=("mass", "new_lse"))
 def forward_op(
     query: Tensor,
     key: Tensor,
@@ -169,14 +188,14 @@ def forward_op(
     new_lse: Tensor | None,
     backend: str,
 ) -> None:
+    """Adds to ``mass``, (B, R, F) or per head (B, Hq, R, F), and writes ``new_lse`` where there is no ``lse``."""
+    layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     if checks.values_enabled():
-        arguments.check_values(OP, key.shape[2], frame_ids, mass.shape[-1], last_key, prefix_keys)
+        arguments.check_values(OP, key.shape[2], mass.shape[-1], layout)
         if lse is not None:
-            _check_lse(lse, arguments.sees_any(key.shape[2], first_key, last_key, prefix_keys))
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
-    told = arguments.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
-    module.forward(query, key, told, lse, per_head, mass, new_lse)
+            _check_lse(lse, arguments.sees_any(key.shape[2], layout))
+    mass_BHRF = mass if per_head else mass[:, None]
+    dispatch.backend_module(OP, backend).forward(query, key, layout, lse, mass_BHRF, new_lse, per_head)
 
 
 def _check_lse(lse: Tensor, sees: Tensor | bool) -> None:
@@ -194,7 +213,7 @@ def _check_lse(lse: Tensor, sees: Tensor | bool) -> None:
         checks.fail(OP, "lse", "finite numbers in rows that see keys", f"{value} at {(sequence, head, row)}", remedy)
 
 
-@torch.library.custom_op("appo::frame_mass_backward", mutates_args=("grad_query", "grad_key"))
+@dispatch.out_variant("frame_mass_backward", mutates=("grad_query", "grad_key"))
 def backward_op(
     query: Tensor,
     key: Tensor,
@@ -211,13 +230,8 @@ def backward_op(
     grad_key: Tensor | None,
     backend: str,
 ) -> None:
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
-    told = arguments.Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
-    module.backward(query, key, told, lse, per_head, grad_mass, grad_query, grad_key)
-
-
-@forward_op.register_fake
-@backward_op.register_fake
-def _writes_into_its_buffers(*_: Any) -> None:
-    return None
+    """Writes the gradients that are not None; ``grad_mass`` is like the mass."""
+    layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    gradients = Gradients(grad_query, grad_key, None)
+    grad_BHRF = grad_mass if per_head else grad_mass[:, None]
+    dispatch.backend_module(OP, backend).backward(query, key, layout, lse, grad_BHRF, gradients, per_head)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from appo_kernels import dispatch
 from appo_kernels.attention import torch_passes as passes
-from appo_kernels.attention.arguments import Layout
-from appo_kernels.attention.torch_tiles import KeyTile, Rows, hide, key_tiles, row_tiles
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.torch_tiles import KeyTile, Rows, key_tiles, mask_, row_tiles
 from appo_kernels.dtypes import compute_dtype
 
 # Keys converted at a time, over all key/value heads: 4 Mi numbers are 16 MiB in fp32 whatever the heads are.
@@ -32,16 +32,16 @@ def forward(
     key: Tensor,
     layout: Layout,
     lse: Tensor | None,
-    per_head: bool,
     mass: Tensor,
     new_lse: Tensor | None,
+    per_head: bool,
 ) -> None:
+    """Adds to ``mass`` (B, H, R, F), from ``lse`` (B, Hq, R) or, where that is None, a pass that writes ``new_lse``."""
     if lse is None:
         assert new_lse is not None
         passes.attend(
-            query, key, None, layout, None, new_lse, mass,
-            per_head=per_head, max_keys=MAX_KEYS, tile_scores=TILE_SCORES,
-        )  # fmt: skip
+            query, key, None, layout, None, new_lse, mass, per_head, max_keys=MAX_KEYS, tile_scores=TILE_SCORES
+        )
         return
     dtype = compute_dtype(query.dtype)
     batch, _, rows, head_dim = query.shape
@@ -56,11 +56,11 @@ def forward(
         for tile in key_tiles(layout.frame_ids[b], num_frames, keys, frames_only=True):
             columns = [tile.take(key_Sd, dtype).t() for key_Sd in key[b]]  # Hkv of (d, n)
             for part in row_tiles(b, rows, max(16, TILE_SCORES // (group * len(tile))), layout.bounds):
-                hidden = part.hidden(tile)
-                if hidden is True:
+                masked = part.masked(tile)
+                if masked is True:
                     continue
                 weights = None if layout.frame_weights is None else layout.frame_weights[b]
-                _add_tile(query[b], columns, shift, tile, part, hidden, weights, factor, per_head, mass[b])
+                _add_tile(query[b], columns, shift, tile, part, masked, weights, factor, per_head, mass[b])
 
 
 def _add_tile(
@@ -69,13 +69,13 @@ def _add_tile(
     shift: Tensor,
     tile: KeyTile,
     part: Rows,
-    hidden: bool | Tensor,
+    masked: bool | Tensor,
     weights: Tensor | None,
     factor: float,
     per_head: bool,
     mass: Tensor,
 ) -> None:
-    """Adds the mass of some rows on a tile: query (Hq, R, d), columns Hkv of (d, n), shift (Hq, R), mass (.., R, F)."""
+    """Adds the mass of some rows on a tile: query (Hq, R, d), columns Hkv of (d, n), shift (Hq, R), mass (H, R, F)."""
     here = slice(part.start, part.stop)
     heads, rows = query.shape[0], part.stop - part.start
     group = heads // len(columns)
@@ -86,15 +86,15 @@ def _add_tile(
         # The factor and the lse stay out of the product, whose partial sums they would round once more.
         torch.mm(query[of_kv, here].to(column.dtype).flatten(0, 1), column, out=scores.view(group * rows, -1))
         torch.add(shift[of_kv, here, None], scores, alpha=factor, out=scores)
-        if isinstance(hidden, Tensor):
-            hide(scores, hidden)
+        if isinstance(masked, Tensor):
+            mask_(scores, masked)
         scores.exp2_()
         if per_head:
             _add_sums(scores, tile, weights, mass[of_kv, here])
         else:
             total = scores.sum(0) if total is None else total.add_(scores.sum(0))
     if total is not None:
-        _add_sums(total.mul_(1 / heads), tile, weights, mass[here])
+        _add_sums(total.mul_(1 / heads), tile, weights, mass[0, here])
 
 
 def _add_sums(probabilities: Tensor, tile: KeyTile, weights: Tensor | None, mass: Tensor) -> None:
@@ -108,11 +108,9 @@ def backward(
     key: Tensor,
     layout: Layout,
     lse: Tensor,
-    per_head: bool,
     grad_mass: Tensor,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
+    gradients: Gradients,
+    per_head: bool,
 ) -> None:
-    passes.attend_backward(
-        query, key, None, layout, None, lse, None, None, grad_mass, grad_query, grad_key, None, per_head=per_head
-    )
+    """Writes ``gradients`` from ``grad_mass`` (B, H, R, F)."""
+    passes.attend_backward(query, key, None, layout, None, lse, Upstream(None, None, grad_mass), gradients, per_head)

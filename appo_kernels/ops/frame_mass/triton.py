@@ -4,7 +4,7 @@ from torch import Tensor
 
 from appo_kernels import triton_launch
 from appo_kernels.attention import triton_passes as passes
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.attention.triton_block_mask import key_plan, row_bounds
 from appo_kernels.attention.triton_mass import replay
 from appo_kernels.dispatch import Problem
@@ -20,14 +20,14 @@ def forward(
     key: Tensor,
     layout: Layout,
     lse: Tensor | None,
-    per_head: bool,
     mass: Tensor,
     new_lse: Tensor | None,
+    per_head: bool,
 ) -> None:
-    mass_BHRF = mass if per_head else mass[:, None]
+    """Arguments as of ``streaming.forward``."""
     if lse is None:
         assert new_lse is not None
-        passes.attend(query, key, None, layout, None, new_lse, mass_BHRF)
+        passes.attend(query, key, None, layout, None, new_lse, mass, per_head)
         return
     (B, Hq, R, D), (HKV, S), F = query.shape, key.shape[1:3], mass.shape[-1]
     if not B * R * S * F:
@@ -35,7 +35,7 @@ def forward(
     choice = tiling(FORWARD, architecture(query.device), query.element_size(), D, Hq // HKV)
     bounds = row_bounds(B, R, S, *layout.bounds)
     plan = key_plan(layout.frame_ids, F, bounds, choice.keys)
-    replay(query, key, lse, plan, bounds, layout.frame_weights, layout.scale, mass_BHRF, choice)
+    replay(query, key, lse, plan, bounds, layout.frame_weights, layout.scale, mass, per_head, choice)
 
 
 def backward(
@@ -43,12 +43,9 @@ def backward(
     key: Tensor,
     layout: Layout,
     lse: Tensor,
-    per_head: bool,
     grad_mass: Tensor,
-    grad_query: Tensor | None,
-    grad_key: Tensor | None,
+    gradients: Gradients,
+    per_head: bool,
 ) -> None:
-    passes.attend_backward(
-        query, key, None, layout, None, lse, None, None, grad_mass if per_head else grad_mass[:, None],
-        grad_query, grad_key, None,
-    )  # fmt: skip
+    """Arguments as of ``streaming.backward``."""
+    passes.attend_backward(query, key, None, layout, None, lse, Upstream(None, None, grad_mass), gradients, per_head)

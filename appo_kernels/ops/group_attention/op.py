@@ -28,6 +28,7 @@ from torch import Tensor
 from appo_kernels import checks, dispatch
 from appo_kernels.attention.arguments import unit_last_stride
 from appo_kernels.attention.group_layout import GroupLayout
+from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
 
 OP = "group_attention"
@@ -67,7 +68,8 @@ def group_attention(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     backend = dispatch.resolve(OP, backend, query.device, query.dtype, head_dim, needs_grad)
     query, key, value = (unit_last_stride(t) for t in (query, key, value))
-    scale = 1.0 / math.sqrt(head_dim) if scale is None else float(scale)
+    scale = 1.0 / math.sqrt(dispatch.constant(head_dim)) if scale is None else scale
+    scale = checks.number(OP, "scale", scale, "None or a finite number", "None stands for 1 / sqrt(d).")
     out, lse = _GroupAttention.apply(query, key, value, layout.lengths, scale, backend)
     return out, lse
 
@@ -112,6 +114,7 @@ class _GroupAttention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @differentiable_once(OP)
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         query, key, value, lengths, out, lse = ctx.saved_tensors
         scale, backend = ctx.settings
@@ -120,7 +123,7 @@ class _GroupAttention(torch.autograd.Function):
         return *grads, None, None, None
 
 
-@torch.library.custom_op("appo::group_attention_forward", mutates_args=("out", "lse"))
+@dispatch.out_variant("group_attention_forward", mutates=("out", "lse"))
 def forward_op(
     query: Tensor,
     key: Tensor,
@@ -136,12 +139,10 @@ def forward_op(
         remedy = "Count every token of every prompt and response once, and no padding."
         expected = f"lengths that add up to the {query.shape[2]} tokens of `query`"
         checks.fail(OP, "layout", expected, f"{layout.tokens} tokens", remedy)
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
-    module.forward(query, key, value, layout, scale, out, lse)
+    dispatch.backend_module(OP, backend).forward(query, key, value, layout, scale, out, lse)
 
 
-@torch.library.custom_op("appo::group_attention_backward", mutates_args=("grad_query", "grad_key", "grad_value"))
+@dispatch.out_variant("group_attention_backward", mutates=("grad_query", "grad_key", "grad_value"))
 def backward_op(
     query: Tensor,
     key: Tensor,
@@ -157,13 +158,6 @@ def backward_op(
     grad_value: Tensor,
     backend: str,
 ) -> None:
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
     layout = GroupLayout.of_lengths(lengths)
-    module.backward(query, key, value, layout, scale, out, lse, grad_out, grad_lse, grad_query, grad_key, grad_value)
-
-
-@forward_op.register_fake
-@backward_op.register_fake
-def _writes_into_its_buffers(*_: Any) -> None:
-    return None
+    operands = (query, key, value, layout, scale, out, lse, grad_out, grad_lse)
+    dispatch.backend_module(OP, backend).backward(*operands, grad_query, grad_key, grad_value)

@@ -11,14 +11,12 @@ the unique rows and ``streaming.accumulate`` walks over the tiles; ``streaming.f
 the pass over one tile of logits that follows the vendor library's matrix product, for another backend to replace.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
 from appo_kernels.dtypes import compute_dtype
-from appo_kernels.vocabulary.torch_tiles import check_projection, check_temperature
+from appo_kernels.vocabulary.arguments import check_projection, check_temperature
 
 OP, OP_LOGITS = "group_divergence", "group_divergence_from_logits"
 KINDS = ("kl", "k3")
@@ -66,10 +64,10 @@ def group_divergence(
 
     Raises:
         ValueError: a wrong shape, dtype or device, an unknown kind, a slot outside [-1, N), an lse that is not finite,
-            a temperature or cap that is not positive.
+            an empty group, a temperature or cap that is not positive.
     """
     checks.rank(OP, "hidden", hidden, 3, "(G, N, D)")
-    check_projection(OP, hidden, weight, bias, temperature, softcap)
+    temperature, softcap = check_projection(OP, hidden, weight, bias, temperature, softcap)
     _check_group(OP, "hidden", hidden, lse, slots, kind)
     backend = dispatch.resolve(OP, backend, hidden.device, hidden.dtype)
     divergence = hidden.new_empty(slots.shape[0], slots.shape[2], dtype=compute_dtype(hidden.dtype))
@@ -95,17 +93,19 @@ def group_divergence_from_logits(
     """
     checks.rank(OP_LOGITS, "logits", logits, 3, "(G, N, V)")
     checks.dtype(OP_LOGITS, "logits", logits, checks.FLOATS)
-    check_temperature(OP_LOGITS, temperature)
+    temperature = check_temperature(OP_LOGITS, temperature)
     _check_group(OP_LOGITS, "logits", logits, lse, slots, kind)
-    backend = dispatch.resolve(OP, backend, logits.device, logits.dtype)
+    backend = dispatch.resolve(OP, backend, logits.device, logits.dtype, function=OP_LOGITS)
     divergence = logits.new_empty(slots.shape[0], slots.shape[2], dtype=compute_dtype(logits.dtype))
     from_logits_op(logits.detach(), lse.detach(), slots, kind, temperature, divergence, backend)
     return divergence
 
 
 def _check_group(op: str, name: str, group: Tensor, lse: Tensor, slots: Tensor, kind: str) -> None:
-    if kind not in KINDS:
-        checks.fail(op, "kind", " or ".join(map(repr, KINDS)), repr(kind), 'Pass "kl" for the paper\'s divergence.')
+    checks.choice(op, "kind", kind, KINDS, 'Pass "kl" for the paper\'s divergence.')
+    if min(group.shape) < 1:
+        remedy = "Skip empty groups."
+        checks.fail(op, name, "at least one response and position", f"shape {tuple(group.shape)}", remedy)
     checks.dtype(op, "lse", lse, (torch.float32, torch.float64))
     remedy = f"Pass the lse of every position of `{name}`, as token_logprobs returns it, reshaped to (G, N)."
     checks.shape(op, "lse", lse, group.shape[:2], "(G, N)", remedy)
@@ -135,7 +135,7 @@ def _check_slots(op: str, lse: Tensor, slots: Tensor) -> None:
         checks.fail(op, "lse", "finite values at the positions in `slots`", f"{bad} that are not finite", remedy)
 
 
-@torch.library.custom_op("appo::group_divergence_forward", mutates_args=("divergence",))
+@dispatch.out_variant("group_divergence_forward", mutates=("divergence",))
 def forward_op(
     hidden: Tensor,
     weight: Tensor,
@@ -149,22 +149,14 @@ def forward_op(
     backend: str,
 ) -> None:
     _check_slots(OP, lse, slots)
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
-    module.forward(hidden, weight, lse, slots, kind, bias, temperature, softcap, divergence)
+    dispatch.backend_module(OP, backend).forward(
+        hidden, weight, lse, slots, kind, bias, temperature, softcap, divergence
+    )
 
 
-@torch.library.custom_op("appo::group_divergence_from_logits_forward", mutates_args=("divergence",))
+@dispatch.out_variant("group_divergence_from_logits_forward", mutates=("divergence",))
 def from_logits_op(
     logits: Tensor, lse: Tensor, slots: Tensor, kind: str, temperature: float, divergence: Tensor, backend: str
 ) -> None:
     _check_slots(OP_LOGITS, lse, slots)
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
-    module.forward_from_logits(logits, lse, slots, kind, temperature, divergence)
-
-
-@forward_op.register_fake
-@from_logits_op.register_fake
-def _writes_into_its_buffers(*_: Any) -> None:
-    return None
+    dispatch.backend_module(OP, backend).forward_from_logits(logits, lse, slots, kind, temperature, divergence)

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
+from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
-from appo_kernels.vocabulary.torch_tiles import check_projection
+from appo_kernels.vocabulary.arguments import check_projection
 
 OP = "token_logprobs"
 
@@ -66,7 +67,7 @@ def token_logprobs(
         ValueError: a wrong shape, dtype or device, a target outside [0, V), a temperature or cap that is not positive.
     """
     checks.rank(OP, "hidden", hidden, 2, "(M, D)")
-    check_projection(OP, hidden, weight, bias, temperature, softcap)
+    temperature, softcap = check_projection(OP, hidden, weight, bias, temperature, softcap)
     checks.dtype(OP, "targets", targets, checks.INTS)
     checks.shape(OP, "targets", targets, hidden.shape[:1], "(M,)", "Pass one token id per row of `hidden`.")
     checks.same_device(OP, "hidden", hidden, targets=targets)
@@ -96,6 +97,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs, entropy, lse
 
     @staticmethod
+    @differentiable_once(OP)
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, logprobs, entropy, lse = ctx.saved_tensors
         temperature, softcap, backend = ctx.settings
@@ -109,7 +111,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 
-@torch.library.custom_op("appo::token_logprobs_forward", mutates_args=("logprobs", "entropy", "lse"))
+@dispatch.out_variant("token_logprobs_forward", mutates=("logprobs", "entropy", "lse"))
 def forward_op(
     hidden: Tensor,
     weight: Tensor,
@@ -128,12 +130,12 @@ def forward_op(
             expected = f"token ids in [0, {weight.shape[0]}), the rows of `weight`"
             remedy = "Leave out the rows that have no target; padding ids such as -100 are not skipped here."
             checks.fail(OP, "targets", expected, f"ids from {low} to {high}", remedy)
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
-    module.forward(hidden, weight, targets, bias, temperature, softcap, logprobs, entropy, lse)
+    dispatch.backend_module(OP, backend).forward(
+        hidden, weight, targets, bias, temperature, softcap, logprobs, entropy, lse
+    )
 
 
-@torch.library.custom_op("appo::token_logprobs_backward", mutates_args=("grad_hidden", "grad_weight", "grad_bias"))
+@dispatch.out_variant("token_logprobs_backward", mutates=("grad_hidden", "grad_weight", "grad_bias"))
 def backward_op(
     hidden: Tensor,
     weight: Tensor,
@@ -152,15 +154,7 @@ def backward_op(
     grad_bias: Tensor | None,
     backend: str,
 ) -> None:
-    module = dispatch.implementation(OP, backend)
-    assert module is not None
-    module.backward(
+    dispatch.backend_module(OP, backend).backward(
         hidden, weight, targets, bias, temperature, softcap, logprobs, entropy, lse,
         grad_logprobs, grad_entropy, grad_lse, grad_hidden, grad_weight, grad_bias,
     )  # fmt: skip
-
-
-@forward_op.register_fake
-@backward_op.register_fake
-def _writes_into_its_buffers(*_: Any) -> None:
-    return None

@@ -8,17 +8,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from appo_kernels import dispatch
+from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
 from appo_kernels.ops.weighted_surrogate.arguments import check_values
-from appo_kernels.ops.weighted_surrogate.loss import METRICS, Settings
+from appo_kernels.ops.weighted_surrogate.kinds import Options
+from appo_kernels.ops.weighted_surrogate.loss import METRICS
 
 OP = "weighted_surrogate"
 
 
-@torch.library.custom_op("appo::weighted_surrogate_forward", mutates_args=("loss", "metrics", "grad_logprobs"))
+@dispatch.out_variant("weighted_surrogate_forward", mutates=("loss", "metrics", "grad_logprobs"))
 def weighted_surrogate_forward(
     logprobs: Tensor,
     table: Tensor,
@@ -31,13 +32,16 @@ def weighted_surrogate_forward(
     beta: float,
     level: str,
     backend: str,
+    kind: str = "clip",
+    kl_ratio: bool = False,
 ) -> None:
-    check_values(OP, table)
-    settings = Settings(eps_low, eps_high, delta, beta, level)
-    _backend(backend).forward(logprobs, table, settings, loss, metrics, grad_logprobs)
+    """Writes loss () and metrics (10,), and d loss / d logprobs (B, T) where it is wanted."""
+    check_values(OP, table, logprobs=logprobs, beta=beta)
+    options = Options(eps_low, eps_high, delta, beta, level, kind=kind, kl_ratio=kl_ratio)
+    dispatch.backend_module(OP, backend).forward(logprobs, table, options, loss, metrics, grad_logprobs)
 
 
-@torch.library.custom_op("appo::logits_weighted_surrogate_forward", mutates_args=("loss", "metrics", "grad_logits"))
+@dispatch.out_variant("logits_weighted_surrogate_forward", mutates=("loss", "metrics", "grad_logits"))
 def logits_weighted_surrogate_forward(
     logits: Tensor | None,
     targets: Tensor,
@@ -54,18 +58,19 @@ def logits_weighted_surrogate_forward(
     softcap: float | None,
     entropy_coef: float,
     backend: str,
+    kind: str = "clip",
+    kl_ratio: bool = False,
 ) -> None:
     """``logits`` None: they are in ``grad_logits``, and their gradient takes their place."""
     source = grad_logits if logits is None else logits
     assert source is not None
-    check_values(f"logits_{OP}", table, targets, source.shape[2])
-    settings = Settings(eps_low, eps_high, delta, beta, level, temperature, softcap, entropy_coef)
-    _backend(backend).logits_forward(source, targets, table, settings, loss, metrics, grad_logits)
+    check_values(f"logits_{OP}", table, beta=beta, targets=targets, vocabulary=source.shape[2])
+    options = Options(eps_low, eps_high, delta, beta, level, temperature, softcap, entropy_coef, kind, kl_ratio)
+    dispatch.backend_module(OP, backend).logits_forward(source, targets, table, options, loss, metrics, grad_logits)
 
 
-@torch.library.custom_op(
-    "appo::linear_weighted_surrogate_forward",
-    mutates_args=("loss", "metrics", "grad_hidden", "grad_weight", "grad_bias"),
+@dispatch.out_variant(
+    "linear_weighted_surrogate_forward", mutates=("loss", "metrics", "grad_hidden", "grad_weight", "grad_bias")
 )
 def linear_weighted_surrogate_forward(
     hidden: Tensor,
@@ -87,25 +92,15 @@ def linear_weighted_surrogate_forward(
     softcap: float | None,
     entropy_coef: float,
     backend: str,
+    kind: str = "clip",
+    kl_ratio: bool = False,
 ) -> None:
-    check_values(f"linear_{OP}", table, targets, weight.shape[0])
-    settings = Settings(eps_low, eps_high, delta, beta, level, temperature, softcap, entropy_coef)
-    _backend(backend).linear_forward(
-        hidden, weight, bias, targets, table, settings, loss, metrics, grad_hidden, grad_weight, grad_bias
+    """Writes loss () and metrics (10,), and those gradients (B, T, D), (V, D), (V,) that are wanted."""
+    check_values(f"linear_{OP}", table, beta=beta, targets=targets, vocabulary=weight.shape[0])
+    options = Options(eps_low, eps_high, delta, beta, level, temperature, softcap, entropy_coef, kind, kl_ratio)
+    dispatch.backend_module(OP, backend).linear_forward(
+        hidden, weight, bias, targets, table, options, loss, metrics, grad_hidden, grad_weight, grad_bias
     )
-
-
-def _nothing(*arguments: Any) -> None:
-    """The fake of operators that only write into what they are given."""
-
-
-weighted_surrogate_forward.register_fake(_nothing)
-logits_weighted_surrogate_forward.register_fake(_nothing)
-linear_weighted_surrogate_forward.register_fake(_nothing)
-
-
-def _backend(name: str) -> Any:
-    return dispatch.implementation(OP, name)
 
 
 def _results(like: Tensor) -> tuple[Tensor, Tensor]:
@@ -134,17 +129,19 @@ def _is_one(factor: Tensor) -> bool:
 class WeightedSurrogate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logprobs: Tensor, table: Tensor, settings: Settings, wanted: bool, backend: str
+        ctx: Any, logprobs: Tensor, table: Tensor, options: Options, wanted: bool, backend: str
     ) -> tuple[Tensor, Tensor]:
         loss, metrics = _results(logprobs)
         gradient = _empty(logprobs, wanted)
-        weighted_surrogate_forward(logprobs, table, loss, metrics, gradient, *settings[:5], backend)
+        weighted_surrogate_forward(
+            logprobs, table, loss, metrics, gradient, *options[:5], backend, options.kind, options.kl_ratio
+        )
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(OP)
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_loss).to(gradient.dtype), None, None, None, None
@@ -157,7 +154,7 @@ class LogitsWeightedSurrogate(torch.autograd.Function):
         logits: Tensor,
         targets: Tensor,
         table: Tensor,
-        settings: Settings,
+        options: Options,
         wanted: bool,
         inplace: bool,
         backend: str,
@@ -167,13 +164,15 @@ class LogitsWeightedSurrogate(torch.autograd.Function):
         # detach() shares the version counter: an operator that saved these logits for its own backward will notice.
         gradient = logits.detach() if overwrite else _empty(logits, wanted)
         source = None if overwrite else logits
-        logits_weighted_surrogate_forward(source, targets, table, loss, metrics, gradient, *settings, backend)
+        logits_weighted_surrogate_forward(
+            source, targets, table, loss, metrics, gradient, *options[:8], backend, *options[8:]
+        )
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(f"logits_{OP}")
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return _scaled(gradient, grad_loss, _is_one(grad_loss)), None, None, None, None, None, None
@@ -188,7 +187,7 @@ class LinearWeightedSurrogate(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         table: Tensor,
-        settings: Settings,
+        options: Options,
         wants_hidden: bool,
         wants_weight: bool,
         wants_bias: bool,
@@ -201,14 +200,14 @@ class LinearWeightedSurrogate(torch.autograd.Function):
             None if bias is None else _empty(bias, wants_bias),
         )
         linear_weighted_surrogate_forward(
-            hidden, weight, bias, targets, table, loss, metrics, *gradients, *settings, backend
+            hidden, weight, bias, targets, table, loss, metrics, *gradients, *options[:8], backend, *options[8:]
         )
         ctx.save_for_backward(*gradients)
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once(f"linear_{OP}")
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         unit = _is_one(grad_loss)
         gradients = [_scaled(gradient, grad_loss, unit) for gradient in ctx.saved_tensors]

@@ -13,7 +13,8 @@ from torch import Tensor
 from appo_kernels import cuda_library
 from appo_kernels.dispatch import Problem
 from appo_kernels.ops.weighted_surrogate import streaming
-from appo_kernels.ops.weighted_surrogate.loss import MASK, SHARE, Settings, evaluate
+from appo_kernels.ops.weighted_surrogate.kinds import MASK, SHARE, Options
+from appo_kernels.ops.weighted_surrogate.loss import evaluate
 
 OP = "logits_weighted_surrogate"
 
@@ -58,7 +59,7 @@ def logits_forward(
     logits: Tensor,
     targets: Tensor,
     table: Tensor,
-    settings: Settings,
+    options: Options,
     loss: Tensor,
     metrics: Tensor,
     grad_logits: Tensor | None,
@@ -66,7 +67,7 @@ def logits_forward(
     """Arguments as of ``streaming.logits_forward``."""
     B, T, V = logits.shape
     if B * T == 0 or V == 0:
-        streaming.logits_forward(logits, targets, table, settings, loss, metrics, grad_logits)
+        streaming.logits_forward(logits, targets, table, options, loss, metrics, grad_logits)
         return
     source = logits if logits.stride(2) == 1 else logits.contiguous()
     # The gradient may share memory with the logits, but only position by position.
@@ -95,18 +96,18 @@ def logits_forward(
             rows=B * T,
             tokens=T,
             vocabulary=V,
-            inverse_temperature=1.0 / settings.temperature,
-            softcap=settings.softcap or 0.0,
+            inverse_temperature=1.0 / options.temperature,
+            softcap=options.softcap or 0.0,
             element=cuda_library.ELEMENTS[logits.dtype],
         )
         cuda_library.call(OP, launcher, params, logits.device)
 
     run("appo_surrogate_rows", None, None)
-    value, slope, measured = evaluate(logprobs, table, settings, entropy)
+    value, slope, measured = evaluate(logprobs, table, options, entropy)
     loss.copy_(value)
     metrics.copy_(measured)
     if grad_logits is None or gradient is None:
         return
-    run("appo_surrogate_gradient", slope.contiguous(), (table[SHARE] * -settings.entropy_coef).contiguous())
+    run("appo_surrogate_gradient", slope.contiguous(), (table[SHARE] * -options.entropy_coef).contiguous())
     if gradient is not grad_logits:
         grad_logits.copy_(gradient)

@@ -7,20 +7,30 @@ backend reads the same thing. Its rows, all 0 where the mask is 0, whatever garb
     OLD         log-probability under the policy that sampled it
     ADVANTAGE   A
     WEIGHT      token weight W (1 without one)
-    IMPORTANCE  min(exp(old - rollout), rollout_cap), 1 without rollout log-probabilities
+    IMPORTANCE  correction for another engine's sampling, 1 without rollout log-probabilities
     REF         log-probability under the reference policy; NaN without one, and so is the metric made of it
-    SHARE       what the token's loss is multiplied with in the sum that is the loss: the aggregation
+    SHARE       the factor of the token's loss in the sum that is the loss: the aggregation
 
 W, the importance and the shares are constants, so d loss / d logprob is known as soon as logprob is: that is what lets
 the streaming backends form every gradient in the forward pass.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-MASK, OLD, ADVANTAGE, WEIGHT, IMPORTANCE, REF, SHARE = range(7)
+from appo_kernels.checks import LARGEST_COUNT
+from appo_kernels.ops.weighted_surrogate.kinds import (
+    MASK,
+    OLD,
+    REF,
+    SHARE,
+    WEIGHT,
+    Options,
+    Terms,
+    policy_terms,
+)
+
+CORRECTIONS = ("truncate", "clip", "mask")
 METRICS = (
     "clip_low",
     "clip_high",
@@ -35,20 +45,9 @@ METRICS = (
 )
 
 
-class Settings(NamedTuple):
-    """The plain numbers of a call, in the order in which the custom operators take them."""
-
-    eps_low: float
-    eps_high: float
-    delta: float | None
-    beta: float
-    level: str
-    temperature: float = 1.0
-    softcap: float | None = None
-    entropy_coef: float = 0.0
-
-
-def shares(mask: Tensor, aggregation: str, num_items: int | float | Tensor | None, max_length: int | None) -> Tensor:
+def shares(
+    mask: Tensor, aggregation: str, num_items: int | float | Tensor | None, max_length: int | float | None
+) -> Tensor:
     """(B, T): the factor of each token's loss in the total. ``mask`` (B, T) is 0 or 1 in the compute dtype.
 
     Counts of zero divide as one, so that an empty response, batch or global batch gives exactly 0.
@@ -62,9 +61,31 @@ def shares(mask: Tensor, aggregation: str, num_items: int | float | Tensor | Non
         return mask / mask.sum().clamp(min=1)
     if isinstance(num_items, Tensor):
         count = num_items.detach().to(mask)
-        # A negative count must not pass for 1: NaN is what the check of values looks for.
-        return mask / torch.where(count >= 0, count.clamp(min=1), torch.nan)
+        # A negative or infinite count must not pass: NaN is what the check of values looks for.
+        possible = (count >= 0) & (count <= LARGEST_COUNT)
+        return mask / torch.where(possible, count.clamp(min=1), torch.nan)
     return mask / max(num_items, 1)
+
+
+def importance(
+    old: Tensor, rollout: Tensor, valid: Tensor, *, correction: str, level: str, floor: float, cap: float
+) -> Tensor:
+    """Truncated importance weights (B, T) of tokens that another engine sampled; 1 where its log-probability is NaN.
+
+    The ratio is exp(old - rollout), at level "sequence" exp of the sum of these differences over the response.
+    correction "truncate": at most ``cap``; "clip": held in [floor, cap]; "mask": 0 outside of it.
+    old and rollout: (B, T), 0 where not ``valid``.
+    """
+    difference = torch.where(rollout.isnan(), 0.0, old - rollout)
+    if level == "sequence":
+        difference = difference.sum(1, keepdim=True).expand_as(difference)
+    ratio = difference.exp()
+    if correction == "mask":
+        weight = torch.where((ratio < floor) | (ratio > cap), 0.0, ratio)
+    else:
+        weight = ratio.clamp(min=floor if correction == "clip" else None, max=cap)
+    # No engine reports a log-probability of +inf: NaN is what the check of values looks for.
+    return torch.where(valid & ~torch.isposinf(rollout), weight, torch.where(valid, torch.nan, 0.0))
 
 
 def pack(
@@ -76,7 +97,10 @@ def pack(
     rollout_logprobs: Tensor | None,
     share: Tensor,
     *,
-    rollout_cap: float,
+    correction: str,
+    level: str,
+    floor: float,
+    cap: float,
 ) -> Tensor:
     """The table (7, B, T), in the dtype of ``share`` (B, T); other arguments as in ``weighted_surrogate``."""
     valid = mask != 0
@@ -84,47 +108,48 @@ def pack(
     def kept(values: Tensor) -> Tensor:
         return torch.where(valid, values.detach().to(share.dtype), 0.0)
 
-    old, ones = kept(old_logprobs), valid.to(share.dtype)
-    importance = ones
+    old, weights = kept(old_logprobs), valid.to(share.dtype)
     if rollout_logprobs is not None:
-        importance = kept((old - kept(rollout_logprobs)).exp().clamp(max=rollout_cap))
+        weights = importance(
+            old, kept(rollout_logprobs), valid, correction=correction, level=level, floor=floor, cap=cap
+        )
+    ones = valid.to(share.dtype)
     return torch.stack(
         [
             mask.to(share.dtype),
             old,
             kept(advantages if advantages.dim() == 2 else advantages[:, None]),
             ones if token_weights is None else kept(token_weights),
-            importance,
+            weights,
             torch.where(valid, torch.nan, ones) if ref_logprobs is None else kept(ref_logprobs),
             share,
         ]
     )
 
 
-def policy_terms(ratio: Tensor, table: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
-    """Each token's clipped policy loss and its derivative by log(ratio); any shape, ``table`` (7, that shape).
-
-    With two-sided clipping the unclipped branch is min(ratio, delta) A. The derivative is that of the branch that min()
-    took: zero exactly where a clamp holds the ratio.
-    """
-    factor = table[WEIGHT] * table[IMPORTANCE] * -table[ADVANTAGE]
-    clipped = ratio.clamp(1 - s.eps_low, 1 + s.eps_high)
-    free = ratio if s.delta is None else ratio.clamp(max=s.delta)
-    branch = torch.where(factor * free >= factor * clipped, free, clipped)
-    loss = factor * branch
-    return loss, torch.where(branch == ratio, loss, 0.0)
-
-
-def token_slope(logprobs: Tensor, table: Tensor, s: Settings) -> Tensor:
-    """d loss / d logprob of tokens at level "token"; any shape, ``table`` (7, that shape)."""
-    slope = policy_terms((logprobs - table[OLD]).exp(), table, s)[1]
-    if s.beta != 0.0:
-        slope = slope - s.beta * torch.expm1(table[REF] - logprobs)
+def token_slope(logprobs: Tensor, table: Tensor, o: Options) -> Tensor:
+    """d loss / d logprob of tokens whose ratio is their own; any shape, ``table`` (7, that shape)."""
+    ratio = (logprobs - table[OLD]).exp()
+    slope = policy_terms(logprobs, ratio, table, o).slope
+    if o.beta != 0.0:
+        slope = slope + o.beta * _ref_slope(table[REF] - logprobs, ratio, o)
     return slope * table[SHARE]
 
 
+def _ref_slope(to_ref: Tensor, ratio: Tensor, o: Options) -> Tensor:
+    """d k3 / d log pi, with ``kl_ratio`` of ratio times k3 through both."""
+    if not o.kl_ratio:
+        return -torch.expm1(to_ref)
+    return ratio * (-torch.expm1(to_ref) + _k3(to_ref))
+
+
+def _k3(to_ref: Tensor) -> Tensor:
+    """The k3 estimate of KL(pi || reference): exp(x) - 1 - x, x = log reference - log pi."""
+    return torch.expm1(to_ref) - to_ref
+
+
 def evaluate(
-    logprobs: Tensor, table: Tensor, s: Settings, entropy: Tensor | None = None
+    logprobs: Tensor, table: Tensor, o: Options, entropy: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss () fp64, d loss / d logprob (B, T) like ``table``, and the metrics (10,) fp32 in the order of METRICS.
 
@@ -137,28 +162,31 @@ def evaluate(
     log_ratio = logprobs - table[OLD]
     lengths = table[MASK].sum(1, keepdim=True).clamp(min=1)
     level_log_ratio = log_ratio
-    if s.level == "sequence":
+    if o.sequence_ratio:
         level_log_ratio = (log_ratio.sum(1, keepdim=True) / lengths).expand_as(log_ratio)
     ratio = level_log_ratio.exp()
-    policy, policy_slope = policy_terms(ratio, table, s)
+    terms = policy_terms(logprobs, ratio, table, o)
 
-    if s.level == "sequence":
-        # One ratio for all: each token's log-probability moves it by 1 / length, and with it every token's loss.
-        slope = (policy_slope * table[SHARE]).sum(1, keepdim=True) / lengths * table[MASK]
-    else:
-        slope = policy_slope * table[SHARE]
+    def over_response(slope_by_ratio: Tensor) -> Tensor:
+        """One ratio for all: each token's log-probability moves it by 1 / length, and with it every token's loss."""
+        return (slope_by_ratio * table[SHARE]).sum(1, keepdim=True) / lengths * table[MASK]
+
+    slope = over_response(terms.slope) if o.couples_tokens else terms.slope * table[SHARE]
     to_ref = table[REF] - logprobs
-    ref_kl = torch.expm1(to_ref) - to_ref
-    per_token = policy
-    if s.beta != 0.0:
-        per_token = per_token + s.beta * ref_kl
-        slope = slope - s.beta * torch.expm1(to_ref) * table[SHARE]
+    ref_kl = _k3(to_ref)
+    per_token = terms.loss
+    if o.beta != 0.0:
+        per_token = per_token + o.beta * (ratio * ref_kl if o.kl_ratio else ref_kl)
+        if o.kl_ratio and o.level == "sequence" and o.kind != "gspo_token":
+            slope = slope - o.beta * ratio * torch.expm1(to_ref) * table[SHARE] + over_response(o.beta * ratio * ref_kl)
+        else:
+            slope = slope + o.beta * _ref_slope(to_ref, ratio, o) * table[SHARE]
     if entropy is not None:
         entropy = torch.where(valid, entropy.to(table.dtype), 0.0)
-        if s.entropy_coef != 0.0:
-            per_token = per_token - s.entropy_coef * entropy
+        if o.entropy_coef != 0.0:
+            per_token = per_token - o.entropy_coef * entropy
     loss = (per_token * table[SHARE]).sum()
-    metrics = _metrics(valid, log_ratio, ratio, policy_slope, ref_kl, entropy, table, s)
+    metrics = _metrics(valid, log_ratio, ratio, terms, ref_kl, entropy, table)
     return loss, slope.to(dtype), metrics
 
 
@@ -166,16 +194,14 @@ def _metrics(
     valid: Tensor,
     log_ratio: Tensor,
     ratio: Tensor,
-    policy_slope: Tensor,
+    terms: Terms,
     ref_kl: Tensor,
     entropy: Tensor | None,
     table: Tensor,
-    s: Settings,
 ) -> Tensor:
-    """All but the ratio are 0 where the mask is 0."""
+    """The metrics (10,); all operands but the ratio and the flags are 0 where the mask is 0."""
     count = valid.sum().clamp(min=1)
-    low = (ratio < 1 - s.eps_low) & (table[ADVANTAGE] < 0)
-    high = (ratio > 1 + s.eps_high) & (table[ADVANTAGE] > 0)
+    low, high = terms.low & valid, terms.high & valid
     weighted = table[WEIGHT] > 1
     ratio = torch.where(valid, ratio, 0.0)
     values = [
@@ -188,6 +214,6 @@ def _metrics(
         ratio.amax() if ratio.numel() else table.new_zeros(()),
         (weighted & (low | high)).sum() / weighted.sum().clamp(min=1),
         table[WEIGHT].sum() / count,
-        (policy_slope != 0).sum(),
+        (terms.slope != 0).sum(),
     ]
     return torch.stack([value.to(torch.float32) for value in values])

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
-from appo_kernels.dtypes import compute_dtype
-from appo_kernels.ops.weighted_surrogate import arguments
+from appo_kernels.ops.weighted_surrogate.arguments import Prepared, prepare
 from appo_kernels.ops.weighted_surrogate.autograd import (
     LinearWeightedSurrogate,
     LogitsWeightedSurrogate,
     WeightedSurrogate,
 )
 from appo_kernels.ops.weighted_surrogate.loss import METRICS
+from appo_kernels.vocabulary.arguments import check_projection, check_targets
 
 OP = "weighted_surrogate"
 
@@ -43,6 +43,11 @@ def weighted_surrogate(
     aggregation: str = "dapo",
     num_items: int | float | Tensor | None = None,
     max_length: int | None = None,
+    kind: str = "clip",
+    kl_ratio: bool = False,
+    rollout_correction: str = "truncate",
+    rollout_level: str = "token",
+    rollout_floor: float = 0.0,
     backend: str = "auto",
 ) -> SurrogateOutput:
     """The APPO loss (docs/method.md section 6); token weights of 1 make it GRPO, DAPO and their relatives.
@@ -83,28 +88,18 @@ def weighted_surrogate(
     """
     checks.rank(OP, "logprobs", logprobs, 2, "(B, T)")
     checks.dtype(OP, "logprobs", logprobs, checks.FLOATS)
-    settings = arguments.settings(
-        OP, eps_low=eps_low, eps_high=eps_high, delta=delta, beta=beta, level=level, has_ref=ref_logprobs is not None
-    )
-    table = arguments.loss_table(
-        OP,
-        "logprobs",
-        logprobs,
-        old_logprobs,
-        advantages,
-        mask,
-        token_weights=token_weights,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        rollout_cap=rollout_cap,
-        aggregation=aggregation,
-        num_items=num_items,
-        max_length=max_length,
-        dtype=compute_dtype(logprobs.dtype),
-    )
+    prepared = prepare(
+        OP, "logprobs", logprobs,
+        old_logprobs=old_logprobs, advantages=advantages, mask=mask, token_weights=token_weights,
+        eps_low=eps_low, eps_high=eps_high, delta=delta, ref_logprobs=ref_logprobs, beta=beta,
+        rollout_logprobs=rollout_logprobs, rollout_cap=rollout_cap, level=level, aggregation=aggregation,
+        num_items=num_items, max_length=max_length, kind=kind, kl_ratio=kl_ratio,
+        rollout_correction=rollout_correction, rollout_level=rollout_level, rollout_floor=rollout_floor,
+    )  # fmt: skip
     wanted = _wants_grad(logprobs)
     backend = dispatch.resolve(OP, backend, logprobs.device, logprobs.dtype, 0, wanted)
-    return _output(*WeightedSurrogate.apply(logprobs, table, settings, wanted, backend))
+    results = WeightedSurrogate.apply(logprobs, prepared.table, prepared.options, wanted, backend)
+    return _output(results, prepared)
 
 
 def logits_weighted_surrogate(
@@ -129,6 +124,11 @@ def logits_weighted_surrogate(
     temperature: float = 1.0,
     entropy_coef: float = 0.0,
     inplace: bool = False,
+    kind: str = "clip",
+    kl_ratio: bool = False,
+    rollout_correction: str = "truncate",
+    rollout_level: str = "token",
+    rollout_floor: float = 0.0,
     backend: str = "auto",
 ) -> SurrogateOutput:
     """``weighted_surrogate`` of the log-probabilities that ``logits`` give, with the gradient formed in the forward.
@@ -154,45 +154,34 @@ def logits_weighted_surrogate(
     op = f"logits_{OP}"
     checks.rank(op, "logits", logits, 3, "(B, T, V)")
     checks.dtype(op, "logits", logits, checks.FLOATS)
-    _check_targets(op, "logits", logits, targets)
+    if logits.shape[2] < 1:
+        checks.fail(op, "logits", "a vocabulary of at least 1", f"shape {tuple(logits.shape)}", "Pass (B, T, V).")
+    check_targets(op, "logits", logits, targets)
     wanted = _wants_grad(logits)
+    checks.flag(op, "inplace", inplace)
     if inplace and wanted:
         if logits.is_leaf:
             remedy = "Pass inplace=False, or the output of the layer that made the logits."
             checks.fail(op, "inplace", "logits computed by a layer", "a leaf that requires grad", remedy)
-        if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        if checks.overlaps_itself(logits):
             remedy = "Pass inplace=False, or logits.contiguous()."
-            checks.fail(op, "inplace", "logits with memory of their own for each element", "an expanded tensor", remedy)
-    settings = arguments.settings(
-        op,
-        eps_low=eps_low,
-        eps_high=eps_high,
-        delta=delta,
-        beta=beta,
-        level=level,
-        has_ref=ref_logprobs is not None,
-        temperature=temperature,
-        entropy_coef=entropy_coef,
-    )
-    table = arguments.loss_table(
-        op,
-        "logits",
-        logits,
-        old_logprobs,
-        advantages,
-        mask,
-        token_weights=token_weights,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        rollout_cap=rollout_cap,
-        aggregation=aggregation,
-        num_items=num_items,
-        max_length=max_length,
-        dtype=compute_dtype(logits.dtype),
-    )
-    backend = dispatch.resolve(OP, backend, logits.device, logits.dtype, 0, wanted)
+            got = f"an expanded tensor or a view with windows, strides {logits.stride()} of shape {tuple(logits.shape)}"
+            checks.fail(op, "inplace", "logits with memory of their own for each element", got, remedy)
+    prepared = prepare(
+        op, "logits", logits,
+        old_logprobs=old_logprobs, advantages=advantages, mask=mask, token_weights=token_weights,
+        eps_low=eps_low, eps_high=eps_high, delta=delta, ref_logprobs=ref_logprobs, beta=beta,
+        rollout_logprobs=rollout_logprobs, rollout_cap=rollout_cap, level=level, aggregation=aggregation,
+        num_items=num_items, max_length=max_length, kind=kind, kl_ratio=kl_ratio,
+        rollout_correction=rollout_correction, rollout_level=rollout_level, rollout_floor=rollout_floor,
+        temperature=temperature, entropy_coef=entropy_coef,
+    )  # fmt: skip
+    backend = dispatch.resolve(OP, backend, logits.device, logits.dtype, 0, wanted, function=op)
     overwrite = inplace and not torch.compiler.is_compiling()
-    return _output(*LogitsWeightedSurrogate.apply(logits, targets, table, settings, wanted, overwrite, backend))
+    results = LogitsWeightedSurrogate.apply(
+        logits, targets, prepared.table, prepared.options, wanted, overwrite, backend
+    )
+    return _output(results, prepared)
 
 
 def linear_weighted_surrogate(
@@ -219,6 +208,11 @@ def linear_weighted_surrogate(
     temperature: float = 1.0,
     softcap: float | None = None,
     entropy_coef: float = 0.0,
+    kind: str = "clip",
+    kl_ratio: bool = False,
+    rollout_correction: str = "truncate",
+    rollout_level: str = "token",
+    rollout_floor: float = 0.0,
     backend: str = "auto",
 ) -> SurrogateOutput:
     """``logits_weighted_surrogate`` of softcap(hidden weight^T + bias) / temperature, without the (B, T, V) tensor.
@@ -243,58 +237,29 @@ def linear_weighted_surrogate(
     """
     op = f"linear_{OP}"
     checks.rank(op, "hidden", hidden, 3, "(B, T, D)")
-    checks.dtype(op, "hidden", hidden, checks.FLOATS)
-    checks.rank(op, "weight", weight, 2, "(V, D)")
-    expected = (weight.shape[0], hidden.shape[2])
-    checks.shape(op, "weight", weight, expected, "(V, D)", "Its columns are the hidden size of `hidden`.")
-    checks.dtype(op, "weight", weight, (hidden.dtype,))
-    if bias is not None:
-        checks.shape(op, "bias", bias, expected[:1], "(V,)", "Pass one value for each row of `weight`.")
-        checks.dtype(op, "bias", bias, (hidden.dtype,))
-    _check_targets(op, "hidden", hidden, targets)
-    checks.same_device(op, "hidden", hidden, weight=weight, bias=bias)
-    settings = arguments.settings(
-        op,
-        eps_low=eps_low,
-        eps_high=eps_high,
-        delta=delta,
-        beta=beta,
-        level=level,
-        has_ref=ref_logprobs is not None,
-        temperature=temperature,
-        softcap=softcap,
-        entropy_coef=entropy_coef,
-    )
-    table = arguments.loss_table(
-        op,
-        "hidden",
-        hidden,
-        old_logprobs,
-        advantages,
-        mask,
-        token_weights=token_weights,
-        ref_logprobs=ref_logprobs,
-        rollout_logprobs=rollout_logprobs,
-        rollout_cap=rollout_cap,
-        aggregation=aggregation,
-        num_items=num_items,
-        max_length=max_length,
-        dtype=compute_dtype(hidden.dtype),
-    )
+    check_projection(op, hidden, weight, bias, temperature, softcap, bias_dtypes=(hidden.dtype,))
+    check_targets(op, "hidden", hidden, targets)
+    prepared = prepare(
+        op, "hidden", hidden,
+        old_logprobs=old_logprobs, advantages=advantages, mask=mask, token_weights=token_weights,
+        eps_low=eps_low, eps_high=eps_high, delta=delta, ref_logprobs=ref_logprobs, beta=beta,
+        rollout_logprobs=rollout_logprobs, rollout_cap=rollout_cap, level=level, aggregation=aggregation,
+        num_items=num_items, max_length=max_length, kind=kind, kl_ratio=kl_ratio,
+        rollout_correction=rollout_correction, rollout_level=rollout_level, rollout_floor=rollout_floor,
+        temperature=temperature, softcap=softcap, entropy_coef=entropy_coef,
+    )  # fmt: skip
     wants = [_wants_grad(tensor) for tensor in (hidden, weight, bias)]
-    backend = dispatch.resolve(OP, backend, hidden.device, hidden.dtype, 0, any(wants))
-    return _output(*LinearWeightedSurrogate.apply(hidden, weight, bias, targets, table, settings, *wants, backend))
-
-
-def _check_targets(op: str, first: str, like: Tensor, targets: Tensor) -> None:
-    checks.shape(op, "targets", targets, like.shape[:2], "(B, T)", f"Pass one token id for each row of `{first}`.")
-    checks.dtype(op, "targets", targets, checks.INTS)
-    checks.same_device(op, first, like, targets=targets)
+    backend = dispatch.resolve(OP, backend, hidden.device, hidden.dtype, 0, any(wants), function=op)
+    results = LinearWeightedSurrogate.apply(
+        hidden, weight, bias, targets, prepared.table, prepared.options, *wants, backend
+    )
+    return _output(results, prepared)
 
 
 def _wants_grad(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _output(loss: Tensor, metrics: Tensor) -> SurrogateOutput:
-    return SurrogateOutput(loss, dict(zip(METRICS, metrics.unbind(), strict=True)))
+def _output(results: tuple[Tensor, Tensor], prepared: Prepared) -> SurrogateOutput:
+    loss, metrics = results
+    return SurrogateOutput(loss, {**dict(zip(METRICS, metrics.unbind(), strict=True)), **prepared.extra_metrics})

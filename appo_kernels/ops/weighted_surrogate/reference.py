@@ -27,6 +27,11 @@ def weighted_surrogate(
     aggregation: str = "dapo",
     num_items: int | float | Tensor | None = None,
     max_length: int | None = None,
+    kind: str = "clip",
+    kl_ratio: bool = False,
+    rollout_correction: str = "truncate",
+    rollout_level: str = "token",
+    rollout_floor: float = 0.0,
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -45,21 +50,30 @@ def weighted_surrogate(
     A = clear(advantages if advantages.dim() == 2 else advantages[:, None].expand_as(m))
     W = m if token_weights is None else clear(token_weights)
 
-    log_ratio = logprobs - old
-    token_log_ratio = log_ratio
-    if level == "sequence":
-        log_ratio = (log_ratio.sum(1) / m.sum(1).clamp(min=1))[:, None].expand_as(m)
+    token_log_ratio = logprobs - old
+    log_ratio = token_log_ratio
+    if level == "sequence" or kind == "gspo_token":
+        log_ratio = (token_log_ratio.sum(1) / m.sum(1).clamp(min=1))[:, None].expand_as(m)
+    if kind == "gspo_token":
+        log_ratio = log_ratio.detach() + logprobs - logprobs.detach()
     ratio = log_ratio.exp()
-    capped = ratio if delta is None else ratio.clamp(max=delta)
-    objective = torch.minimum(capped * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)
+    objective = policy_objective(kind, logprobs, old, ratio, A, eps_low, eps_high, delta)
+    importance = m
     if rollout_logprobs is not None:
-        objective = objective * (old - clear(rollout_logprobs)).exp().clamp(max=rollout_cap)
-    per_token = -W * objective
+        difference = (old - clear(rollout_logprobs)).nan_to_num(nan=0.0)
+        if rollout_level == "sequence":
+            difference = difference.sum(1, keepdim=True).expand_as(m)
+        importance = difference.exp()
+        if rollout_correction == "mask":
+            importance = importance.masked_fill((importance < rollout_floor) | (importance > rollout_cap), 0)
+        else:
+            importance = importance.clamp(min=rollout_floor if rollout_correction == "clip" else None, max=rollout_cap)
+    per_token = -W * importance * objective
     ref_kl = None
     if ref_logprobs is not None:
         difference = clear(ref_logprobs) - logprobs
         ref_kl = difference.exp() - difference - 1
-        per_token = per_token + beta * ref_kl
+        per_token = per_token + beta * (ratio * ref_kl if kl_ratio else ref_kl)
     if entropy is not None:
         entropy = clear(entropy)
         per_token = per_token - entropy_coef * entropy
@@ -74,11 +88,9 @@ def weighted_surrogate(
     else:
         loss = (per_token * m).sum() / max(float(num_items), 1.0)
 
-    low, high = (ratio < 1 - eps_low) & (A < 0), (ratio > 1 + eps_high) & (A > 0)
+    low, high, moving = limits(kind, logprobs, old, ratio, A, eps_low, eps_high, delta)
     nan = m.new_full((), torch.nan)
     weight_above_one = valid & (W > 1)
-    moving = objective_moves(ratio, A, eps_low, eps_high, delta)
-    importance = m if rollout_logprobs is None else (old - clear(rollout_logprobs)).exp().clamp(max=rollout_cap)
     metrics = {
         "clip_low": mean(low),
         "clip_high": mean(high),
@@ -91,7 +103,45 @@ def weighted_surrogate(
         "weight_mean": mean(W),
         "effective_tokens": (valid & moving & (W * importance != 0)).sum(),
     }
+    if rollout_logprobs is not None:
+        metrics["rollout_missing"] = (valid & rollout_logprobs.isnan()).sum()
     return loss, {name: value.detach().float() for name, value in metrics.items()}
+
+
+def policy_objective(
+    kind: str, logprobs: Tensor, old: Tensor, ratio: Tensor, A: Tensor, eps_low: float, eps_high: float, delta: Any
+) -> Tensor:
+    """What is maximised per token, before weights; (B, T)."""
+    if kind in ("clip", "gspo_token"):
+        capped = ratio if delta is None else ratio.clamp(max=delta)
+        return torch.minimum(capped * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)
+    if kind == "cispo":
+        return ratio.detach().clamp(max=1 + eps_high) * A * logprobs
+    if kind == "sapo":
+        tau = torch.where(A > 0, 1.0, 1.05)
+        return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * A
+    if kind == "dppo_tv":
+        moved = (logprobs.exp() - old.exp()).detach()
+        inside = torch.where(A > 0, moved <= eps_high, moved >= -eps_low)
+        return ratio.detach().clamp(max=20.0 if delta is None else delta) * A * logprobs * inside
+    return A * logprobs
+
+
+def limits(
+    kind: str, logprobs: Tensor, old: Tensor, ratio: Tensor, A: Tensor, eps_low: float, eps_high: float, delta: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens held at the lower and at the upper limit, and tokens whose policy gradient is not 0 (W aside); bool."""
+    low, high = (ratio < 1 - eps_low) & (A < 0), (ratio > 1 + eps_high) & (A > 0)
+    none, acting = torch.zeros_like(low), A != 0
+    if kind in ("clip", "gspo_token"):
+        return low, high, objective_moves(ratio, A, eps_low, eps_high, delta)
+    if kind == "cispo":
+        return none, high, acting
+    if kind == "dppo_tv":
+        moved = logprobs.exp() - old.exp()
+        low, high = (A <= 0) & (moved < -eps_low), (A > 0) & (moved > eps_high)
+        return low, high, acting & ~low & ~high
+    return none, none, acting
 
 
 def objective_moves(ratio: Tensor, A: Tensor, eps_low: float, eps_high: float, delta: float | None) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from appo_kernels import dispatch
 from appo_kernels.dtypes import compute_dtype
-from appo_kernels.ops.weighted_surrogate.loss import MASK, SHARE, Settings, evaluate, token_slope
+from appo_kernels.ops.weighted_surrogate.kinds import MASK, SHARE, Options
+from appo_kernels.ops.weighted_surrogate.loss import evaluate, token_slope
 from appo_kernels.vocabulary.output_head import OutputHead
 from appo_kernels.vocabulary.torch_rows import Coefficients, block_rows, row_pass
 from appo_kernels.vocabulary.torch_tiles import tiles
@@ -21,10 +22,10 @@ def unsupported(problem: dispatch.Problem) -> str | None:
 
 
 def forward(
-    logprobs: Tensor, table: Tensor, settings: Settings, loss: Tensor, metrics: Tensor, grad_logprobs: Tensor | None
+    logprobs: Tensor, table: Tensor, options: Options, loss: Tensor, metrics: Tensor, grad_logprobs: Tensor | None
 ) -> None:
     """Plain surrogate: ``logprobs`` (B, T); ``table`` (7, B, T) as in loss.py. Writes the last three."""
-    value, slope, measured = evaluate(logprobs, table, settings)
+    value, slope, measured = evaluate(logprobs, table, options)
     loss.copy_(value)
     metrics.copy_(measured)
     if grad_logprobs is not None:
@@ -35,7 +36,7 @@ def logits_forward(
     logits: Tensor,
     targets: Tensor,
     table: Tensor,
-    settings: Settings,
+    options: Options,
     loss: Tensor,
     metrics: Tensor,
     grad_logits: Tensor | None,
@@ -48,13 +49,13 @@ def logits_forward(
     B, T, V = logits.shape
     dtype = compute_dtype(logits.dtype)
     logprobs, entropy = table.new_zeros(B, T), table.new_zeros(B, T)
-    two_passes = settings.level == "sequence" and grad_logits is not None
+    two_passes = options.sequence_ratio and grad_logits is not None
     step = block_rows(T, V, logits.device)
     tile = torch.empty(step, V, dtype=dtype, device=logits.device)
     for passes_left in (1, 0) if two_passes else (0,):
         slope = None
         if two_passes and not passes_left:
-            slope = evaluate(logprobs, table, settings, entropy)[1]
+            slope = evaluate(logprobs, table, options, entropy)[1]
         with_gradient = grad_logits is not None and not passes_left
         for b in range(B):
             valid = (table[MASK, b] != 0).nonzero()[:, 0]
@@ -65,11 +66,11 @@ def logits_forward(
                 result = row_pass(
                     rows,
                     targets[b, position],
-                    _coefficients(table[:, b, position], settings, None if slope is None else slope[b, position])
+                    _coefficients(table[:, b, position], options, None if slope is None else slope[b, position])
                     if with_gradient
                     else None,
-                    temperature=settings.temperature,
-                    softcap=settings.softcap,
+                    temperature=options.temperature,
+                    softcap=options.softcap,
                 )
                 logprobs[b, position], entropy[b, position] = result.logprobs, result.entropy
                 if grad_logits is not None and result.kept is not None:
@@ -78,17 +79,17 @@ def logits_forward(
             if grad_logits is not None and with_gradient:
                 zero = torch.ones(T, dtype=torch.bool, device=logits.device).index_fill_(0, torch.cat(kept), False)
                 grad_logits[b].index_fill_(0, zero.nonzero()[:, 0], 0.0)
-    value, _, measured = evaluate(logprobs, table, settings, entropy)
+    value, _, measured = evaluate(logprobs, table, options, entropy)
     loss.copy_(value)
     metrics.copy_(measured)
 
 
-def _coefficients(rows: Tensor, settings: Settings, slope: Tensor | None) -> Coefficients:
+def _coefficients(rows: Tensor, options: Options, slope: Tensor | None) -> Coefficients:
     """g and h of the rows of a tile. ``rows`` (7, m): their part of the table; ``slope`` (m,): g where it is known."""
 
     def coefficients(logprobs: Tensor, part: slice) -> tuple[Tensor, Tensor | None]:
-        g = token_slope(logprobs, rows[:, part], settings) if slope is None else slope[part]
-        h = -settings.entropy_coef * rows[SHARE, part] if settings.entropy_coef != 0.0 else None
+        g = token_slope(logprobs, rows[:, part], options) if slope is None else slope[part]
+        h = -options.entropy_coef * rows[SHARE, part] if options.entropy_coef != 0.0 else None
         return g.to(logprobs.dtype), None if h is None else h.to(logprobs.dtype)
 
     return coefficients
@@ -100,7 +101,7 @@ def linear_forward(
     bias: Tensor | None,
     targets: Tensor,
     table: Tensor,
-    settings: Settings,
+    options: Options,
     loss: Tensor,
     metrics: Tensor,
     grad_hidden: Tensor | None,
@@ -123,20 +124,20 @@ def linear_forward(
         grad_hidden.zero_()
 
     slope = None
-    if settings.level == "sequence" and wants_grad:
+    if options.sequence_ratio and wants_grad:
         for part in tiles(flat.shape[0], head.rows):
             logits = head.logits(hidden[batch[part], token[part]])
-            result = row_pass(logits, targets_M[part], None, temperature=settings.temperature, softcap=settings.softcap)
+            result = row_pass(logits, targets_M[part], None, temperature=options.temperature, softcap=options.softcap)
             logprobs[flat[part]], entropy[flat[part]] = result.logprobs, result.entropy
-        slope = evaluate(logprobs.view(B, T), table, settings, entropy.view(B, T))[1][batch, token]
+        slope = evaluate(logprobs.view(B, T), table, options, entropy.view(B, T))[1][batch, token]
 
     for part in tiles(flat.shape[0], head.rows):
         x = hidden[batch[part], token[part]]  # (m, D)
         logits = head.logits(x)
         known = None if slope is None else slope[part]
-        coefficients = _coefficients(table_M[:, part], settings, known) if wants_grad else None
+        coefficients = _coefficients(table_M[:, part], options, known) if wants_grad else None
         result = row_pass(
-            logits, targets_M[part], coefficients, temperature=settings.temperature, softcap=settings.softcap
+            logits, targets_M[part], coefficients, temperature=options.temperature, softcap=options.softcap
         )
         logprobs[flat[part]], entropy[flat[part]] = result.logprobs, result.entropy
         if result.kept is None or not result.kept.shape[0]:
@@ -147,6 +148,6 @@ def linear_forward(
         if grad_hidden is not None and grad_x is not None:
             grad_hidden.view(B * T, D).index_copy_(0, flat[part][result.kept], grad_x.to(grad_hidden.dtype))
     head.finish()
-    value, _, measured = evaluate(logprobs.view(B, T), table, settings, entropy.view(B, T))
+    value, _, measured = evaluate(logprobs.view(B, T), table, options, entropy.view(B, T))
     loss.copy_(value)
     metrics.copy_(measured)

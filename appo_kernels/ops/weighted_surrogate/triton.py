@@ -12,7 +12,8 @@ from torch import Tensor
 from appo_kernels import dispatch
 from appo_kernels.dtypes import compute_dtype
 from appo_kernels.ops.weighted_surrogate import streaming
-from appo_kernels.ops.weighted_surrogate.loss import MASK, SHARE, Settings, evaluate, token_slope
+from appo_kernels.ops.weighted_surrogate.kinds import MASK, SHARE, Options
+from appo_kernels.ops.weighted_surrogate.loss import evaluate, token_slope
 from appo_kernels.triton_launch import unsupported as _unsupported
 from appo_kernels.vocabulary.output_head import OutputHead
 from appo_kernels.vocabulary.torch_tiles import tiles
@@ -42,7 +43,7 @@ def logits_forward(
     logits: Tensor,
     targets: Tensor,
     table: Tensor,
-    settings: Settings,
+    options: Options,
     loss: Tensor,
     metrics: Tensor,
     grad_logits: Tensor | None,
@@ -57,20 +58,20 @@ def logits_forward(
     flat = (table[MASK] != 0).view(-1).nonzero()[:, 0]
     targets_M = targets.reshape(-1)[flat].contiguous()
     state = new_state(flat.shape[0], table)
-    options: dict[str, Any] = {"rows": flat, "temperature": settings.temperature, "softcap": settings.softcap}
-    fold(logits, targets_M, state, **options)
+    scaling: dict[str, Any] = {"rows": flat, "temperature": options.temperature, "softcap": options.softcap}
+    fold(logits, targets_M, state, **scaling)
     logprobs_M, entropy_M, lse_M = results(state)
     logprobs, entropy = table.new_zeros(B * T), table.new_zeros(B * T)
     logprobs[flat], entropy[flat] = logprobs_M, entropy_M
-    value, slope, measured = evaluate(logprobs.view(B, T), table, settings, entropy.view(B, T))
+    value, slope, measured = evaluate(logprobs.view(B, T), table, options, entropy.view(B, T))
     loss.copy_(value)
     metrics.copy_(measured)
     if grad_logits is None:
         return
     target = grad_logits if grad_logits.stride(2) == 1 else torch.empty_like(logits)
-    h = -settings.entropy_coef * table[SHARE].reshape(-1)[flat]
+    h = -options.entropy_coef * table[SHARE].reshape(-1)[flat]
     coefficients = row_coefficients(logprobs_M, entropy_M, slope.reshape(-1)[flat], h)
-    gradient(logits, targets_M, lse_M, *coefficients, target, **options)
+    gradient(logits, targets_M, lse_M, *coefficients, target, **scaling)
     for b, masked in enumerate(table[MASK] == 0):  # row by row of the batch: any strides, no copy of the gradient
         target[b].index_fill_(0, masked.nonzero()[:, 0], 0.0)
     if target is not grad_logits:
@@ -83,7 +84,7 @@ def linear_forward(
     bias: Tensor | None,
     targets: Tensor,
     table: Tensor,
-    settings: Settings,
+    options: Options,
     loss: Tensor,
     metrics: Tensor,
     grad_hidden: Tensor | None,
@@ -101,24 +102,24 @@ def linear_forward(
     wants_grad = grad_hidden is not None or grad_weight is not None or grad_bias is not None
     head = OutputHead(weight, bias, grad_weight, grad_bias, M)
     logprobs, entropy, lse = table.new_zeros(3, M)
-    options: dict[str, Any] = {"temperature": settings.temperature, "softcap": settings.softcap}
+    scaling: dict[str, Any] = {"temperature": options.temperature, "softcap": options.softcap}
     if grad_hidden is not None:
         grad_hidden.zero_()
 
     def tile_results(part: slice) -> Tensor:
         logits = head.logits(hidden[batch[part], token[part]])
         state = new_state(logits.shape[0], logits)
-        fold(logits, targets_M[part], state, **options)
+        fold(logits, targets_M[part], state, **scaling)
         logprobs[part], entropy[part], lse[part] = results(state)
         return logits
 
     def evaluated() -> tuple[Tensor, Tensor, Tensor]:
         both = table.new_zeros(2, B * T)
         both[:, flat] = torch.stack([logprobs, entropy])
-        return evaluate(both[0].view(B, T), table, settings, both[1].view(B, T))
+        return evaluate(both[0].view(B, T), table, options, both[1].view(B, T))
 
     slope = None
-    if settings.level == "sequence" and wants_grad:  # a token's gradient depends on its whole sequence
+    if options.sequence_ratio and wants_grad:  # a token's gradient depends on its whole sequence
         for part in tiles(M, head.rows):
             tile_results(part)
         slope = evaluated()[1][batch, token]
@@ -126,8 +127,8 @@ def linear_forward(
         logits = tile_results(part)
         if not wants_grad:
             continue
-        g = token_slope(logprobs[part], table_M[:, part], settings) if slope is None else slope[part]
-        h = -settings.entropy_coef * table_M[SHARE, part]
+        g = token_slope(logprobs[part], table_M[:, part], options) if slope is None else slope[part]
+        h = -options.entropy_coef * table_M[SHARE, part]
         kept = ((g != 0) | (h != 0)).nonzero()[:, 0]
         if not kept.shape[0]:
             continue
@@ -136,7 +137,7 @@ def linear_forward(
         dz = _gradient_buffer(logits, kept.shape[0], x.dtype, grad_bias is not None)
         gradient(
             logits, targets_M[at], lse[at], *row_coefficients(logprobs[at], entropy[at], g[kept], h[kept]), dz,
-            rows=None if dz is logits else kept, **options,
+            rows=None if dz is logits else kept, **scaling,
         )  # fmt: skip
         grad_x = None
         if grad_hidden is not None:
