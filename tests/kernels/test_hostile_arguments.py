@@ -68,6 +68,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {**attention(), "lse": torch.ones(B, 4, T), "per_head": False, "out": torch.zeros(B, T, 2)},
     ),
     "frame_attention": (appo_kernels.frame_attention, {**attention(), "value": torch.randn(B, 2, 5, 16)}),
+    "group_attention": (
+        appo_kernels.group_attention,
+        {
+            "query": torch.randn(1, 4, 9, 16), "key": torch.randn(1, 2, 9, 16), "value": torch.randn(1, 2, 9, 16),
+            "layout": appo_kernels.GroupLayout([3], [[2, 4]]), "scale": 0.3,
+        },
+    ),
     "token_logprobs": (appo_kernels.token_logprobs, {"hidden": HIDDEN[0], "targets": TARGETS[0], **HEAD}),
     "group_divergence": (appo_kernels.group_divergence, {"hidden": HIDDEN, **group(), **HEAD}),
     "group_divergence_from_logits": (
@@ -110,6 +117,8 @@ def wrong_values(name: str, value: Any, default: Any) -> Iterator[Any]:
         yield from NO_FLAG
     elif isinstance(value, str):
         yield from NO_CHOICE
+    elif name == "layout":
+        yield from (None, [[3, 2, 4]], torch.tensor([[3, 2, 4]]), appo_kernels.GroupLayout([3], [[2]]))
     elif name == "num_frames":
         yield from NO_COUNT
     else:
@@ -141,13 +150,13 @@ def test_the_valid_arguments_are_valid(op: str) -> None:
 
 # An argument that does not fit another may be reported as the other's fault: these are told by two.
 PAIRS = {
-    "query": ("key", "value", "first_key", "lse"), "key": ("frame_ids", "value"),
+    "query": ("key", "value", "first_key", "lse", "layout"), "key": ("frame_ids", "value"),
     "hidden": ("weight", "targets", "lse"),
     "weight": ("bias", "hidden"), "logprobs": ("old_logprobs",), "logits": ("targets", "lse"), "lse": (),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("op", "name", "value"), cases())
+@pytest.mark.parametrize(("op", "name", "value"), list(cases()))
 def test_a_wrong_argument_is_named(op: str, name: str, value: Any) -> None:
     function, arguments = CALLS[op]
     if name == "num_items":  # read by this aggregation alone
@@ -160,8 +169,9 @@ def test_a_wrong_argument_is_named(op: str, name: str, value: Any) -> None:
 
 
 def test_every_public_operator_is_here() -> None:
-    operators = {name for name in appo_kernels.__all__ if name.islower() and callable(getattr(appo_kernels, name))}
-    assert operators >= set(CALLS)
+    """All but merge_attention, whose one argument is a list: ``test_group_attention.py`` has its errors."""
+    functions = {name for name in appo_kernels.__all__ if name.islower()}
+    assert functions - {"merge_attention"} == set(CALLS)
 
 
 LEAF = torch.zeros(B, T, 2, requires_grad=True)
@@ -217,7 +227,7 @@ def differentiable(op: str) -> tuple[Callable[..., Any], dict[str, Any], list[st
     return function, arguments, names
 
 
-@pytest.mark.parametrize("op", [op for op in CALLS if not op.startswith("group")])
+@pytest.mark.parametrize("op", [op for op in CALLS if not op.startswith("group_divergence")])
 def test_second_derivatives_raise(op: str) -> None:
     """A gradient penalty would otherwise have the first-order gradient alone, without a word."""
     function, arguments, names = differentiable(op)
@@ -229,7 +239,7 @@ def test_second_derivatives_raise(op: str) -> None:
             torch.autograd.grad(first.sum(), arguments[name], create_graph=True, retain_graph=True)
 
 
-@pytest.mark.parametrize("op", CALLS)
+@pytest.mark.parametrize("op", [op for op in CALLS if op != "group_attention"])  # its own test compiles it
 def test_compiles_whole_with_dynamic_shapes(op: str) -> None:
     """Lengths, batch, vocabulary and the plain numbers are symbols; a head size may be a constant."""
     function, arguments, names = differentiable(op)

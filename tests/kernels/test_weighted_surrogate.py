@@ -58,7 +58,7 @@ def trl(case: dict[str, Any], loss_type: str, beta: float, delta: float | None, 
 
 
 @pytest.mark.parametrize("backend,device", SERVED)
-@pytest.mark.parametrize("level,delta,beta", itertools.product(("token", "sequence"), (None, 1.5), (0.0, 0.04)))
+@pytest.mark.parametrize("level,delta,beta", list(itertools.product(("token", "sequence"), (None, 1.5), (0.0, 0.04))))
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
 def test_weights_of_one_give_the_losses_of_trl(
     loss_type: str, level: str, delta: float | None, beta: float, backend: str, device: str

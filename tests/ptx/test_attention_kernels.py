@@ -1,5 +1,7 @@
 """The shipped attention kernels, compiled for sm_80 and executed, against the fp64 reference on hostile layouts."""
 
+import math
+
 import attention_layouts as layouts
 import pytest
 import torch
@@ -140,3 +142,27 @@ def test_equal_alone_and_left_padded():
     for name, a, b in zip(layouts.NAMES, result, together, strict=False):
         b = b[:1, rows] if name == "mass" else b[:1, :, rows]
         assert torch.equal(a, b), name
+
+
+# One key before a tile of 32 or 64 keys ends, for all rows of a tile; a negative scale; a value whose strides are not
+# the key's; frames so small that whole tiles are of several.
+@pytest.mark.parametrize("at", [31, 63, 127])
+@pytest.mark.parametrize("kind", ["prefix", "last", "first"])
+def test_ends_of_tiles(kind, at):
+    S, R = 160, 7
+    ids = (torch.arange(S, dtype=torch.int32) // 5)[None]
+    ids = torch.where(ids < 26, ids, -1)
+    same = layouts.ints(torch.full((R,), at))
+    nothing = torch.full_like(same, -1)
+    bounds = {"prefix": (None, nothing, same), "last": (None, same, None), "first": (same, None, None)}[kind]
+    layout = layouts.Layout(ids, 26, *bounds, R)
+    query, key, value = layouts.tensors(layout, 2, 1, 32, torch.float16)
+    wide = torch.full((*value.shape[:3], 48), math.nan, dtype=value.dtype)
+    wide[..., :32] = value
+    inputs = query, key, wide[..., :32]
+    grads = layouts.upstream(layout, inputs)
+    expected = layouts.expected_attention(layout, inputs, scale=-0.3, grads=grads)
+    framework = layouts.attention(layout, inputs, "torch", scale=-0.3, grads=grads)
+    with triton_device.simulated():
+        got = layouts.attention(layout, inputs, "triton", scale=-0.3, grads=grads)
+    layouts.compare(got, expected, framework)
