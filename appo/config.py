@@ -94,7 +94,9 @@ class APPOConfig:
     # Optimisation.
     max_steps: int = setting(100, at_least=1)
     updates_per_step: int = setting(1, at_least=1)  # on one batch of rollouts, each on its own share of the groups
-    micro_groups: int = setting(1, at_least=1)  # groups in one forward and backward
+    micro_groups: int = setting(1, at_least=1)  # groups in one forward and backward, at most
+    # Tokens in one, at most: larger groups are split by responses; 0: any number.
+    micro_tokens: int = setting(0, at_least=0)
     learning_rate: float = setting(1e-6, above=0, at_most=1)
     lr_schedule: str = setting("constant", choices=("constant", "cosine", "linear"))
     warmup_steps: int = setting(0, at_least=0)
@@ -103,7 +105,7 @@ class APPOConfig:
     max_grad_norm: float = setting(1.0, above=0, hint="A large number, such as 1e9, clips nothing.")
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16", "float16"))
     attn_implementation: str = setting("sdpa", choices=ATTENTION)
-    # Compute a group's prompt once: needs sdpa or eager attention.
+    # Compute a group's prompt once, groups in one row without padding: needs full attention in every layer.
     share_prompt: str = setting("auto", choices=("auto", "on", "off"))
     gradient_checkpointing: bool = setting(False)
     freeze_vision: bool = setting(True)

@@ -43,6 +43,7 @@ from appo.data.prompts import PromptBuilder
 from appo.demo import SETTINGS, make_clips, stage, warm_start
 from appo.method.selection import select_frames
 from appo.train.evaluate import evaluate
+from appo.train.groups import whole_groups
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
 from benchmarks import harness, plots
@@ -149,7 +150,7 @@ def where_they_look(work: Path, task: str, number: int) -> dict[str, float]:
     model, processor = load_model(config)
     trainer = Trainer(model, processor, load_records(config.data), config=config)
     groups = trainer.reward(trainer.rollout(64))
-    trainer.score(groups)
+    trainer.score(whole_groups(groups))
     trainer.select(groups)
     found: dict[str, list[float]] = {name: [] for name in ("right", "wrong", "hard-empty", "hard-precision", "chance")}
     how = {"top_tokens": config.top_tokens, "top_frames": config.top_frames}

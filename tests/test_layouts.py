@@ -17,7 +17,7 @@ from appo import record_frame_mass
 from appo.config import ConfigError
 from appo.data.prompts import PromptBuilder, collate
 from appo.models.layouts import LAYOUTS, Layout, layout_of, layout_table, register_layout
-from appo.train.groups import batch_groups
+from appo.train.groups import batch_parts, whole_groups
 from appo.train.policy import Policy
 from appo.train.trainer import Trainer
 
@@ -47,7 +47,7 @@ def test_hidden_states_and_mass_are_those_of_each_response_alone(model_type: str
     model, processor = vision_models.build(model_type)
     builder = PromptBuilder(processor, model.config, settings(processor, tmp_path))
     groups = make_groups(builder, 3, 2, [5, 7, 1], 100)
-    batch = batch_groups(groups, processor.tokenizer.pad_token_id, "cpu")
+    batch = batch_parts(whole_groups(groups), processor.tokenizer.pad_token_id, "cpu")
     alone, eager = [], []
     for group in groups:
         frames = (group.prompt.frame_ids[:, None] == torch.arange(group.prompt.num_frames)).double()

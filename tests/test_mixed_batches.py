@@ -5,6 +5,7 @@ import training
 from PIL import Image
 
 from appo.data.records import Media, Record
+from appo.train.groups import whole_groups
 from appo.train.trainer import Trainer
 
 
@@ -19,7 +20,7 @@ def test_groups_without_frames_weigh_one_beside_groups_with_frames(tmp_path):
     ]
     trainer = Trainer(model, processor, records, config=training.config(tmp_path, micro_groups=4, alpha=50.0))
     groups = trainer.reward(trainer.rollout(4))
-    trainer.score(groups)
+    trainer.score(whole_groups(groups))
     trainer.select(groups)
     trainer.weigh(groups)
     trainer.advantage(groups)
@@ -29,6 +30,6 @@ def test_groups_without_frames_weigh_one_beside_groups_with_frames(tmp_path):
         values = weights.pop(name)
         assert values is None or (values == 1).all()
     assert all((values >= 1).all() for values in weights.values())
-    loss = trainer.loss(groups, sum(group.tokens for group in groups), 16.0)
+    loss = trainer.loss(whole_groups(groups), sum(group.tokens for group in groups), 16.0)
     loss.backward()
     assert torch.isfinite(loss) and all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)

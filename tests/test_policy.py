@@ -5,8 +5,9 @@ import torch
 import training
 
 from appo.data.prompts import PromptBuilder, collate
+from appo.models.loaded import refuse_dense_mask
 from appo.recording.recorder import record_frame_mass
-from appo.train.groups import Group, batch_groups
+from appo.train.groups import Group, batch_parts, whole_groups
 from appo.train.policy import Policy
 
 
@@ -33,7 +34,7 @@ def test_hidden_states_give_the_logits_of_each_response_alone(family, share_prom
     groups = make_groups(builder, 3, 2, [5, 7, 1], 20 if vocab < 20 else vocab)
     calls = []
     model.base_model.visual.register_forward_hook(lambda module, args, output: calls.append(1))
-    batch = batch_groups(groups, processor.tokenizer.pad_token_id, "cpu")
+    batch = batch_parts(whole_groups(groups), processor.tokenizer.pad_token_id, "cpu")
     with torch.no_grad():
         logits = Policy(model.eval(), share_prompt)(batch, lambda hidden, weight, bias: hidden @ weight.T)
         assert len(calls) == 1, "the vision tower runs once for all prompts and responses"
@@ -58,7 +59,7 @@ def test_frames_stand_where_the_video_tokens_are(share_prompt, tmp_path):
     model, processor = training.tiny()
     builder = PromptBuilder(processor, model.config, training.config(tmp_path))
     groups = make_groups(builder, 2, 2, [3, 4], 50)
-    batch = batch_groups(groups, processor.tokenizer.pad_token_id, "cpu")
+    batch = batch_parts(whole_groups(groups), processor.tokenizer.pad_token_id, "cpu")
     sequences = Policy(model, share_prompt).sequences(batch)
     torch.testing.assert_close(sequences.frame_ids >= 0, sequences.token_types == 2)
     assert batch.prompts.num_frames == 8 and int(sequences.frame_ids.max()) == 7
@@ -68,7 +69,9 @@ def test_recorded_mass_and_gradients_do_not_depend_on_the_layout(tmp_path):
     """A group behind one prompt and each response behind its own: the same mass, the same gradient of a loss."""
     model, processor = training.tiny()
     builder = PromptBuilder(processor, model.config, training.config(tmp_path))
-    batch = batch_groups(make_groups(builder, 3, 3, [4, 6, 5], 50), processor.tokenizer.pad_token_id, "cpu")
+    batch = batch_parts(
+        whole_groups(make_groups(builder, 3, 3, [4, 6, 5], 50)), processor.tokenizer.pad_token_id, "cpu"
+    )
     found = []
     for share_prompt in ("on", "off"):
         policy = Policy(model, share_prompt)
@@ -81,17 +84,30 @@ def test_recorded_mass_and_gradients_do_not_depend_on_the_layout(tmp_path):
         loss.backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         found.append((sequences.per_response(recorder.mass)[batch.mask], loss.detach(), gradient))
+        assert (sequences.layout is not None) == (share_prompt == "on")
     for shared, separate in zip(*found, strict=True):
-        torch.testing.assert_close(shared, separate, rtol=1e-4, atol=1e-6)
+        assert float((shared - separate).norm() / separate.norm()) < 1e-5
     assert found[0][0].sum(-1).max() > 0.1
 
 
-def test_sharing_a_prompt_is_refused_where_attention_takes_no_mask(tmp_path):
+def test_sharing_a_prompt_is_refused_where_a_layer_cannot():
     model, _ = training.tiny()
-    model.config.get_text_config()._attn_implementation = "flash_attention_2"
-    assert not Policy(model).share_prompt
-    with pytest.raises(ValueError, match="share_prompt"):
+    model.config.get_text_config().layer_types[1] = "sliding_attention"
+    with pytest.raises(ValueError, match=r"`share_prompt`: .* layer 1 is of the kind sliding_attention"):
         Policy(model, "on")
+    assert not Policy(model).share_prompt
+    assert model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+def test_dense_masks_are_refused_where_torch_is_wrong():
+    model, _ = training.tiny()
+    long = torch.ones(1, 65_537)
+    refuse_dense_mask(model, long, "cuda")  # without padding attention is causal, without a mask
+    long[0, 0] = 0
+    refuse_dense_mask(model, long, "cpu")
+    refuse_dense_mask(model, long[:, :-1], "cuda")
+    with pytest.raises(ValueError, match="expected rows without padding beyond 65,536 tokens on CUDA, got a padded"):
+        refuse_dense_mask(model, long, "cuda")
 
 
 def test_crucial_frames_hold_the_deciding_moment(tmp_path):
@@ -119,7 +135,7 @@ def test_under_autocast_the_head_gets_the_dtype_of_the_forward(tmp_path):
     """Master weights are fp32; the products with the vocabulary are the largest of all and must not be."""
     model, processor = training.tiny()
     builder = PromptBuilder(processor, model.config, training.config(tmp_path))
-    batch = batch_groups(make_groups(builder, 1, 2, [3], 50), processor.tokenizer.pad_token_id, "cpu")
+    batch = batch_parts(whole_groups(make_groups(builder, 1, 2, [3], 50)), processor.tokenizer.pad_token_id, "cpu")
     with torch.autocast("cpu", torch.bfloat16):
         dtypes = Policy(model)(batch, lambda hidden, weight, bias: (hidden.dtype, weight.dtype))
     assert dtypes == (torch.bfloat16, torch.bfloat16)

@@ -25,6 +25,7 @@ from appo.tasks import KINDS, Difficulty, make_task, response_text, think_text
 from appo.tasks.questions import NUMBERS
 from appo.tasks.tiny import build_tiny, build_tokenizer
 from appo.tasks.warmup import target, time_marked, warm_up, words_seen
+from appo.train.groups import whole_groups
 from appo.train.logs import Meter
 from appo.train.metrics import measure_frames
 from appo.train.trainer import Trainer
@@ -243,7 +244,7 @@ def test_the_time_a_response_wrote_decides_where_it_looks(tmp_path):
     settings = SETTINGS | TASKS["cue"].settings | {"prompts_per_step": 32, "output": str(tmp_path / "run")}
     trainer = Trainer(model, processor, load_records(paths["train"]), config=APPOConfig.from_dict(settings))
     groups = trainer.reward(trainer.rollout(32))
-    trainer.score(groups)
+    trainer.score(whole_groups(groups))
     trainer.select(groups)
 
     consistent, on_written, elsewhere = [], [], []

@@ -8,6 +8,7 @@ import pytest
 import torch
 import training
 
+from appo.train.groups import whole_groups
 from appo.train.trainer import Trainer
 
 
@@ -72,8 +73,8 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, aggregation):
     trainer.advantage(groups)
     tokens, responses = sum(g.tokens for g in groups), 4 * len(groups)
 
-    def gradient(size):
-        trainer.config.micro_groups = size
+    def gradient(size, limit=0):
+        trainer.config.micro_groups, trainer.config.micro_tokens = size, limit
         trainer.policy.zero_grad()
         for part in trainer.micro_batches(groups):
             trainer.loss(part, tokens, responses).backward()
@@ -81,7 +82,9 @@ def test_micro_batches_add_up_to_one_batch(tmp_path, aggregation):
 
     whole = gradient(4)
     assert whole.norm() > 0
-    torch.testing.assert_close(gradient(1), whole, rtol=1e-3, atol=1e-6 * float(whole.abs().max()) + 1e-7)
+    # Groups one by one; groups split by responses, down to one response at a time.
+    for size, limit in ((1, 0), (4, len(groups[0].prompt) + 14), (4, 1)):
+        assert float((gradient(size, limit) - whole).norm() / whole.norm()) < 1e-5
 
 
 def test_scoring_on_policy_gives_ratio_one_and_the_rollout_log_probabilities(tmp_path):
@@ -89,7 +92,7 @@ def test_scoring_on_policy_gives_ratio_one_and_the_rollout_log_probabilities(tmp
     trainer = Trainer(model, processor, training.records(), config=training.config(tmp_path))
     trainer.policy.eval()
     groups = trainer.reward(trainer.rollout(4))
-    trainer.score(groups)
+    trainer.score(whole_groups(groups))
     trainer.select(groups)
     trainer.weigh(groups)
     trainer.advantage(groups)
@@ -98,7 +101,7 @@ def test_scoring_on_policy_gives_ratio_one_and_the_rollout_log_probabilities(tmp
         torch.testing.assert_close(group.old_logprobs[mask], group.rollout_logprobs[mask], rtol=1e-4, atol=1e-4)
         assert (group.old_logprobs[~mask] == 0).all() and (group.weights >= 1).all()
         assert group.mass.shape == (*mask.shape, 8) and len(group.target_frames) > 0
-    trainer.loss(groups, sum(g.tokens for g in groups), 16)
+    trainer.loss(whole_groups(groups), sum(g.tokens for g in groups), 16)
     found = trainer.meter.means()
     assert abs(found["ratio/max"] - 1) < 1e-4 and abs(found["kl/approx"]) < 1e-6 and found["clip/high"] == 0
 

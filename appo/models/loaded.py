@@ -64,3 +64,22 @@ def _either(model: Any, new: str, old: str) -> Callable[..., None]:
 
 def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+# torch's attention with a mask is silently wrong on CUDA beyond this many tokens.
+MOST_MASKED_TOKENS = 65_536
+
+
+def refuse_dense_mask(model: Any, attention_mask: Tensor, device_type: str | None = None) -> None:
+    """Refuse a padded batch (B, L) for which attention would need a dense L x L mask that CUDA computes wrongly.
+
+    Raises ValueError for padding beyond 65,536 tokens on CUDA with an implementation that takes such a mask.
+    """
+    name, length = unwrapped(model).config.get_text_config()._attn_implementation, attention_mask.shape[-1]
+    masked = length > MOST_MASKED_TOKENS and (device_type or attention_mask.device.type) == "cuda"
+    if masked and "flash" not in str(name) and not bool(attention_mask.all()):
+        raise ValueError(
+            f"`share_prompt`: expected rows without padding beyond {MOST_MASKED_TOKENS:,} tokens on CUDA, got a padded "
+            f"batch of {length:,} tokens with attention {name!r}: torch's attention with a mask is wrong there. "
+            "Use a model that allows share_prompt: on, or flash attention."
+        )

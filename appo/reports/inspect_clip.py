@@ -12,7 +12,7 @@ from appo.data.load import check_media
 from appo.data.prompts import video_processor
 from appo.data.records import DataError, Media, Record
 from appo.reports.attention_map import write_inspection
-from appo.train.groups import Group
+from appo.train.groups import Group, whole_groups
 from appo.train.metrics import token_texts
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
@@ -68,7 +68,7 @@ def sample_group(trainer: Trainer, record: Record) -> Group:
 def draw_group(trainer: Trainer, group: Group, output: Path) -> list[Path]:
     """Score a sampled group as a training step does, and write picture and page to ``output``."""
     record = group.prompt.record
-    trainer.score([group])
+    trainer.score(whole_groups([group]))
     trainer.select([group])
     trainer.weigh([group])
     clips = group.prompt.clips

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -73,47 +73,81 @@ def pad_completions(completions: Sequence[Completion], pad_id: int) -> tuple[Ten
     return ids, torch.arange(ids.shape[1]) < lengths[:, None], logprobs
 
 
+class Part(NamedTuple):
+    """A group's prompt with some of its responses: what of it one forward computes."""
+
+    group: Group
+    responses: tuple[int, ...]  # which of the G, ascending
+
+    @property
+    def last(self) -> bool:
+        """Whether the group is complete with it, where parts come in order."""
+        return self.responses[-1] == len(self.group.mask) - 1
+
+    def take(self, values: Tensor) -> Tensor:
+        """(G, ...) -> (its responses, ...)."""
+        return values[list(self.responses)]
+
+
 @dataclass
 class ResponseBatch:
-    """Groups side by side: B = groups x G rows of P prompt and N response tokens."""
+    """Parts of groups: B responses of up to N tokens, those of one prompt behind one another."""
 
-    prompts: PromptBatch  # one entry per group
-    group_size: int  # G
-    completion_ids: Tensor  # (B, N) int64
+    prompts: PromptBatch  # one entry per part
+    prompt_lengths: list[int]
+    lengths: list[list[int]]  # of each part, the tokens of its responses
+    completion_ids: Tensor  # (B, N) int64, padded on the right
     mask: Tensor  # (B, N) bool
 
+    @property
+    def sizes(self) -> list[int]:
+        """Responses of each part."""
+        return [len(lengths) for lengths in self.lengths]
 
-def batch_groups(groups: Sequence[Group], pad_id: int, device: torch.device | str) -> ResponseBatch:
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """(B, ...) as (responses, ...) of each part."""
+        return values.split(self.sizes)
+
+
+def batch_parts(parts: Sequence[Part], pad_id: int, device: torch.device | str) -> ResponseBatch:
     """Pad prompts on the left and responses on the right."""
+    masks = [part.take(part.group.mask) for part in parts]
     return ResponseBatch(
-        prompts=collate([group.prompt for group in groups], pad_id, device),
-        group_size=groups[0].mask.shape[0],
-        completion_ids=stack_tokens([group.completion_ids for group in groups], pad_id).to(device),
-        mask=stack_tokens([group.mask for group in groups], False).to(device),
+        prompts=collate([part.group.prompt for part in parts], pad_id, device),
+        prompt_lengths=[len(part.group.prompt) for part in parts],
+        lengths=[mask.sum(1).tolist() for mask in masks],
+        completion_ids=stack_tokens([part.take(part.group.completion_ids) for part in parts], pad_id).to(device),
+        mask=stack_tokens(masks, False).to(device),
     )
 
 
-def stack_tokens(parts: Sequence[Tensor], padding: float) -> Tensor:
-    """Per-group (G, N_i) tensors as one (groups x G, max N_i) tensor."""
-    rows = pad_sequence([part.T for part in parts], batch_first=True, padding_value=padding)  # (groups, N, G)
-    return rows.transpose(1, 2).flatten(0, 1)
+def whole_groups(groups: Sequence[Group]) -> list[Part]:
+    """Groups with all their responses."""
+    return [Part(group, tuple(range(len(group.mask)))) for group in groups]
+
+
+def stack_tokens(tensors: Sequence[Tensor], padding: float) -> Tensor:
+    """(G_i, N_i) tensors as one (sum of G_i, max N_i) tensor."""
+    longest = max(tensor.shape[1] for tensor in tensors)
+    return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=padding) for t in tensors])
 
 
 def loss_operands(
-    groups: Sequence[Group], device: torch.device | str, *, rollout_logprobs: bool
+    parts: Sequence[Part], device: torch.device | str, *, rollout_logprobs: bool
 ) -> dict[str, Tensor | None]:
-    """What a surrogate loss takes per token, (B, N) fp32 each, and ``advantages`` (B,), of groups side by side.
+    """What a surrogate loss takes per token, (B, N) fp32 each, and ``advantages`` (B,), of parts of groups.
 
     rollout_logprobs: whether the loss corrects for the engine that sampled.
     """
 
     def stack(values: Sequence[Tensor]) -> Tensor:
-        return stack_tokens(values, 0.0).to(device)
+        return stack_tokens([part.take(value) for part, value in zip(parts, values, strict=True)], 0.0).to(device)
 
+    groups = [part.group for part in parts]
     references = [group.ref_logprobs for group in groups if group.ref_logprobs is not None]
     return {
         "old_logprobs": stack([known(group.old_logprobs) for group in groups]),
-        "advantages": torch.cat([known(group.advantages) for group in groups]).to(device),
+        "advantages": torch.cat([part.take(known(part.group.advantages)) for part in parts]).to(device),
         "token_weights": stack([token_weights_of(group) for group in groups]),
         "ref_logprobs": stack(references) if references else None,
         "rollout_logprobs": stack([group.rollout_logprobs for group in groups]) if rollout_logprobs else None,

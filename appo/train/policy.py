@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from appo.config import APPOConfig, ConfigError
 from appo.models.layouts import layout_of
-from appo.models.loaded import unwrapped
+from appo.models.loaded import refuse_dense_mask, unwrapped
+from appo.models.packed_attention import cannot_pack, use_packed_attention
 from appo.train.groups import ResponseBatch
-from appo.train.packing import Sequences, can_share, separate, shared
+from appo.train.packing import Sequences, packed, separate
 
 logger = logging.getLogger("appo")
 T = TypeVar("T")
@@ -26,7 +27,9 @@ Head = Callable[[Tensor, Tensor, Tensor | None], T]
 class Policy(nn.Module):
     """A vision-language model of transformers, optionally with peft adapters.
 
-    share_prompt: lay a group's responses behind one prompt ("on"; "off"; "auto": where the model allows it).
+    share_prompt: lay a group's responses behind one prompt, in a row without padding ("on"; "off"; "auto": where the
+        model allows it, since that never computes more pairs than separate sequences). The text layers then have the
+        attention implementation "appo".
 
     Raises ConfigError for a model whose layout is not known to be right (docs/models.md), or whose forward takes no
     vision features that were computed before (``mm_encoder_outputs``): the tower would run once per response.
@@ -44,10 +47,12 @@ class Policy(nn.Module):
             )
         if causal.get_output_embeddings() is None:
             raise ConfigError(f"model: expected one with a language-model head, got {type(causal).__name__}.")
-        reason = can_share(causal) if layout.shares_prompt else layout.why_not
+        reason = cannot_pack(causal) if layout.shares_prompt else layout.why_not
         if share_prompt == "on" and reason is not None:
             raise ConfigError(f"`share_prompt`: expected a model that allows it, but {reason}. Set it to auto or off.")
         self.share_prompt = share_prompt != "off" and reason is None
+        if self.share_prompt:
+            use_packed_attention(causal)
         logger.info("responses of a group %s", "share their prompt" if self.share_prompt else reason or "stand alone")
         text_config = causal.config.get_text_config()
         self.softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
@@ -84,10 +89,10 @@ class Policy(nn.Module):
         return {"temperature": config.temperature, "softcap": self.softcap}
 
     def sequences(self, batch: ResponseBatch) -> Sequences:
-        return shared(batch, self.causal) if self.share_prompt else separate(batch)
+        return packed(batch, self.causal) if self.share_prompt else separate(batch)
 
     def _hidden(self, batch: ResponseBatch, sequences: Sequences) -> Tensor:
-        inputs, repeat = batch.prompts.inputs, sequences.media_repeats
+        inputs, repeats = batch.prompts.inputs, sequences.media_repeats
         arguments: dict[str, Any] = {}
         if sequences.token_types is not None:
             arguments["mm_token_type_ids"] = sequences.token_types
@@ -96,11 +101,15 @@ class Policy(nn.Module):
         for name in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts"):
             if name in inputs:
                 counts = batch.prompts.images if name.startswith("image") else batch.prompts.videos
-                arguments[name] = inputs[name][_repeat_order(counts, repeat, inputs[name].device)]
+                arguments[name] = inputs[name][_repeat_order(counts, repeats, inputs[name].device)]
+        if sequences.layout is not None:
+            arguments["group_layout"] = sequences.layout
+        else:
+            refuse_dense_mask(self.causal, sequences.attention_mask)
         outputs = self.causal.base_model(
             input_ids=sequences.input_ids,
             attention_mask=sequences.attention_mask,
-            mm_encoder_outputs=self._vision(batch, repeat),
+            mm_encoder_outputs=self._vision(batch, repeats),
             use_cache=False,
             **arguments,
         )
@@ -108,7 +117,7 @@ class Policy(nn.Module):
         rows = sequences.rows[..., None].expand(-1, -1, hidden.shape[-1])
         return sequences.per_response(hidden.gather(1, rows))
 
-    def _vision(self, batch: ResponseBatch, repeat: int) -> dict[str, Any] | None:
+    def _vision(self, batch: ResponseBatch, repeats: list[int]) -> dict[str, Any] | None:
         """Features of every video and image, computed once per prompt and handed to each of its sequences."""
         inputs, found = batch.prompts.inputs, {}
         base = self.causal.base_model
@@ -116,25 +125,25 @@ class Policy(nn.Module):
             features = base.get_video_features(
                 inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
             )
-            found["video"] = _repeat_features(features, batch.prompts.videos, repeat)
+            found["video"] = _repeat_features(features, batch.prompts.videos, repeats)
         if "pixel_values" in inputs:
             features = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-            found["image"] = _repeat_features(features, batch.prompts.images, repeat)
+            found["image"] = _repeat_features(features, batch.prompts.images, repeats)
         return found or None
 
 
-def _repeat_order(counts: list[int], repeat: int, device: torch.device | str = "cpu") -> Tensor:
-    """Indices that repeat each prompt's media as a block: counts [2, 1], repeat 2 -> 0 1 0 1 2 2."""
+def _repeat_order(counts: list[int], repeats: list[int], device: torch.device | str = "cpu") -> Tensor:
+    """Indices that repeat each prompt's media as a block: counts [2, 1], repeats [2, 3] -> 0 1 0 1 2 2 2."""
     order, start = [], 0
-    for count in counts:
+    for count, repeat in zip(counts, repeats, strict=True):
         order += list(range(start, start + count)) * repeat
         start += count
     return torch.tensor(order, dtype=torch.int64, device=device)
 
 
-def _repeat_features(features: Any, counts: list[int], repeat: int) -> Any:
+def _repeat_features(features: Any, counts: list[int], repeats: list[int]) -> Any:
     """``pooler_output`` (one tensor per video or image) and each level of ``deepstack_features``, repeated."""
-    order = _repeat_order(counts, repeat).tolist()
+    order = _repeat_order(counts, repeats).tolist()
     features.pooler_output = [features.pooler_output[i] for i in order]
     levels = getattr(features, "deepstack_features", None)
     if levels is not None:

@@ -9,19 +9,19 @@ from torch import Tensor, nn
 
 from appo.config import APPOConfig
 from appo.recording.recorder import record_frame_mass
-from appo.train.groups import Group, ResponseBatch
+from appo.train.groups import Group, Part, ResponseBatch
 from appo.train.policy import Policy
 from appo.train.rules import WeighTokens
 from appo_kernels import group_divergence, token_logprobs
 
 
 @torch.no_grad()
-def score_groups(
-    groups: Sequence[Group], batch: ResponseBatch, wrapped: nn.Module, policy: Policy, config: APPOConfig
+def score_parts(
+    parts: Sequence[Part], batch: ResponseBatch, wrapped: nn.Module, policy: Policy, config: APPOConfig
 ) -> None:
     """Fill in log-probabilities and entropy, and for method "appo" frame mass and what weighing needs.
 
-    batch: the groups side by side. wrapped: ``policy`` as it is called, inside what synchronises or shards it.
+    batch: the parts side by side. wrapped: ``policy`` as it is called, inside what synchronises or shards it.
     """
     sequences = policy.sequences(batch)
     recorder: Any = None
@@ -41,17 +41,36 @@ def score_groups(
     with recorder or nullcontext():
         hidden, (logprobs, entropy, lse) = wrapped(batch, head, sequences)
     mass = None if recorder is None else sequences.per_response(recorder.mass).cpu()
-    for index, group in enumerate(groups):
-        own = slice(index * batch.group_size, (index + 1) * batch.group_size), slice(group.mask.shape[1])
-        group.old_logprobs, group.entropy = logprobs[own].cpu(), entropy[own].cpu()
+    for part, *found in zip(parts, *map(batch.split, (logprobs, entropy, lse, hidden)), strict=True):
+        group = part.group
+        group.old_logprobs = _filled(group.old_logprobs, part, found[0].cpu())
+        group.entropy = _filled(group.entropy, part, found[1].cpu())
         if mass is not None and group.prompt.num_frames > 0:
-            group.mass, group.mass_reduction = mass[own][..., : group.prompt.num_frames], config.mass_reduction
-            group.hidden, group.lse = hidden[own], lse[own]
+            group.lse = _filled(group.lse, part, found[2])
+            group.hidden = _filled(group.hidden, part, found[3])
+    if mass is not None:
+        for part, of_part in zip(parts, batch.split(mass), strict=True):
+            group, frames = part.group, part.group.prompt.num_frames
+            if frames > 0:
+                group.mass, group.mass_reduction = (
+                    _filled(group.mass, part, of_part[..., :frames]),
+                    config.mass_reduction,
+                )
+
+
+def _filled(total: Tensor | None, part: Part, values: Tensor) -> Tensor:
+    """``total`` (G, N, ...), or zeros, with the values (responses, <= N or more, ...) of a part in their places."""
+    group, longest = part.group, part.group.mask.shape[1]
+    if total is None or part.responses[0] == 0:
+        total = values.new_zeros(len(group.mask), longest, *values.shape[2:])
+    own = values[:, :longest]
+    total[list(part.responses), : own.shape[1]] = own
+    return total
 
 
 @torch.no_grad()
 def score_reference(
-    groups: Sequence[Group],
+    parts: Sequence[Part],
     batch: ResponseBatch,
     reference: Callable[[], AbstractContextManager[Any]],
     config: APPOConfig,
@@ -63,8 +82,8 @@ def score_reference(
             return _token_values(batch, hidden, weight, bias, policy.logit_arguments(config))[0]
 
         logprobs = policy(batch, head).cpu()
-    for group, rows in zip(groups, logprobs.split(batch.group_size), strict=True):
-        group.ref_logprobs = rows[:, : group.mask.shape[1]]
+    for part, rows in zip(parts, batch.split(logprobs), strict=True):
+        part.group.ref_logprobs = _filled(part.group.ref_logprobs, part, rows)
 
 
 @torch.no_grad()

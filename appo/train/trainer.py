@@ -18,13 +18,14 @@ from appo.method.advantages import group_advantages
 from appo.models.load import check_fits
 from appo.rollout.engine import Completion, Rollout, Sampling, TransformersRollout, checked, seed_of
 from appo.train.grade import grade
-from appo.train.groups import Group, batch_groups, loss_operands, token_weights_of
+from appo.train.groups import Group, Part, batch_parts, loss_operands, token_weights_of
 from appo.train.logs import Meter, peak_memory_gib
 from appo.train.metrics import measure_groups, measure_loss
+from appo.train.micro_batches import micro_batches
 from appo.train.policy import Policy
 from appo.train.rules import ChooseFrames, WeighTokens, choose_frames, weigh_tokens
 from appo.train.run import run
-from appo.train.scoring import score_groups, score_reference, weigh_groups
+from appo.train.scoring import score_parts, score_reference, weigh_groups
 from appo.train.setup import DTYPES, build_optimizer, learning_rate, prepare_model, reference_policy
 from appo_kernels import SurrogateOutput, linear_weighted_surrogate
 
@@ -118,11 +119,12 @@ class Trainer:
         # Groups that cannot move the model count in the loss's denominator, and cost no forward.
         groups.sort(key=self.has_gradient, reverse=True)
         with self.timed("score"):
-            for part in self.micro_batches([group for group in groups if self.has_gradient(group)] or groups[:1]):
-                self.score(part)
+            for parts in self.micro_batches([group for group in groups if self.has_gradient(group)] or groups[:1]):
+                self.score(parts)
                 with self.timed("weights"):
-                    self.select(part)
-                    self.weigh(part)
+                    complete = [part.group for part in parts if part.last]
+                    self.select(complete)
+                    self.weigh(complete)
         self.advantage(groups)
         self.policy.train()
         with self.timed("update"):
@@ -162,13 +164,13 @@ class Trainer:
                 self.meter.add(f"reward/{name}/unreadable", float(unreadable.float().mean()))
         return groups
 
-    def score(self, groups: Sequence[Group]) -> None:
+    def score(self, parts: Sequence[Part]) -> None:
         """Log-probabilities, entropy and frame mass of the responses in one forward (docs/method.md 3)."""
-        batch = batch_groups(groups, self.pad_id, self.accelerator.device)
+        batch = batch_parts(parts, self.pad_id, self.accelerator.device)
         with self.autocast():
-            score_groups(groups, batch, self.policy, self.unwrapped, self.config)
+            score_parts(parts, batch, self.policy, self.unwrapped, self.config)
             if self.reference is not None:
-                score_reference(groups, batch, self.reference, self.config)
+                score_reference(parts, batch, self.reference, self.config)
 
     def select(self, groups: Sequence[Group]) -> None:
         """The frames that matter for each group (docs/method.md 4); a group without frames has none."""
@@ -204,10 +206,10 @@ class Trainer:
         for index in range(updates):
             share = groups[index::updates]
             tokens, responses = self.total(sum(g.tokens for g in share)), self.total(len(share) * config.group_size)
-            parts = list(self.micro_batches([g for g in share if g.scored]))
-            for part in parts:
-                with self.timed("loss"), nullcontext() if part is parts[-1] else accelerator.no_sync(self.policy):
-                    loss = self.loss(part, tokens, responses)
+            batches = list(self.micro_batches([g for g in share if g.scored]))
+            for parts in batches:
+                with self.timed("loss"), nullcontext() if parts is batches[-1] else accelerator.no_sync(self.policy):
+                    loss = self.loss(parts, tokens, responses)
                     # Processes are averaged, shares are summed.
                     accelerator.backward(self.scaler.scale(loss * accelerator.num_processes))
             self.scaler.unscale_(self.optimizer)
@@ -219,11 +221,11 @@ class Trainer:
             self.meter.add("grad_norm", norm)
         self.meter.add("lr", rate)
 
-    def loss(self, groups: Sequence[Group], tokens: float, responses: float) -> Tensor:
-        """The weighted surrogate of some groups as part of a batch of ``tokens`` and ``responses`` (eq. 20)."""
+    def loss(self, parts: Sequence[Part], tokens: float, responses: float) -> Tensor:
+        """The weighted surrogate of some responses as part of a batch of ``tokens`` and ``responses`` (eq. 20)."""
         config = self.config
-        batch = batch_groups(groups, self.pad_id, self.accelerator.device)
-        operands = loss_operands(groups, self.accelerator.device, rollout_logprobs=bool(config.rollout_cap))
+        batch = batch_parts(parts, self.pad_id, self.accelerator.device)
+        operands = loss_operands(parts, self.accelerator.device, rollout_logprobs=bool(config.rollout_cap))
         arguments = operands | config.loss_arguments() | self.unwrapped.logit_arguments(config) | {"num_items": tokens}
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SurrogateOutput:
@@ -231,10 +233,10 @@ class Trainer:
 
         with self.autocast():
             result = self.policy(batch, head)
-        count = sum(group.tokens for group in groups)
-        weighted = sum(int((token_weights_of(group) > 1).sum()) for group in groups) / count
+        count = sum(map(sum, batch.lengths))
+        weighted = sum(int((part.take(token_weights_of(part.group)) > 1).sum()) for part in parts) / count
         measure_loss(self.meter, result, count, weighted)
-        # "dapo" divides by the tokens of the whole batch itself; the others are means over these groups alone.
+        # "dapo" divides by the tokens of the whole batch itself; the others are means over these responses alone.
         portion = {"dapo": 1.0, "bnpo": count / tokens}.get(config.aggregation, len(batch.mask) / responses)
         return result.loss * portion
 
@@ -253,9 +255,10 @@ class Trainer:
         dtype = DTYPES[self.config.dtype]
         return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype != torch.float32)
 
-    def micro_batches(self, groups: Sequence[Group]) -> Iterator[Sequence[Group]]:
-        size = self.config.micro_groups
-        return (groups[start : start + size] for start in range(0, len(groups), size))
+    def micro_batches(self, groups: Sequence[Group]) -> Iterator[list[Part]]:
+        """What one forward and backward computes together: whole groups, or some responses of one."""
+        config, shared = self.config, self.unwrapped.share_prompt
+        return micro_batches(groups, groups_at_most=config.micro_groups, tokens=config.micro_tokens, shared=shared)
 
     def tensor(self, values: list[float]) -> Tensor:
         return torch.tensor(values, device=self.accelerator.device)
