@@ -163,12 +163,12 @@ def test_groups_without_signal_are_not_scored_but_count_in_the_mean(tmp_path):
                 group.rewards = torch.arange(4.0) if number > 1 else torch.zeros(4)
             return groups
 
-        def record(groups):
-            scored.extend(groups)
-            score(groups)
+        def record(parts):
+            scored.extend(part.group for part in parts)
+            score(parts)
 
         def update_all(groups, number):
-            score(groups[2:])
+            score(whole_groups(groups[2:]))
             update(groups, number)
 
         trainer.reward, trainer.score = without_signal, record
