@@ -53,7 +53,7 @@ def weighted_surrogate(
     """The APPO loss (docs/method.md section 6); token weights of 1 make it GRPO, DAPO and their relatives.
 
         ratio = exp(logprobs - old_logprobs),  clipped = clamp(ratio, 1 - eps_low, 1 + eps_high)
-        loss of a token = -W c min(min(ratio, delta) A, clipped A) + beta (exp(r) - r - 1)
+        loss of a token = -W c min(min(ratio, delta) A, clipped A) + beta (exp(r) - r - 1)      (kind "clip")
         c = min(exp(old_logprobs - rollout_logprobs), rollout_cap),  r = ref_logprobs - logprobs
 
     Args:
@@ -73,6 +73,13 @@ def weighted_surrogate(
         num_items: valid tokens in the whole global batch, a number or a 0-d tensor; used by "dapo" only. Default:
             those of this batch.
         max_length: longest possible response in tokens, for "dr_grpo".
+        kind: the policy term, docs/losses.md: "clip" as above, "cispo", "sapo", "dppo_tv" (limits how far a token's
+            probability moves by eps_low and eps_high; level "token" only), "gpg" or "gspo_token".
+        kl_ratio: multiply the KL term by the ratio and differentiate through both (bias-corrected KL).
+        rollout_correction: "truncate": c as above; "clip": clamp to [rollout_floor, rollout_cap]; "mask": 0 outside.
+        rollout_level: "token", or "sequence": c of the sum of the response's log-ratios. A NaN in
+            ``rollout_logprobs`` counts as a log-ratio of 0.
+        rollout_floor: >= 0, of "clip" and "mask".
         backend: "auto", "torch", "triton" or "cuda".
 
     Returns:
@@ -80,11 +87,13 @@ def weighted_surrogate(
         with A < 0, A > 0), ``approx_kl`` (mean of ratio - 1 - log ratio per token: KL(old || new)), ``ref_kl`` (k3; NaN
         without ref_logprobs), ``entropy`` (nats; NaN here, where no logits are seen), ``ratio_mean``, ``ratio_max``,
         ``clip_weighted`` (share clipped among tokens with W > 1), ``weight_mean``, ``effective_tokens`` (number of
-        tokens whose policy gradient is not zero). For an empty mask each is 0, or NaN as above.
+        tokens whose policy gradient is not zero); with rollout_logprobs also ``rollout_missing`` (number of NaN
+        in them). What a kind does not clip is not counted as clipped. For an empty mask each is 0, or NaN as above.
 
     Raises:
         ValueError: naming argument, expected, got, remedy; for shapes, dtypes, devices, ranges, and (unless
-            APPO_CHECK_VALUES=0) negative or non-finite weights and non-finite advantages of valid tokens.
+            APPO_CHECK_VALUES=0), at valid tokens, negative or non-finite weights, non-finite advantages, old or
+            reference log-probabilities, and log-probabilities that are NaN or +inf.
     """
     checks.rank(OP, "logprobs", logprobs, 2, "(B, T)")
     checks.dtype(OP, "logprobs", logprobs, checks.FLOATS)
@@ -218,8 +227,8 @@ def linear_weighted_surrogate(
     """``logits_weighted_surrogate`` of softcap(hidden weight^T + bias) / temperature, without the (B, T, V) tensor.
 
     Gradients of ``hidden``, ``weight`` and ``bias`` are formed in the forward, for those that require grad: 6 MVD
-    operations (M valid tokens, V vocabulary, D hidden size), 8 MVD at level "sequence", whose ratios need every token
-    first; less for tokens whose gradient is exactly zero. Memory beside the arguments and gradients does not grow with
+    operations (M valid tokens, V vocabulary, D hidden size), 8 MVD at level "sequence" and for "gspo_token", whose
+    ratios need every token first; less for tokens whose gradient is exactly zero. Memory beside the arguments and gradients does not grow with
     the tokens. Backward scales the gradients in place: a second backward through the same graph is possible only if
     the first got a gradient of 1.
 
