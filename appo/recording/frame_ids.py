@@ -132,7 +132,7 @@ def _frames_of(grids: list[list[int]], row: int, merge_size: int, sequence: int,
         )
     steps, height, width = grids[row]
     size = (height // merge_size) * (width // merge_size)
-    if min(steps, size) < 1 or height % merge_size or width % merge_size:
+    if min(steps, size, height, width) < 1 or height % merge_size or width % merge_size:
         checks.fail(
             OP,
             "video_grid_thw",

@@ -310,7 +310,7 @@ def _check_frame_ids(frame_ids: FrameIds | Tensor) -> tuple[Tensor, int]:
         checks.fail(
             OP, "frame_ids", f"ids below num_frames = {num_frames}", most - 1, "Pass what frame_ids() returned."
         )
-    return ids.int(), max(most, num_frames)
+    return checks.narrowed(ids), max(most, num_frames)
 
 
 def _check_rows(rows: slice | Tensor, batch: int, length: int) -> Tensor:

@@ -228,9 +228,9 @@ def linear_weighted_surrogate(
 
     Gradients of ``hidden``, ``weight`` and ``bias`` are formed in the forward, for those that require grad: 6 MVD
     operations (M valid tokens, V vocabulary, D hidden size), 8 MVD at level "sequence" and for "gspo_token", whose
-    ratios need every token first; less for tokens whose gradient is exactly zero. Memory beside the arguments and gradients does not grow with
-    the tokens. Backward scales the gradients in place: a second backward through the same graph is possible only if
-    the first got a gradient of 1.
+    ratios need every token first; less for tokens whose gradient is exactly zero. Memory beside the arguments and
+    gradients does not grow with the tokens. Backward scales the gradients in place: a second backward through the same
+    graph is possible only if the first got a gradient of 1.
 
     Args:
         hidden: (B, T, D) fp32, fp16, bf16 or fp64, the states that predict ``targets``; sums are in fp32 (fp64).
