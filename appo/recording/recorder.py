@@ -218,20 +218,28 @@ class FrameMassRecorder:
             return
         visibility = self._visible(query, key, mask, implementation, is_causal, options)
         rows = self._rows - first_row
-        frame_mass(
-            _select(query, rows),
-            key,
-            self._frame_ids,
-            num_frames=self._num_frames,
+        self._add(
+            layer,
+            None,
+            query=_select(query, rows),
+            key=key,
+            frame_ids=self._frame_ids,
             lse=None if lse is None else _select(lse[..., None], rows)[..., 0],
             first_key=visibility.first_key,
             last_key=visibility.last_key,
             prefix_keys=visibility.prefix_keys,
             scale=scale,
-            reduction=self._reduction,
-            out=self._total,
         )
         self._recorded.append(layer)
+
+    def _add(self, layer: int, place: Tensor | None, **operands: Any) -> None:
+        """Add the mass of one layer to the total: of the rows at ``place``, or of all where that is None."""
+        assert self._total is not None
+        settings = operands | {"num_frames": self._num_frames, "reduction": self._reduction}
+        if place is None:
+            frame_mass(**settings, out=self._total)
+        else:
+            self._total[:, place] += frame_mass(**settings)
 
     def _record_groups(
         self, layer: int, query: Tensor, key: Tensor, lse: Tensor | None, layout: GroupLayout, scale: float | None
@@ -240,19 +248,18 @@ class FrameMassRecorder:
         if lse is None:
             remedy = 'Use attn_implementation "appo" for the text layers.'
             checks.fail(OP, "model", "attention that returns the lse of a packed row", f"none in layer {layer}", remedy)
-        assert self._total is not None
         if self._packed is None or self._packed[0] is not layout:
             self._packed = layout, rows_by_group(self._rows, self._frame_ids, layout)
         for group in self._packed[1]:
-            self._total[:, group.place] += frame_mass(
-                query[:, :, group.rows],
-                key[:, :, group.prompt],
-                self._frame_ids[:, group.prompt],
-                num_frames=self._num_frames,
+            self._add(
+                layer,
+                group.place,
+                query=query[:, :, group.rows],
+                key=key[:, :, group.prompt],
+                frame_ids=self._frame_ids[:, group.prompt],
                 lse=lse[:, :, group.rows],
                 last_key=group.last_key,
                 scale=scale,
-                reduction=self._reduction,
             )
         self._recorded.append(layer)
 

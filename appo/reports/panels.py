@@ -113,6 +113,20 @@ GROUPS = (
                 percent=True,
                 floor=0.0,
             ),
+            _panel(
+                "Attention along an answer",
+                "The same in the first and in the last quarter of each answer.",
+                {"first": "mass/quarter_1", "last": "mass/quarter_4"},
+                percent=True,
+                floor=0.0,
+            ),
+            _panel(
+                "Attention on deciding frames",
+                "Of the attention on the video, the share on frames that decide the question.",
+                {"answers": "mass/crucial", "spread evenly": "mass/crucial_chance"},
+                percent=True,
+                floor=0.0,
+            ),
         ),
     ),
     PanelGroup(

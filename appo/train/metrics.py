@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from appo.train.groups import Group
 from appo.train.logs import Meter
+from appo.train.looking import measure_looking
 from appo_kernels import SurrogateOutput
 
 
@@ -30,18 +28,8 @@ def measure_groups(meter: Meter, groups: Sequence[Group]) -> None:
             meter.add("weight/mean", weights.mean(), group.tokens)
             meter.maximum("weight/max", weights.max())
             meter.add("weight/share", (weights > 1).float().mean(), group.tokens)
-            meter.add("mass/frames", mass_on_frames(group)[group.mask].mean(), group.tokens)
+            measure_looking(meter, group)
             measure_frames(meter, group)
-
-
-def mass_on_frames(group: Group) -> Tensor:
-    """(G, N): the share of each token's attention that falls on frames at all, whichever reduction was recorded."""
-    assert group.mass is not None
-    if group.mass_reduction == "sum":
-        return group.mass.sum(-1)
-    ids = group.prompt.frame_ids
-    sizes = torch.bincount(ids[ids >= 0].long(), minlength=group.mass.shape[-1])
-    return (group.mass * sizes).sum(-1)
 
 
 def measure_frames(meter: Meter, group: Group) -> None:

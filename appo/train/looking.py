@@ -1,0 +1,105 @@
+"""What responses look at, measured: how much of their attention is on the video, in which part, on which frames.
+
+Attention on a video decays along a response in many models; these numbers tell whether training changes that.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from appo.recording.heads import record_head_mass
+from appo.train.groups import Group, batch_groups
+from appo.train.logs import Meter
+from appo.train.policy import Policy
+
+PARTS = 4
+
+
+@dataclass(frozen=True)
+class HeadShares:
+    """How much each head looks at a video while a group of responses is written. L layers, Hq query heads, F frames.
+
+    layers: numbers of the L layers. mass: (L, Hq, F) fp32, the share of attention on each frame, mean over tokens.
+    crucial: the frames that decide the question, where known. sizes: (F,) fp32, tokens of each frame.
+    """
+
+    layers: list[int]
+    mass: Tensor
+    crucial: list[int]
+    sizes: Tensor
+
+    @property
+    def video(self) -> Tensor:
+        """(L, Hq) fp32: the share of attention on the video."""
+        return self.mass.sum(-1)
+
+    @property
+    def key_frames(self) -> Tensor | None:
+        """(L, Hq) fp32: of what is on the video, the share on the frames that decide; None where they are not known."""
+        if not self.crucial:
+            return None
+        return self.mass[..., self.crucial].sum(-1) / self.video.clamp(min=torch.finfo(torch.float32).tiny)
+
+    @property
+    def chance(self) -> float:
+        """The share of the video's tokens that are of the frames that decide: ``key_frames`` by chance."""
+        return float(self.sizes[self.crucial].sum() / self.sizes.sum())
+
+
+def measure_looking(meter: Meter, group: Group) -> None:
+    """Shares of attention of a group whose frame mass was recorded, each a mean over tokens.
+
+    mass/frames: the share on frames at all; mass/quarter_1 to 4: the same in the quarters of each response.
+    mass/crucial: of what is on frames, the share on those that decide the question (where they are known);
+    mass/crucial_chance: the share of the video's tokens that are theirs, which attention spread evenly would give.
+    """
+    mass, mask = frame_shares(group), group.mask  # (G, N, F), (G, N)
+    looked = mass.sum(-1)
+    meter.add("mass/frames", looked[mask].mean(), group.tokens)
+    parts = quarters(mask)
+    for part in range(PARTS):
+        chosen = parts == part
+        meter.add(f"mass/quarter_{part + 1}", looked[chosen].mean(), int(chosen.sum()))
+    crucial = group.prompt.crucial_frames()
+    seen = mask & (looked > 0)
+    if crucial and seen.any():
+        sizes = frame_sizes(group)
+        share = mass[..., crucial].sum(-1)[seen] / looked[seen]
+        meter.add("mass/crucial", share.mean(), int(seen.sum()))
+        meter.add("mass/crucial_chance", sizes[crucial].sum() / sizes.sum(), int(seen.sum()))
+
+
+def frame_sizes(group: Group) -> Tensor:
+    """(F,) fp32: tokens of each frame."""
+    ids = group.prompt.frame_ids
+    return torch.bincount(ids[ids >= 0].long(), minlength=group.prompt.num_frames).float()
+
+
+def frame_shares(group: Group) -> Tensor:
+    """(G, N, F) fp32: the share of each token's attention on each frame, whichever reduction was recorded."""
+    assert group.mass is not None
+    return group.mass if group.mass_reduction == "sum" else group.mass * frame_sizes(group)
+
+
+def quarters(mask: Tensor) -> Tensor:
+    """(G, N) int64: the quarter of its response that each token is in, 0 to 3; -1 at padding."""
+    place = torch.arange(mask.shape[1], device=mask.device)
+    part = place * PARTS // mask.sum(1, keepdim=True).clamp(min=1)
+    return torch.where(mask, part, -1)
+
+
+@torch.no_grad()
+def head_shares(group: Group, policy: Policy, pad_id: int, device: torch.device | str) -> HeadShares:
+    """Which heads look: one forward over a group, recorded in every layer that has attention."""
+    batch = batch_groups([group], pad_id, device)
+    sequences = policy.sequences(batch)
+    valid = batch.mask.reshape(sequences.rows.shape)
+    recorder = record_head_mass(policy.model, sequences.frame_ids, rows=sequences.rows, valid=valid)
+    with recorder:
+        policy(batch, lambda hidden, weight, bias: None, sequences)
+    tokens = valid.sum(1).cpu()[:, None, None]
+    heads = (recorder.heads * tokens).sum(1) / tokens.sum()
+    return HeadShares(
+        recorder.layers, heads[..., : group.prompt.num_frames], group.prompt.crucial_frames(), frame_sizes(group)
+    )
