@@ -150,6 +150,7 @@ def inspect(
     ] = None,
     answer: Annotated[str | None, typer.Option(help="The right one, when known: then responses are rewarded.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the picture and the page.")] = Path("inspection"),
+    heads: Annotated[bool, typer.Option(help="Also which layers and heads look at the clip.")] = False,
     overrides: Overrides = None,
 ) -> None:
     """Draw which frames each response token looks at, which frames APPO picks and what the tokens weigh."""
@@ -161,7 +162,7 @@ def inspect(
         raise ConfigError("`question`: expected text, got nothing. Pass what to ask about the clip.")
     from appo.reports.inspect_clip import examine
 
-    for path in examine(model, video, question, option or [], answer, output, overrides or []):
+    for path in examine(model, video, question, option or [], answer, output, overrides or [], heads=heads):
         typer.echo(path)
 
 

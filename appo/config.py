@@ -122,6 +122,8 @@ class APPOConfig:
     save_every: int = setting(50, at_least=0)  # steps; 0: only at the end
     keep_checkpoints: int = setting(3, at_least=1)
     sample_every: int = setting(10, at_least=0)  # steps between rollouts written to samples.jsonl
+    heads_every: int = setting(0, at_least=0)  # steps between records of which heads look, in heads.jsonl; 0: never
+    eval_looking: bool = setting(False)  # record what evaluated answers looked at: one more forward
     tensorboard: bool = setting(True)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,9 @@ from appo.data.load import check_media
 from appo.data.prompts import video_processor
 from appo.data.records import DataError, Media, Record
 from appo.reports.attention_map import write_inspection
+from appo.reports.heads import write_heads
 from appo.train.groups import Group, whole_groups
+from appo.train.looking import head_shares
 from appo.train.metrics import token_texts
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
@@ -26,9 +28,12 @@ def examine(
     answer: str | None,
     output: Path,
     overrides: Sequence[str] = (),
+    *,
+    heads: bool = False,
 ) -> list[Path]:
     """Sample ``group_size`` responses to a question about a clip and write picture and page to ``output``.
 
+    heads: write which layers and heads look at the clip as well.
     Without an answer no response is right or wrong: frames are then those of all responses (strategy "all").
     Raises ConfigError, DataError, VideoError.
     """
@@ -50,7 +55,9 @@ def examine(
     loaded, processor = load_model(config)
     with tempfile.TemporaryDirectory() as folder:
         config.output = folder
-        return draw_record(Trainer(loaded, processor, [record], config=config), record, output)
+        trainer = Trainer(loaded, processor, [record], config=config)
+        group = sample_group(trainer, record)
+        return draw_group(trainer, group, output) + (draw_heads(trainer, group, output) if heads else [])
 
 
 def draw_record(trainer: Trainer, record: Record, output: Path) -> list[Path]:
@@ -91,6 +98,14 @@ def draw_group(trainer: Trainer, group: Group, output: Path) -> list[Path]:
         answer=record.answer,
         crucial=group.prompt.crucial_frames(),
     )
+
+
+def draw_heads(trainer: Trainer, group: Group, output: Path) -> list[Path]:
+    """Write which layers and heads look at the video of a sampled group, as a picture and a table, to ``output``."""
+    with trainer.autocast():
+        shares = head_shares(group, trainer.policy, trainer.unwrapped, trainer.pad_id, trainer.accelerator.device)
+    assert shares is not None  # draw_group refuses a record without a video
+    return write_heads(shares, output)
 
 
 def pictures(videos: Sequence[Tensor], merged: int) -> Tensor:

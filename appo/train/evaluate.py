@@ -8,12 +8,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from appo.config import APPOConfig
-from appo.data.prompts import PromptBuilder
+from appo.data.prompts import Prompt, PromptBuilder
 from appo.data.records import Record
-from appo.rollout.engine import Rollout, Sampling, TransformersRollout, checked, seed_of
+from appo.rollout.engine import Completion, Rollout, Sampling, TransformersRollout, checked, seed_of
 from appo.rollout.rewards import combine
-from appo.train.grade import texts_of
+from appo.train.grade import grade, texts_of
 from appo.train.logs import Meter
+from appo.train.looking import measure_looking, record_mass
+from appo.train.policy import Policy
 
 
 @torch.no_grad()
@@ -37,7 +39,7 @@ def evaluate(
 
     Returns the means by name: ``accuracy``, ``accuracy/<task>`` where records name one, ``format``,
     ``temporal_iou`` where records ask for times, ``length``, ``unreadable``, the share of answers that could not be
-    read, and ``records``, their number.
+    read, and ``records``, their number; with ``config.eval_looking`` also ``mass/...``, what answers looked at.
     """
     total, places = len(records), range(len(records))
     if accelerator is not None:
@@ -60,6 +62,8 @@ def evaluate(
         completions = [completion for group in answers for completion in group]
         part = [prompt.record for prompt in prompts for _ in range(sampling.group_size)]
         texts = texts_of(completions, processor.tokenizer)
+        if config.eval_looking:
+            _look(meter, model, processor, config, list(zip(prompts, answers, strict=True)))
         names = {"accuracy": 1.0, "format": 1.0}
         if any(record.asks_time for record in part):
             names["temporal_iou"] = 1.0
@@ -77,3 +81,20 @@ def evaluate(
                 keep.append({"id": record.id, "answer": record.answer, "text": text} | found)
         show(start + len(prompts))
     return (meter.means() if accelerator is None else meter.result(accelerator)) | {"records": float(total)}
+
+
+def _look(
+    meter: Meter,
+    model: nn.Module,
+    processor: Any,
+    config: APPOConfig,
+    answered: Sequence[tuple[Prompt, Sequence[Completion]]],
+) -> None:
+    """Shares of attention on the video while the answers were written, by a forward over each prompt's answers."""
+    policy, tokenizer = Policy(model, config.share_prompt), processor.tokenizer
+    device = next(model.parameters()).device
+    for prompt, completions in answered:
+        group = grade(prompt, completions, tokenizer, {"accuracy": 1.0}, config)
+        record_mass([group], policy, policy, config, tokenizer.pad_token_id, device)
+        if group.mass is not None:
+            measure_looking(meter, group)

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl")
+FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "heads.jsonl")
 
 
 class Meter:
@@ -78,6 +78,9 @@ class RunLog:
 
     def sample(self, step: int, value: dict[str, Any]) -> None:
         self._write("samples.jsonl", {"step": step} | value)
+
+    def heads(self, step: int, value: dict[str, Any]) -> None:
+        self._write("heads.jsonl", {"step": step} | value)
 
     def close(self) -> None:
         if self._writer is not None:

@@ -3,12 +3,16 @@
 Attention on a video decays along a response in many models; these numbers tell whether training changes that.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from appo.config import APPOConfig
 from appo.recording.heads import record_head_mass
+from appo.recording.recorder import record_frame_mass
 from appo.train.groups import Group, batch_groups
 from appo.train.logs import Meter
 from appo.train.policy import Policy
@@ -45,6 +49,20 @@ class HeadShares:
     def chance(self) -> float:
         """The share of the video's tokens that are of the frames that decide: ``key_frames`` by chance."""
         return float(self.sizes[self.crucial].sum() / self.sizes.sum())
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of heads.jsonl: ``layers``, ``video``, ``key_frames`` (or null), ``chance``; L lists of Hq numbers."""
+        known = self.key_frames is not None
+        return {
+            "layers": self.layers,
+            "video": _rounded(self.video),
+            "key_frames": None if self.key_frames is None else _rounded(self.key_frames),
+            "chance": self.chance if known else None,
+        }
+
+
+def _rounded(values: Tensor) -> list[list[float]]:
+    return [[float(f"{value:.4g}") for value in row] for row in values.tolist()]
 
 
 def measure_looking(meter: Meter, group: Group) -> None:
@@ -90,16 +108,52 @@ def quarters(mask: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def head_shares(group: Group, policy: Policy, pad_id: int, device: torch.device | str) -> HeadShares:
-    """Which heads look: one forward over a group, recorded in every layer that has attention."""
+def record_mass(
+    groups: Sequence[Group], wrapped: nn.Module, policy: Policy, config: APPOConfig, pad_id: int, device: torch.device
+) -> None:
+    """Fill in the frame mass of groups with frames, in one forward, whatever method is trained.
+
+    wrapped: ``policy`` as it is called, inside what synchronises or shards it.
+    """
+    groups = [group for group in groups if group.prompt.num_frames > 0]
+    if not groups:
+        return
+    batch = batch_groups(groups, pad_id, device)
+    sequences = policy.sequences(batch)
+    recorder = record_frame_mass(
+        policy.model, sequences.frame_ids, rows=sequences.rows, layers=config.layers, reduction="sum"
+    )
+    with recorder:
+        wrapped(batch, _nothing, sequences)
+    mass = sequences.per_response(recorder.mass).cpu()
+    for index, group in enumerate(groups):
+        own = slice(index * batch.group_size, (index + 1) * batch.group_size), slice(group.mask.shape[1])
+        group.mass, group.mass_reduction = mass[own][..., : group.prompt.num_frames], "sum"
+
+
+@torch.no_grad()
+def head_shares(
+    group: Group, wrapped: nn.Module, policy: Policy, pad_id: int, device: torch.device
+) -> HeadShares | None:
+    """Which heads look: one forward over a group, recorded in every layer that has attention. None without frames."""
     batch = batch_groups([group], pad_id, device)
     sequences = policy.sequences(batch)
+    if group.prompt.num_frames == 0:
+        wrapped(batch, _nothing, sequences)  # processes call alike
+        return None
     valid = batch.mask.reshape(sequences.rows.shape)
     recorder = record_head_mass(policy.model, sequences.frame_ids, rows=sequences.rows, valid=valid)
     with recorder:
-        policy(batch, lambda hidden, weight, bias: None, sequences)
+        wrapped(batch, _nothing, sequences)
     tokens = valid.sum(1).cpu()[:, None, None]
-    heads = (recorder.heads * tokens).sum(1) / tokens.sum()
+    mass = (recorder.heads * tokens).sum(1) / tokens.sum()
     return HeadShares(
-        recorder.layers, heads[..., : group.prompt.num_frames], group.prompt.crucial_frames(), frame_sizes(group)
+        layers=recorder.layers,
+        mass=mass[..., : group.prompt.num_frames],
+        crucial=group.prompt.crucial_frames(),
+        sizes=frame_sizes(group),
     )
+
+
+def _nothing(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """A head that leaves the hidden states alone: the forward is for what is recorded in it."""

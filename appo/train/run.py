@@ -9,6 +9,7 @@ from appo.train import checkpoints
 from appo.train.evaluate import evaluate
 from appo.train.interrupt import StopFlag
 from appo.train.logs import RunLog
+from appo.train.looking import head_shares
 from appo.train.metrics import sample_record
 from appo.train.progress import training_progress
 
@@ -35,6 +36,8 @@ def run(trainer: "Trainer") -> Path:
             log.metrics(step, metrics)
             if step == 1 or _due(step, config.sample_every):
                 log.sample(step, sample_record(trainer.groups[0], trainer.processor))
+            if _due(step, config.heads_every):
+                _record_heads(trainer, log, step)
             show(step, metrics)
             last = step == config.max_steps or stop.requested(accelerator)
             if last or _due(step, config.save_every):
@@ -64,6 +67,17 @@ def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> None:
             accelerator=trainer.accelerator,
         )
         log.evaluation(step, split, values)
+
+
+def _record_heads(trainer: "Trainer", log: RunLog, step: int) -> None:
+    """Which heads looked at the video of the step's first group; every process records one, the main one's is kept."""
+    trainer.policy.eval()
+    with trainer.autocast():
+        shares = head_shares(
+            trainer.groups[0], trainer.policy, trainer.unwrapped, trainer.pad_id, trainer.accelerator.device
+        )
+    if shares is not None:
+        log.heads(step, shares.as_json())
 
 
 def _save(trainer: "Trainer", step: int) -> None:

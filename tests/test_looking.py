@@ -1,0 +1,166 @@
+"""What is measured of looking: mass by layer and head, along a response, on frames that decide."""
+
+import csv
+import json
+from types import SimpleNamespace
+
+import models
+import pytest
+import torch
+import training
+from torch import Tensor
+
+from appo import frame_ids
+from appo.recording.heads import record_head_mass
+from appo.recording.recorder import response_rows
+from appo.reports.inspect_clip import draw_heads
+from appo.train.evaluate import evaluate
+from appo.train.groups import Group
+from appo.train.logs import Meter
+from appo.train.looking import head_shares, measure_looking, quarters, record_mass
+from appo.train.policy import Policy
+from appo.train.trainer import Trainer
+
+RESPONSE = 6
+
+
+def group_of(mass: Tensor, mask: Tensor, ids: list[int], crucial: list[int], reduction: str) -> Group:
+    prompt = SimpleNamespace(
+        frame_ids=torch.tensor(ids), num_frames=mass.shape[-1], crucial_frames=lambda: crucial, record=None
+    )
+    empty = torch.zeros(len(mask))
+    return Group(
+        prompt=prompt, completion_ids=mask.long(), mask=mask, rollout_logprobs=mask.float(), finished=empty > 0,
+        texts=[], rewards=empty, accuracy=empty, rewards_by_name={}, mass=mass, mass_reduction=reduction,
+    )  # fmt: skip
+
+
+# Shorter than four tokens, a multiple of four, neither; one token.
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 8, 21])
+def test_quarters_are_in_order_and_as_equal_as_can_be(length):
+    mask = torch.zeros(2, 24, dtype=torch.bool)
+    mask[0, :length] = mask[1] = True
+    first = quarters(mask)[0]
+    assert (first[length:] == -1).all() and first[0] == 0
+    assert (first[:length].diff() >= 0).all() and int(first.max()) <= 3
+    counts = torch.bincount(first[:length], minlength=4)
+    assert counts.max() - counts.min() <= 1
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_shares_are_counted_token_by_token(reduction):
+    generator = torch.Generator().manual_seed(0)
+    ids = [-1, 0, 0, 0, 1, 2, 2, -1]  # 3, 1 and 2 tokens
+    shares = torch.rand(2, 9, 3, generator=generator) / 3
+    shares[0, 2] = 0  # a token that looks at no frame
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[1, 5:] = False
+    recorded = shares.clone() if reduction == "sum" else shares / torch.tensor([3.0, 1.0, 2.0])
+    recorded[~mask] = float("nan")  # what stands at padding is nobody's
+    meter = Meter()
+    measure_looking(meter, group_of(recorded, mask, ids, [0, 2], reduction))
+    found = meter.means()
+    tokens = [(g, n) for g in range(2) for n in range(9) if mask[g, n]]
+    looked = {at: float(shares[at].sum()) for at in tokens}
+    assert found["mass/frames"] == pytest.approx(sum(looked.values()) / len(tokens))
+    for part in range(4):
+        own = [v for (g, n), v in looked.items() if n * 4 // (9, 5)[g] == part]
+        assert found[f"mass/quarter_{part + 1}"] == pytest.approx(sum(own) / len(own))
+    crucial = [float(shares[at][[0, 2]].sum()) / value for at, value in looked.items() if value > 0]
+    assert found["mass/crucial"] == pytest.approx(sum(crucial) / len(crucial))
+    assert found["mass/crucial_chance"] == pytest.approx(5 / 6)
+    without = Meter()
+    measure_looking(without, group_of(recorded, mask, ids, [], reduction))
+    assert "mass/crucial" not in without.means()
+
+
+# Rows that count and rows that do not, all layers and some, with attention weights as the measure.
+@pytest.mark.parametrize("build", [models.qwen2_5_vl, models.qwen3_vl])
+@pytest.mark.parametrize("layers", [None, 2, [0, -1]])
+def test_heads_are_those_of_eager_weights(build, layers):
+    tiny = build()
+    videos = [models.random_video(3, 64, 64), models.random_video(5, 64, 96, seed=1)]
+    inputs = tiny.inputs(videos, ["What?", "And what in this longer question?"], "B" * RESPONSE)
+    frames = frame_ids(inputs["input_ids"], tiny.config, video_grid_thw=inputs["video_grid_thw"])
+    length = inputs["input_ids"].shape[1]
+    rows = response_rows(length - RESPONSE, RESPONSE)
+    valid = torch.tensor([[True] * 6, [True] * 2 + [False] * 4])
+    tiny.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = tiny.model(**inputs, output_attentions=True).attentions
+        tiny.model.set_attn_implementation("sdpa")
+        with record_head_mass(tiny.model, frames, rows=rows, valid=valid, layers=layers) as recorder:
+            with pytest.raises(RuntimeError, match="expected a forward"):
+                _ = recorder.heads
+            tiny.model(**inputs)
+    tapped = {None: [0, 1, 2, 3], 2: [2, 3]}.get(layers if not isinstance(layers, list) else "list", [0, 3])
+    assert recorder.layers == tapped
+    for place, layer in enumerate(tapped):
+        for sequence in range(2):
+            own = weights[layer][sequence, :, rows][:, valid[sequence]]  # (Hq, R', S)
+            for frame in range(int(frames.num_frames.max())):
+                expected = own[..., frames.ids[sequence] == frame].sum(-1).mean(-1)
+                torch.testing.assert_close(recorder.heads[place, sequence, :, frame], expected, atol=2e-6, rtol=1e-4)
+
+
+def test_a_mask_of_another_shape_is_refused():
+    tiny = models.qwen2_5_vl()
+    inputs = tiny.inputs([models.random_video(2, 64, 64)], ["What?"], "B" * RESPONSE)
+    frames = frame_ids(inputs["input_ids"], tiny.config, video_grid_thw=inputs["video_grid_thw"])
+    with pytest.raises(ValueError, match="`valid`"):
+        record_head_mass(tiny.model, frames, rows=slice(-4, -1), valid=torch.ones(1, 5, dtype=torch.bool))
+
+
+def sampled(tmp_path, **changes):
+    model, processor = training.tiny()
+    settings = training.config(tmp_path, **changes)
+    trainer = Trainer(model, processor, training.records(), config=settings)
+    trainer.policy.eval()
+    record = training.records()[0]
+    return trainer, trainer.reward(trainer.sample([trainer.build_prompt(record)], [0]))[0]
+
+
+def test_heads_do_not_depend_on_how_a_group_is_laid_out(tmp_path):
+    trainer, group = sampled(tmp_path)
+    found = []
+    for share in ("on", "off"):
+        policy = Policy(trainer.model, share)
+        found.append(head_shares(group, policy, policy, trainer.pad_id, torch.device("cpu")))
+    first, second = found
+    torch.testing.assert_close(first.mass, second.mass, atol=1e-5, rtol=1e-4)
+    assert first.mass.shape == (4, trainer.model.config.text_config.num_attention_heads, group.prompt.num_frames)
+    # Their mean over heads and the recorded layers is the mass that training uses.
+    record_mass([group], policy, policy, trainer.config, trainer.pad_id, torch.device("cpu"))
+    assert float(group.mass.sum(-1)[group.mask].mean()) == pytest.approx(float(first.video[-3:].mean()), rel=1e-3)
+
+
+def test_what_inspection_writes_of_heads(tmp_path):
+    trainer, group = sampled(tmp_path)
+    picture, table = draw_heads(trainer, group, tmp_path / "out")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    shares = head_shares(group, trainer.policy, trainer.unwrapped, trainer.pad_id, torch.device("cpu"))
+    with table.open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == shares.video.numel() and len({(row["layer"], row["head"]) for row in rows}) == len(rows)
+    video = [float(row["video"]) for row in rows]
+    assert video == sorted(video, reverse=True)
+    for row in rows:
+        place = shares.layers.index(int(row["layer"])), int(row["head"])
+        assert float(row["video"]) == pytest.approx(float(shares.video[place]), rel=1e-4)
+        if shares.key_frames is not None:
+            assert float(row["key_frames"]) == pytest.approx(float(shares.key_frames[place]), rel=1e-4)
+
+
+def test_a_run_and_an_evaluation_say_what_was_looked_at(tmp_path):
+    model, processor = training.tiny()
+    settings = training.config(tmp_path, max_steps=2, heads_every=2, eval_looking=True)
+    Trainer(model, processor, training.records(), config=settings, eval_dataset=training.records()[:2]).train()
+    (line,) = [json.loads(line) for line in (tmp_path / "heads.jsonl").read_text().splitlines()]
+    assert line["step"] == 2 and len(line["video"]) == len(line["layers"]) == 4
+    assert all(0 < share < 1 for heads in line["video"] for share in heads)
+    for file in ("metrics.jsonl", "eval.jsonl"):
+        values = json.loads((tmp_path / file).read_text().splitlines()[-1])
+        assert all(0 < values[f"mass/{name}"] < 1 for name in ("frames", "quarter_1", "quarter_4"))
+    # A model that is trained with GRPO can be asked as well.
+    config = training.config(tmp_path, method="grpo", eval_looking=True)
+    assert 0 < evaluate(model, processor, training.records()[:1], config)["mass/frames"] < 1
