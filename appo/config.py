@@ -41,6 +41,8 @@ class APPOConfig:
     max_pixels: int = setting(64 * 28 * 28, at_least=14 * 14)  # of one frame
     decode_timeout: float = setting(60.0, above=0, at_most=86_400)
     video_decoder: str = setting("auto", choices=("auto", "pyav", "decord"))  # PyAV, then decord; or one of them
+    frame_cache: str | None = setting(None, required=True)  # folder in which decoded clips are kept
+    frame_cache_gib: float = setting(20.0, above=0)  # of it at most
     # Decoded prompts that a process keeps; a step's own are kept in any case.
     prompt_cache_gib: float = setting(4.0, above=0)
     # Media from outside data_root: absolute paths, "..", links that leave it.

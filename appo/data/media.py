@@ -5,7 +5,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from appo.data.pictures import ImageError, read_image
 from appo.data.records import SLACK, DataError, Media, Record
 from appo.data.video import Clip, VideoError, read_video
+from appo.data.video_cache import ClipCache
 
 FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -72,10 +73,11 @@ def load_clip(
     factor: int,
     timeout: float,
     decoder: str = "auto",
+    cache: ClipCache | None = None,
 ) -> Clip:
     """The sampled frames of a record's video: of a file, its bytes, a folder of frames or a list of them.
 
-    Arguments as those of `read_video`. Raises DataError naming the record.
+    Arguments as those of `read_video`; clips of files alone are kept in ``cache``. Raises DataError naming the record.
     """
     sampling: dict[str, Any] = {"fps": fps, "max_frames": max_frames, "max_pixels": max_pixels, "factor": factor}
     try:
@@ -83,7 +85,9 @@ def load_clip(
         if medium.frames or paths not in ((medium.path,), ()):
             return read_frames(paths, medium, duration=record.duration, **sampling)
         sampling |= {"timeout": timeout, "decoder": decoder, "start": medium.start, "end": medium.end}
-        with as_file(medium.data) if medium.data is not None else nullcontext(medium.path) as path:
+        if medium.data is None:
+            return read_video(medium.path, **sampling, cache=cache)
+        with as_file(medium.data) as path:
             return read_video(path, **sampling)
     except (VideoError, ImageError, OSError) as error:
         raise _unusable(medium, record, error) from error

@@ -21,6 +21,7 @@ from appo.data.math_answers import reads
 from appo.data.media import check_spans, load_clip, load_image
 from appo.data.records import DataError, Record
 from appo.data.video import Clip
+from appo.data.video_cache import GIB, ClipCache
 from appo.recording.frame_ids import frame_ids
 
 # Processor outputs with one row per token; everything else is per video or per image.
@@ -140,6 +141,9 @@ class PromptBuilder:
     def __init__(self, processor: Any, model_config: Any, config: APPOConfig) -> None:
         self.processor, self.model_config, self.config = processor, model_config, config
         self._limit = int(config.prompt_cache_gib * 2**30)
+        self._clips = None
+        if config.frame_cache is not None:
+            self._clips = ClipCache(config.frame_cache, limit=config.frame_cache_gib * GIB)
         self._prompts: OrderedDict[Any, Future[Prompt]] = OrderedDict()  # an error is raised when asked for
         self._waiting: deque[Record] = deque()
         self._sizes: dict[Any, int] = {}  # bytes of those that are done
@@ -187,7 +191,7 @@ class PromptBuilder:
             "max_frames": config.max_frames,
             "timeout": config.decode_timeout,
         }
-        sampling |= {"decoder": config.video_decoder, **self._picture}
+        sampling |= {"decoder": config.video_decoder, "cache": self._clips, **self._picture}
         return [load_clip(medium, record, **sampling) for medium in record.media if medium.kind == "video"]
 
     def images(self, record: Record) -> list[Tensor]:

@@ -15,13 +15,13 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
+from appo.data.clip import Clip as Clip
+from appo.data.video_cache import ClipCache
 from appo.data.video_timeline import Sampling
 
 logger = logging.getLogger(__name__)
@@ -33,23 +33,6 @@ WORKER = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from appo.dat
 
 class VideoError(ValueError):
     """A video that cannot be read. The text names the file and what is wrong with it."""
-
-
-@dataclass(frozen=True)
-class Clip:
-    """Sampled frames of a video, or of its segment from ``start`` to ``end``.
-
-    frames: (T, 3, H, W) uint8, RGB; T is even. timestamps: (T,) fp64, ascending, seconds from the first frame of the
-    file, of a segment too. source_fps: frames per second in the file, on average. duration: seconds, of the file.
-    start, end: seconds from the first frame of the file.
-    """
-
-    frames: Tensor
-    timestamps: Tensor
-    source_fps: float
-    duration: float
-    start: float
-    end: float
 
 
 def read_video(
@@ -64,6 +47,7 @@ def read_video(
     decoder: str = "auto",
     start: float | None = None,
     end: float | None = None,
+    cache: ClipCache | None = None,
 ) -> Clip:
     """An even number T of frames, evenly spread in time over the whole file or over a segment of it.
 
@@ -80,6 +64,7 @@ def read_video(
     decoder: "auto" takes PyAV and, where that is missing or fails, decord (with a warning); "pyav" or "decord" takes
         that one. decord is refused on files on which it gives other frames than those asked for.
     start, end: the segment, in seconds from the first frame of the file; None: the beginning, the end of the file.
+    cache: where decoded clips are kept; one that is there is not decoded again.
 
     Raises VideoError (a ValueError) naming the file: it does not exist, is not a video, is broken, ends early, has no
     frames or no times, does not reach the segment, or decoding it took too long. ValueError for arguments that no
@@ -94,13 +79,16 @@ def read_video(
     if os.path.getsize(name) == 0:
         _fail(name, "is empty (0 bytes)", "Fetch it again.")
     sampling = Sampling(fps, max_frames, min_frames, max_pixels, factor, start, end)
+    known = None if cache is None else cache.get(name, sampling, decoder)
+    if known is not None:
+        return known
     deadline = time.monotonic() + timeout
     reasons: list[str] = []
     for choice in DECODERS if decoder == "auto" else (decoder,):
         status, *result = _decode(choice, os.path.abspath(name), max(deadline - time.monotonic(), 0.001), sampling)
         if status == "ok":
             frames, seconds, source_fps, duration = result
-            return Clip(
+            clip = Clip(
                 frames=torch.from_numpy(frames).permute(0, 3, 1, 2).contiguous(),
                 timestamps=torch.from_numpy(seconds),
                 source_fps=source_fps,
@@ -108,6 +96,9 @@ def read_video(
                 start=start or 0.0,
                 end=duration if end is None else min(end, duration),
             )
+            if cache is not None:
+                cache.put(name, sampling, decoder, clip)
+            return clip
         reasons.append(f"{choice}: {result[0]}")
         if status == "refused" and choice in (decoder, "pyav"):
             _fail(name, *result)
