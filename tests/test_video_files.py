@@ -355,6 +355,20 @@ def test_streams_one_after_the_other_are_refused(tmp_path):
         read(tmp_path / "both.ts")
 
 
+def test_a_damaged_time_is_no_long_clip(tmp_path):
+    source = make(tmp_path / "whole.flv", options={"x264-params": "bframes=0"})
+    data = bytearray(source.read_bytes())
+    tags = [place for place in range(len(data) - 11) if data[place] == 9 and data[place + 8 : place + 11] == bytes(3)]
+    last = tags[-2]  # of a frame; the very last tag says that the stream ends
+    data[last + 4] = 0x7F  # the highest byte of its time, in milliseconds
+    damaged = tmp_path / "damaged.flv"
+    damaged.write_bytes(data)
+    with pytest.raises(
+        VideoError, match=r"damaged\.flv has damaged times: its frames go on for .* header says 10\.\d+ s"
+    ):
+        read(damaged)
+
+
 def test_a_file_that_was_never_finished(tmp_path):
     path = make(tmp_path / "camera.mp4")
     data = path.read_bytes()

@@ -172,20 +172,26 @@ def from_first_frame(timeline: Timeline, pts: int) -> Timeline:
 
 
 def _check_end(container: Any, stream: Any, timeline: Timeline, end: float) -> None:
-    """A file whose packets end well before the header says was cut; the sizes of `shortage` see most of them.
+    """Refuse a file whose packets end well before its header says, or go on long after.
 
+    The first was cut (the sizes of `shortage` see most of them), the second has damaged times.
     end: seconds at which the last packet of any stream ends: headers of some containers give one duration for all.
     """
     names = container.format.name.split(",")
-    if "mov" in names and stream.duration:
+    if "mov" in names and stream.duration and stream.frames:  # 0: of fragments, of which it may know some only
         declared = float(((stream.start_time or 0) + stream.duration) * stream.time_base)
         end = float(timeline.pts.max() + timeline.stop - timeline.times[-1]) * timeline.tick
-    elif ("matroska" in names or "flv" in names) and container.duration:
+    elif container.duration and any(name in names for name in ("matroska", "flv", "asf")):
         declared = container.duration / 1e6
     else:  # the duration is FFmpeg's own estimate
         return
-    if declared - end > max(1.0, 0.05 * declared):
+    slack = max(1.0, 0.05 * declared)
+    if declared - end > slack:
         raise RefusedError(f"ends early: at {end:.2f} s of {declared:.2f} s")
+    # Headers leave out start times and the last frame's rest; only what is far beyond them is a damaged time.
+    length = float(timeline.stop - timeline.times[0]) * timeline.tick
+    if length > 2 * declared + 10:
+        raise RefusedError(f"has damaged times: its frames go on for {length:.2f} s, its header says {declared:.2f} s")
 
 
 def choose(times: np.ndarray, duration: float, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
