@@ -91,7 +91,7 @@ def _look(
     answered: Sequence[tuple[Prompt, Sequence[Completion]]],
 ) -> None:
     """Shares of attention on the video while the answers were written, by a forward over each prompt's answers."""
-    policy, tokenizer = Policy(model, config.share_prompt), processor.tokenizer
+    policy, tokenizer = Policy(model, "off"), processor.tokenizer
     device = next(model.parameters()).device
     for prompt, completions in answered:
         group = grade(prompt, completions, tokenizer, {"accuracy": 1.0}, config)

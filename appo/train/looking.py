@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from appo.config import APPOConfig
 from appo.recording.heads import record_head_mass
 from appo.recording.recorder import record_frame_mass
-from appo.train.groups import Group, batch_groups
+from appo.train.groups import Group, batch_parts, whole_groups
 from appo.train.logs import Meter
 from appo.train.policy import Policy
 
@@ -118,17 +118,16 @@ def record_mass(
     groups = [group for group in groups if group.prompt.num_frames > 0]
     if not groups:
         return
-    batch = batch_groups(groups, pad_id, device)
+    batch = batch_parts(whole_groups(groups), pad_id, device)
     sequences = policy.sequences(batch)
     recorder = record_frame_mass(
         policy.model, sequences.frame_ids, rows=sequences.rows, layers=config.layers, reduction="sum"
     )
     with recorder:
         wrapped(batch, _nothing, sequences)
-    mass = sequences.per_response(recorder.mass).cpu()
-    for index, group in enumerate(groups):
-        own = slice(index * batch.group_size, (index + 1) * batch.group_size), slice(group.mask.shape[1])
-        group.mass, group.mass_reduction = mass[own][..., : group.prompt.num_frames], "sum"
+    mass = batch.split(sequences.per_response(recorder.mass).cpu())
+    for group, own in zip(groups, mass, strict=True):
+        group.mass, group.mass_reduction = own[:, : group.mask.shape[1], : group.prompt.num_frames], "sum"
 
 
 @torch.no_grad()
@@ -136,12 +135,13 @@ def head_shares(
     group: Group, wrapped: nn.Module, policy: Policy, pad_id: int, device: torch.device
 ) -> HeadShares | None:
     """Which heads look: one forward over a group, recorded in every layer that has attention. None without frames."""
-    batch = batch_groups([group], pad_id, device)
+    batch = batch_parts(whole_groups([group]), pad_id, device)
     sequences = policy.sequences(batch)
     if group.prompt.num_frames == 0:
         wrapped(batch, _nothing, sequences)  # processes call alike
         return None
-    valid = batch.mask.reshape(sequences.rows.shape)
+    # A packed row has the tokens of responses alone, separate sequences have padding.
+    valid = torch.ones_like(sequences.rows, dtype=torch.bool) if sequences.places is not None else batch.mask
     recorder = record_head_mass(policy.model, sequences.frame_ids, rows=sequences.rows, valid=valid)
     with recorder:
         wrapped(batch, _nothing, sequences)
