@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from surrogate_cases import SERVED, cast, from_hidden, poisoned, to
+from surrogate_cases import SERVED, cast, from_hidden, per_token, poisoned, to
 from torch import Tensor
 
 from appo_kernels import logits_weighted_surrogate
@@ -184,3 +184,25 @@ def test_errors_name_the_argument(argument: str, value: Any, word: str) -> None:
     with pytest.raises(ValueError, match=r"logits_weighted_surrogate: `.*`: expected .*, got .*") as error:
         logits_weighted_surrogate(**case)
     assert argument in str(error.value) and word in str(error.value)
+
+
+# Views that start at columns 1 to 3, of an odd and of a round vocabulary: the gradient has memory of its own, aligned
+# otherwise.
+@pytest.mark.parametrize("V", [37, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("backend", "device"), SERVED)
+def test_logits_that_start_anywhere(backend: str, device: str, dtype: torch.dtype, V: int) -> None:
+    case = to(per_token(dtype=dtype), device)
+    wide = torch.randn(4, 9, V + 3, generator=torch.Generator().manual_seed(0)).to(dtype).to(device)
+    case = {name: x.detach() for name, x in case.items() if name != "logprobs"}
+    case["targets"] = torch.randint(V, (4, 9), generator=torch.Generator().manual_seed(1)).to(device)
+    found = []
+    for column in (None, 1, 2, 3):
+        logits = wide[..., 1 : V + 1].clone() if column is None else wide.clone()[..., column : column + V]
+        logits.copy_(wide[..., 1 : V + 1])
+        leaf = logits.detach().requires_grad_()
+        loss = logits_weighted_surrogate(leaf, **case, backend=backend).loss
+        found.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient, found[0][1], rtol=2e-3, atol=1e-7)
