@@ -1,0 +1,345 @@
+"""A vLLM server of rollouts, in an environment of its own: ``python vllm_worker.py --model FOLDER``.
+
+It needs vLLM and what vLLM brings, nothing of this project: versions of transformers and torch here and in the trainer
+never meet. `appo.rollout.vllm_server.VLLMServerRollout` starts it, or finds one that is already running.
+
+Every request but ``/health`` carries the token of the environment variable APPO_SERVER_TOKEN, where that is set.
+
+    GET  /health                                    200 once the engine is up
+    GET  /info                                      versions, model, weight version
+    POST /generate         safetensors              frames as tensors, the rest as JSON in the header's "request"
+    POST /update_weights   {"path", "version"}      weights of a folder of safetensors
+    POST /checksum                                  of the weights that were loaded last
+    POST /sleep {"level"}, /wake                    give GPU memory back, and take it again
+    POST /transfer/{init, start, update, finish}    vLLM's weight transfer (NCCL, IPC); JSON as vLLM's own routes take it
+"""
+
+import argparse
+import asyncio
+import hmac
+import json
+import os
+import struct
+import threading
+import time
+from typing import Any
+
+PROTOCOL = 1
+# Bit patterns are summed in pieces, so that no copy of a whole weight is made.
+CHECKSUM_PIECE = 1 << 22
+
+
+class Checksum:
+    """Sum of the fp32 bit patterns of weights modulo 2^63, and their number.
+
+    It does not depend on how weights are named, split and joined. The trainer computes the same of what it sends.
+    """
+
+    def __init__(self) -> None:
+        self.total, self.count = 0, 0
+
+    def add(self, tensor: Any) -> None:
+        import torch
+
+        for piece in tensor.detach().reshape(-1).split(CHECKSUM_PIECE):
+            bits = piece.float().contiguous().view(torch.int32).long().sum()
+            self.total = (self.total + int(bits)) % (1 << 63)
+            self.count += piece.numel()
+
+
+class WorkerExtension:
+    """Methods of every vLLM worker, reached by ``collective_rpc``."""
+
+    appo_loaded: tuple[int, int] | None = None
+    _appo_numbers: int | None = None
+
+    def appo_load(self, folder: str) -> tuple[int, int]:
+        """Load the weights of a folder of safetensors in place; the checksum of what the model was handed.
+
+        Weights of a loaded model are no longer those of a file: they are joined, and on a CPU packed. What can be
+        compared with the trainer's is what arrives, and that it is as much as the model's own folder holds.
+        """
+        from pathlib import Path
+
+        from safetensors import safe_open
+
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"no .safetensors in {folder}: is it a folder that this server can read?")
+        sums = Checksum()
+
+        def weights() -> Any:
+            for file in files:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                        tensor = opened.get_tensor(name)
+                        sums.add(tensor)
+                        yield name, tensor
+
+        expected = self.appo_numbers()
+        self.model_runner.reload_weights(weights_iterator=weights())  # type: ignore[attr-defined]
+        if expected and sums.count != expected:
+            raise ValueError(
+                f"{folder}: expected the {expected} numbers of the server's model, got {sums.count}. Start the server "
+                "on the model that is trained."
+            )
+        self.appo_loaded = (sums.total, sums.count)
+        return self.appo_loaded
+
+    def appo_numbers(self) -> int:
+        """How many numbers the weights in the folder are that the server was started on; 0 if it is no local folder."""
+        import math
+        from pathlib import Path
+
+        from safetensors import safe_open
+
+        if self._appo_numbers is None:
+            self._appo_numbers = 0
+            for file in Path(self.model_runner.model_config.model).glob("*.safetensors"):  # type: ignore[attr-defined]
+                with safe_open(file, framework="pt") as opened:
+                    self._appo_numbers += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
+        return self._appo_numbers
+
+    def appo_checksum(self) -> tuple[int, int] | None:
+        return self.appo_loaded
+
+
+def read_tensors(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays, request) of a safetensors message."""
+    from safetensors.numpy import load
+
+    (size,) = struct.unpack("<Q", body[:8])
+    header = json.loads(body[8 : 8 + size])
+    return load(body), json.loads(header["__metadata__"]["request"])
+
+
+class Engine:
+    """vLLM's asynchronous engine with the version of its weights."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments: dict[str, Any] = {
+            "model": options.model,
+            "limit_mm_per_prompt": {"video": 16, "image": 64},
+            "logprobs_mode": options.logprobs_mode,
+            "worker_extension_cls": f"{__name__ if __name__ != '__main__' else 'vllm_worker'}.WorkerExtension",
+            "trust_remote_code": False,
+            "generation_config": "vllm",  # sampling is what the request says, not what the model's folder suggests
+            # Pixels as the processor makes them, which is what the trainer sees.
+            "mm_device_do_normalize": False,
+            **json.loads(options.arguments),
+        }
+        self.options, self.version, self.requests = options, options.version, 0
+        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self.updating = asyncio.Lock()
+
+    def info(self) -> dict[str, Any]:
+        import torch
+        import transformers
+        import vllm
+
+        config = self.llm.model_config
+        return {
+            "protocol": PROTOCOL,
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "model": self.options.model,
+            "architectures": list(config.hf_config.architectures or []),
+            "vocabulary": config.get_vocab_size(),
+            "max_model_len": config.max_model_len,
+            "dtype": str(config.dtype).removeprefix("torch."),
+            "logprobs_mode": self.options.logprobs_mode,
+            "weight_version": self.version,
+        }
+
+    async def generate(self, body: bytes) -> dict[str, Any]:
+        tensors, request = read_tensors(body)
+        version = self.version
+        groups = await asyncio.gather(*(self.one(tensors, prompt, request) for prompt in request["prompts"]))
+        if self.version != version:
+            raise RuntimeError(f"weights changed from version {version} to {self.version} while responses were sampled")
+        return {"weight_version": version, "groups": groups}
+
+    async def one(self, tensors: dict[str, Any], prompt: dict[str, Any], request: dict[str, Any]) -> dict[str, Any]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        media: dict[str, Any] = {}
+        if prompt["videos"]:
+            media["video"] = [(tensors[video["name"]], video["metadata"]) for video in prompt["videos"]]
+        if prompt["images"]:
+            from PIL import Image
+
+            media["image"] = [Image.fromarray(tensors[name]) for name in prompt["images"]]
+        given = {"prompt": prompt["text"], "multi_modal_data": media, "mm_processor_kwargs": prompt["processor"]}
+        if not media:
+            given = {"prompt_token_ids": prompt["token_ids"]}
+        parameters = SamplingParams(
+            n=request["group_size"],
+            max_tokens=request["max_new_tokens"],
+            temperature=request["temperature"],
+            top_p=request["top_p"],
+            seed=prompt["seed"],
+            logprobs=0,
+            logit_bias={int(token): -100.0 for token in request["suppressed"]},
+            stop_token_ids=request["end_ids"],
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self.requests += 1
+        result = None
+        async for result in self.llm.generate(given, parameters, f"appo-{self.requests}"):
+            pass
+        if result is None:
+            raise RuntimeError("the engine ended a request without a result")
+        completions = [
+            {
+                "ids": list(output.token_ids),
+                "logprobs": [
+                    each[token].logprob for token, each in zip(output.token_ids, output.logprobs or [], strict=True)
+                ],
+                "finish_reason": output.finish_reason,
+            }
+            for output in sorted(result.outputs, key=lambda output: output.index)
+        ]
+        return {"prompt_token_ids": list(result.prompt_token_ids), "completions": completions}
+
+    async def update(self, path: str, version: int) -> None:
+        """Weights of a folder of safetensors; nothing that was computed with the old ones stays cached."""
+        async with self.updating:
+            await self.llm.pause_generation(mode="wait", clear_cache=True)
+            try:
+                await self.llm.collective_rpc("appo_load", args=(path,))
+                await self.forget()
+                self.version = version
+            finally:
+                await self.llm.resume_generation()
+
+    async def forget(self) -> None:
+        await self.llm.reset_mm_cache()
+        await self.llm.reset_encoder_cache()
+        await self.llm.reset_prefix_cache()
+
+    async def transfer(self, step: str, payload: dict[str, Any]) -> None:
+        """One call of vLLM's weight transfer: init, start, update or finish."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+
+        if step == "init":
+            await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(**payload))
+        elif step == "start":
+            await self.llm.pause_generation(mode="wait", clear_cache=True)
+            await self.llm.start_weight_update()
+        elif step == "update":
+            await self.llm.update_weights(WeightTransferUpdateRequest(**payload))
+        elif step == "finish":
+            await self.llm.finish_weight_update()
+            await self.forget()
+            self.version = int(payload["version"])
+            await self.llm.resume_generation()
+        else:
+            raise ValueError(f"step: expected init, start, update or finish, got {step!r}")
+
+
+def application(engine: Engine, token: str) -> Any:
+    """The HTTP routes."""
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse
+
+    app = FastAPI()
+
+    @app.middleware("http")
+    async def guard(request: Request, call_next: Any) -> Any:
+        given = request.headers.get("authorization", "")
+        if token and request.url.path != "/health" and not hmac.compare_digest(given, f"Bearer {token}"):
+            return JSONResponse({"error": "wrong or missing token"}, 401)
+        try:
+            return await call_next(request)
+        except Exception as error:
+            return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
+
+    @app.get("/health")
+    async def health() -> Any:
+        await engine.llm.check_health()
+        return {"status": "ok"}
+
+    @app.get("/info")
+    async def info() -> Any:
+        return engine.info()
+
+    @app.post("/generate")
+    async def generate(request: Request) -> Any:
+        return await engine.generate(await request.body())
+
+    @app.post("/update_weights")
+    async def update_weights(request: Request) -> Any:
+        given = await request.json()
+        await engine.update(given["path"], int(given["version"]))
+        return {"weight_version": engine.version}
+
+    @app.post("/checksum")
+    async def checksum() -> Any:
+        found = await engine.llm.collective_rpc("appo_checksum")
+        return {"workers": found, "weight_version": engine.version}
+
+    @app.post("/sleep")
+    async def sleep(request: Request) -> Any:
+        await engine.llm.sleep(level=int((await request.json())["level"]))
+        return {}
+
+    @app.post("/wake")
+    async def wake() -> Any:
+        await engine.llm.wake_up()
+        await engine.forget()
+        return {}
+
+    @app.post("/transfer/{step}")
+    async def transfer(step: str, request: Request) -> Any:
+        await engine.transfer(step, await request.json())
+        return {"weight_version": engine.version}
+
+    return app
+
+
+def end_with_parent(parent: int) -> None:
+    """Exit when the process that started this one is gone: a crashed trainer leaves no server behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.killpg(0, 9)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder of the model and its processor")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8377)
+    parser.add_argument("--version", type=int, default=-1, help="version of the weights in --model")
+    parser.add_argument("--logprobs-mode", default="raw_logprobs", choices=("raw_logprobs", "processed_logprobs"))
+    parser.add_argument("--arguments", default="{}", help="JSON: further arguments of vLLM's engine")
+    parser.add_argument("--parent", type=int, help="process whose end is this one's")
+    options = parser.parse_args()
+    if options.parent:
+        end_with_parent(options.parent)
+
+    import uvicorn
+
+    async def serve() -> None:
+        engine = Engine(options)
+        try:
+            app = application(engine, os.environ.get("APPO_SERVER_TOKEN", ""))
+            config = uvicorn.Config(app, host=options.host, port=options.port, log_level="warning")
+            await uvicorn.Server(config).serve()
+        finally:
+            engine.llm.shutdown()
+
+    asyncio.run(serve())
+
+
+if __name__ == "__main__":
+    main()
