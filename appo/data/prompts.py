@@ -257,7 +257,7 @@ class PromptBuilder:
             options["videos_kwargs"] = {
                 "do_sample_frames": False,
                 "do_resize": False,
-                "video_metadata": [_metadata(clip) for clip in clips],
+                "video_metadata": [metadata_of(clip) for clip in clips],
             }
         encoded = self.processor(text=[text], return_tensors="pt", **options)
         vision = {
@@ -298,7 +298,7 @@ def video_processor(processor: Any) -> Any:
 TICKS = 1000.0  # per second: the clock of the times below
 
 
-def _metadata(clip: Clip) -> Any:
+def metadata_of(clip: Clip) -> Any:
     """What processors turn into timestamps and second-per-grid values: the true time of each sampled frame.
 
     Processors know a time as an index divided by a rate. Frames counted at the average rate of a file would be off
