@@ -167,6 +167,49 @@ def inspect(
 
 
 @command()
+def parity(
+    model: Model,
+    data: Annotated[Path, typer.Option(help="Records whose clips go through both.")],
+    data_root: Annotated[str | None, typer.Option(help="Folder that media paths start from.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Only the first so many records.")] = 4,
+    engine: Annotated[str, typer.Option(help="transformers, vllm or vllm-server.")] = "vllm-server",
+    overrides: Overrides = None,
+) -> None:
+    """Show whether a rollout engine sees what the trainer sees: ids, grids, frame times and log-probabilities.
+
+    Exit code 1 if prompts or log-probabilities differ.
+
+    Example: appo parity --model M --data test.json vllm_python=vllm-env/bin/python dtype=float32
+    """
+    import tempfile
+
+    from rich.console import Console
+
+    from appo.config import APPOConfig
+    from appo.data.load import check_media, load_records
+    from appo.reports.parity import examine_parity, parity_table
+    from appo.train.setup import load_model
+    from appo.train.trainer import Trainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = APPOConfig.from_dict(
+            {"model": model, "engine": engine, "output": folder, "group_size": 2, "max_new_tokens": 16}, overrides
+        )
+        _required(settings, "model")
+        records = load_records(data, data_root=data_root, limit=limit)
+        check_media(records)
+        loaded, processor = load_model(settings)
+        found = examine_parity(Trainer(loaded, processor, records, config=settings), records)
+    Console().print(parity_table(found))
+    for each in found:
+        if each.problem:
+            typer.echo(each.problem)
+    if not all(each.equal for each in found):
+        typer.echo("They differ. Known reasons: docs/engines.md, section 'Where engines differ'.")
+        raise typer.Exit(1)
+
+
+@command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are drawn side by side.")],
     output: Annotated[

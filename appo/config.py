@@ -1,6 +1,7 @@
 """APPOConfig: one flat set of fields, from presets, a YAML file and `key=value` overrides."""
 
 import difflib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -61,6 +62,15 @@ class APPOConfig:
     )
     rewards_lenient: bool = setting(False)  # read answers as models write them: "**B**", "\\boxed{B}", "00:13 - 00:29"
 
+    # The engine that samples responses (docs/engines.md).
+    engine: str = setting("transformers", choices=("transformers", "vllm", "vllm-server"))
+    engine_urls: list[str] = setting(factory=list, each=Constraint(required=True))  # servers that run already
+    engine_token: str = setting("")  # their APPO_SERVER_TOKEN
+    engine_timeout: float = setting(600.0, above=0, at_most=86_400)  # seconds for a server to start, and for a request
+    engine_retries: int = setting(2, at_least=0, at_most=100)  # further tries of a request that got no answer
+    vllm_python: str = setting("")  # interpreter of an environment with vLLM: each process starts a server with it
+    vllm_arguments: str = setting("{}")  # JSON: further arguments of vLLM's engine, such as {"tensor_parallel_size": 2}
+
     # Dynamic sampling and overlong shaping (DAPO).
     dynamic_sampling: bool = setting(False)  # replace groups whose rewards are all equal by new prompts
     max_sampling_rounds: int = setting(4, at_least=1)
@@ -90,7 +100,8 @@ class APPOConfig:
     aggregation: str = setting("dapo", choices=("dapo", "grpo", "bnpo", "dr_grpo"))
     advantage_scale: str = setting("group", choices=("group", "none"))
     entropy_coef: float = setting(0.0)
-    # Truncated importance sampling for rollouts of another engine.
+    # Truncated importance sampling for rollouts of another engine: the cap of the ratio. null: 2 with such an engine,
+    # no correction where the model itself samples.
     rollout_cap: float | None = setting(None, above=0)
 
     # Optimisation.
@@ -157,11 +168,28 @@ class APPOConfig:
                     f"`{name}`: expected at most {limit} = {getattr(self, limit)}, got {getattr(self, name)}. "
                     "Change either."
                 )
+        if self.engine == "vllm-server" and bool(self.engine_urls) == bool(self.vllm_python):
+            raise ConfigError(
+                "`engine`: vllm-server needs either `engine_urls` of servers that run or `vllm_python`, the "
+                f"interpreter of an environment with vLLM; got {'both' if self.engine_urls else 'neither'}. See "
+                "docs/engines.md."
+            )
+        try:
+            arguments = json.loads(self.vllm_arguments)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"`vllm_arguments`: expected a JSON object, got {shown(self.vllm_arguments)}.") from error
+        if not isinstance(arguments, dict):
+            raise ConfigError(f"`vllm_arguments`: expected a JSON object, got {shown(self.vllm_arguments)}.")
         if self.delta is not None and self.delta <= 1 + self.eps_high:
             raise ConfigError(
                 f"`delta`: expected more than 1 + eps_high = {1 + self.eps_high:g}, which caps the ratio already, got "
                 f"{self.delta:g}. Change either, or leave `delta` out."
             )
+
+    @property
+    def correction_cap(self) -> float | None:
+        """The cap of the ratio between trainer and rollout engine; None: no correction."""
+        return 2.0 if self.rollout_cap is None and self.engine != "transformers" else self.rollout_cap
 
     @classmethod
     def paper(cls, **overrides: Any) -> "APPOConfig":
@@ -262,7 +290,7 @@ class APPOConfig:
         """The settings of the loss, as the surrogates of `appo_kernels` name them."""
         names = ("eps_low", "eps_high", "delta", "beta", "level", "aggregation", "entropy_coef")
         return {name: getattr(self, name) for name in names} | {
-            "rollout_cap": self.rollout_cap or 2.0,
+            "rollout_cap": self.correction_cap or 2.0,
             "max_length": self.max_new_tokens,
         }
 

@@ -42,7 +42,10 @@ class Played:
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 played.calls.append(self.path)
-                if played.faults.get("token") and self.headers.get("Authorization") != f"Bearer {played.faults['token']}":
+                if (
+                    played.faults.get("token")
+                    and self.headers.get("Authorization") != f"Bearer {played.faults['token']}"
+                ):
                     return self.answer({"error": "wrong or missing token"}, 401)
                 if self.path == "/generate" and played.faults.get("dies", 0) > 0:
                     played.faults["dies"] -= 1
@@ -102,7 +105,14 @@ def tiny():
 
 def prompt_with_clip():
     frames = torch.arange(2 * 3 * 28 * 28, dtype=torch.int64).remainder(251).to(torch.uint8).view(2, 3, 28, 28)
-    clip = Clip(frames=frames, timestamps=torch.tensor([0.0, 0.5], dtype=torch.float64), source_fps=8.0, duration=1.0)
+    clip = Clip(
+        frames=frames,
+        timestamps=torch.tensor([0.0, 0.5], dtype=torch.float64),
+        source_fps=8.0,
+        duration=1.0,
+        start=0.0,
+        end=1.0,
+    )
     record = Record(id="a", question="?", answer="A", kind="multiple choice")
     return Prompt(record=record, input_ids=torch.tensor([1, 2, 3]), token_types=None, text="hello", clips=(clip,))
 
@@ -119,7 +129,9 @@ def test_frames_and_their_times_arrive_as_they_are():
     (asked,) = request["prompts"]
     (video,) = asked["videos"]
     np.testing.assert_array_equal(tensors[video["name"]], prompt.clips[0].frames.permute(0, 2, 3, 1).numpy())
-    assert video["metadata"]["fps"] == 8.0 and video["metadata"]["frames_indices"] == [0, 4]
+    assert video["metadata"]["duration"] == 1.0
+    times = [index / video["metadata"]["fps"] for index in video["metadata"]["frames_indices"]]
+    assert times == [0.0, 0.5]
     assert video["metadata"]["do_sample_frames"] is False and asked["processor"] == {"do_resize": False}
     assert asked["text"] == "hello" and asked["seed"] == 7
     assert request["suppressed"] == [9] and request["end_ids"] == [2] and request["group_size"] == 2
@@ -193,7 +205,7 @@ def test_an_address_where_nobody_is(tiny, tmp_path):
 
 
 def test_an_interpreter_that_is_none(tiny, tmp_path):
-    with pytest.raises(EngineError, match="vllm_python.*no-such-python"):
+    with pytest.raises(EngineError, match=r"vllm_python.*no-such-python"):
         VLLMServerRollout(*tiny, tmp_path, python="no-such-python")
 
 
@@ -201,7 +213,7 @@ def test_a_server_that_ends_at_once_shows_its_log(tiny, tmp_path):
     """The interpreter of this environment has no vLLM."""
     import sys
 
-    with pytest.raises(EngineError, match="(?s)before it was ready.*vllm"):
+    with pytest.raises(EngineError, match=r"(?s)before it was ready.*vllm"):
         VLLMServerRollout(*tiny, tmp_path, python=sys.executable, model_path="m", timeout=60)
 
 
@@ -221,7 +233,9 @@ def test_weights_are_those_of_the_saved_model(tiny, tmp_path):
     for tensor in saved.values():
         sums.add(tensor)
     assert checksum == (sums.total, sums.count)
-    assert sorted(t.float().sum().item() for t in saved.values()) == sorted(t.float().sum().item() for t in ours.values())
+    assert sorted(t.float().sum().item() for t in saved.values()) == sorted(
+        t.float().sum().item() for t in ours.values()
+    )
 
 
 def test_adapters_are_added_to_the_weights(tiny):

@@ -20,21 +20,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.numpy import save
 from torch import nn
 
 from appo.data.prompts import Prompt
 from appo.models.loaded import end_ids, vision_token_ids
 from appo.rollout.engine import Completion, Sampling
+from appo.rollout.vllm_requests import EngineError, check_prompt, completion_of, request_of
 from appo.rollout.vllm_worker import PROTOCOL
 from appo.rollout.weight_files import write_weights
 
 logger = logging.getLogger(__name__)
 WORKER = Path(__file__).with_name("vllm_worker.py")
-
-
-class EngineError(RuntimeError):
-    """A rollout engine that cannot do its work: the message names the server, what happened and what to do."""
 
 
 @dataclass
@@ -162,7 +158,7 @@ class VLLMServerRollout:
         else:
             self.server = self._own(python, model_path, logprobs_mode, arguments or {})
             self.server.start(timeout)
-            atexit.register(self.server.stop)
+            atexit.register(self.close)
         self._check(logprobs_mode)
 
     def _own(self, python: str, model_path: str, logprobs_mode: str, arguments: dict[str, Any]) -> Server:
@@ -197,20 +193,18 @@ class VLLMServerRollout:
             )
         if not self.vocabulary - 1024 <= info["vocabulary"] <= self.vocabulary:
             raise EngineError(
-                f"vLLM server {self.server.url}: serves {info['model']!r} with {info['vocabulary']} tokens, the model in "
-                f"training has {self.vocabulary}. Start it on the model that is trained."
+                f"vLLM server {self.server.url}: serves {info['model']!r} with {info['vocabulary']} tokens, the model "
+                f"in training has {self.vocabulary}. Start it on the model that is trained."
             )
         if info["logprobs_mode"] != logprobs_mode:
             raise EngineError(
-                f"vLLM server {self.server.url}: gives {info['logprobs_mode']}, this run needs {logprobs_mode}. Start it "
-                f"with --logprobs-mode {logprobs_mode}."
+                f"vLLM server {self.server.url}: gives {info['logprobs_mode']}, this run needs {logprobs_mode}. Start "
+                f"it with --logprobs-mode {logprobs_mode}."
             )
         self.info = info
         logger.info("rollouts by vLLM %s (transformers %s)", info["vllm"], info["transformers"])
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]
-    ) -> list[list[Completion]]:
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[list[Completion]]:
         """See ``Rollout``. Raises EngineError when the server reads a prompt otherwise than the trainer."""
         groups = self.ask(prompts, sampling, seeds)
         for group, prompt in zip(groups, prompts, strict=True):
@@ -226,8 +220,8 @@ class VLLMServerRollout:
             answer = self._ask("/generate", body)
         if answer["weight_version"] != self.version:
             raise EngineError(
-                f"vLLM server {self.server.url}: sampled with weights of version {answer['weight_version']}, this run is "
-                f"at {self.version}. Does another run hand it weights?"
+                f"vLLM server {self.server.url}: sampled with weights of version {answer['weight_version']}, this run "
+                f"is at {self.version}. Does another run hand it weights?"
             )
         return answer["groups"]
 
@@ -238,14 +232,18 @@ class VLLMServerRollout:
                 return self.server.call(path, body, timeout=self.timeout)
             except OSError as error:
                 problem = error
-                logger.warning("vLLM server %s: %s (try %d of %d)", self.server.url, error, attempt + 1, self.retries + 1)
+                logger.warning(
+                    "vLLM server %s: %s (try %d of %d)", self.server.url, error, attempt + 1, self.retries + 1
+                )
                 if self.server.command and attempt < self.retries:
                     self.server.stop()
                     self.server.start(self.timeout)
                     self._load(self.server)
                 else:
                     time.sleep(min(2.0**attempt, 30))
-        remedy = f"See {self.server.log}." if self.server.log else "Start it again; the run goes on from its checkpoint."
+        remedy = (
+            f"See {self.server.log}." if self.server.log else "Start it again; the run goes on from its checkpoint."
+        )
         raise EngineError(
             f"vLLM server {self.server.url}: no answer in {self.retries + 1} tries ({problem}). {remedy}"
         ) from problem
@@ -293,82 +291,6 @@ class VLLMServerRollout:
         self.server.stop()
         if self.rank == 0 and self.weights != Path():
             shutil.rmtree(self.weights, ignore_errors=True)
-
-
-def request_of(
-    prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int], *, suppressed: Sequence[int], end_ids: Sequence[int]
-) -> bytes:
-    """A safetensors message: frames (T, H, W, 3) uint8 and images (H, W, 3) as tensors, the rest in its header."""
-    import numpy as np
-
-    tensors: dict[str, Any] = {}
-    described = []
-    for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-        videos, images = [], []
-        for clip in prompt.clips:
-            name = f"video-{index}-{len(videos)}"
-            tensors[name] = np.ascontiguousarray(clip.frames.permute(0, 2, 3, 1).numpy())
-            videos.append({"name": name, "metadata": video_metadata(clip)})
-        for image in prompt.images:
-            images.append(f"image-{index}-{len(images)}")
-            tensors[images[-1]] = np.asarray(image)
-        described.append(
-            {
-                "text": prompt.text,
-                "token_ids": prompt.input_ids.tolist(),
-                "videos": videos,
-                "images": images,
-                "processor": {"do_resize": False} if videos else {},
-                "seed": seed % (1 << 31),  # child seeds are sums, and some samplers take 32 bits
-            }
-        )
-    request = {
-        "prompts": described,
-        "group_size": sampling.group_size,
-        "max_new_tokens": sampling.max_new_tokens,
-        "temperature": sampling.temperature,
-        "top_p": sampling.top_p,
-        "suppressed": list(suppressed),
-        "end_ids": list(end_ids),
-    }
-    tensors.setdefault("none", np.zeros(1, np.uint8))  # a message has at least one tensor
-    return save(tensors, metadata={"request": json.dumps(request)})
-
-
-def video_metadata(clip: Any) -> dict[str, Any]:
-    """What vLLM's video input says of frames that were sampled already (keys as in `transformers.VideoMetadata`)."""
-    from appo.data.prompts import metadata_of
-
-    found = metadata_of(clip)
-    return {
-        "total_num_frames": found.total_num_frames,
-        "fps": found.fps,
-        "duration": found.duration,
-        "frames_indices": list(found.frames_indices),
-        "video_backend": "pyav",
-        "do_sample_frames": False,
-    }
-
-
-def check_prompt(read: Sequence[int], prompt: Prompt, url: str) -> None:
-    """Raise EngineError unless a server read the prompt as the trainer does."""
-    ours = prompt.input_ids.tolist()
-    if list(read) != ours:
-        place = next((i for i, (a, b) in enumerate(zip(read, ours, strict=False)) if a != b), min(len(read), len(ours)))
-        raise EngineError(
-            f"vLLM server {url}: reads {prompt.record.place} as {len(read)} tokens, the trainer as {len(ours)}; they part "
-            f"at token {place}. See `appo parity`."
-        )
-
-
-def completion_of(found: dict[str, Any], version: int) -> Completion:
-    logprobs = [float("nan") if value is None else value for value in found["logprobs"]]
-    return Completion(
-        torch.tensor(found["ids"], dtype=torch.int64),
-        torch.tensor(logprobs, dtype=torch.float32),
-        found["finish_reason"],
-        version,
-    )
 
 
 def _tail(path: Path, lines: int = 15) -> str:

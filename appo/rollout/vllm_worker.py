@@ -11,7 +11,7 @@ Every request but ``/health`` carries the token of the environment variable APPO
     POST /update_weights   {"path", "version"}      weights of a folder of safetensors
     POST /checksum                                  of the weights that were loaded last
     POST /sleep {"level"}, /wake                    give GPU memory back, and take it again
-    POST /transfer/{init, start, update, finish}    vLLM's weight transfer (NCCL, IPC); JSON as vLLM's own routes take it
+    POST /transfer/{init, start, update, finish}    vLLM's weight transfer (NCCL, IPC); JSON as its own routes take
 """
 
 import argparse
@@ -190,11 +190,8 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self.requests += 1
-        result = None
-        async for result in self.llm.generate(given, parameters, f"appo-{self.requests}"):
-            pass
-        if result is None:
-            raise RuntimeError("the engine ended a request without a result")
+        # FINAL_ONLY: one result, with all responses.
+        (result,) = [each async for each in self.llm.generate(given, parameters, f"appo-{self.requests}")]
         completions = [
             {
                 "ids": list(output.token_ids),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from accelerate.utils import gather_object
 
 from appo.train import checkpoints
+from appo.train.engine_difference import warn_of_drift
 from appo.train.evaluate import evaluate
 from appo.train.interrupt import StopFlag
 from appo.train.logs import RunLog
@@ -34,6 +35,8 @@ def run(trainer: "Trainer") -> Path:
         for step in range(start + 1, config.max_steps + 1):
             metrics = trainer.step(step)
             log.metrics(step, metrics)
+            if main:
+                warn_of_drift(step, metrics, config.engine)
             if step == 1 or _due(step, config.sample_every):
                 log.sample(step, sample_record(trainer.groups[0], trainer.processor))
             if _due(step, config.heads_every):

@@ -16,7 +16,9 @@ from appo.data.records import Record
 from appo.data.sampler import RecordSampler
 from appo.method.advantages import group_advantages
 from appo.models.load import check_fits
-from appo.rollout.engine import Completion, Rollout, Sampling, TransformersRollout, checked, seed_of
+from appo.rollout.build import build_engine
+from appo.rollout.engine import Completion, Rollout, Sampling, checked, seed_of
+from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
 from appo.train.groups import Group, Part, batch_parts, loss_operands, token_weights_of
 from appo.train.logs import Meter, peak_memory_gib
@@ -41,7 +43,7 @@ class Trainer:
         config: see `APPOConfig`.
         eval_dataset: held-out records, or several splits by name, answered at the start, every
             ``config.eval_every`` steps and at the end.
-        engine: samples responses, for training and evaluation (see `Rollout`); None: the model itself.
+        engine: samples responses, for training and evaluation (see `Rollout`); None: that of ``config.engine``.
         choose_frames: (group, config) -> target frames (K,) int64 of a scored group.
         weigh_tokens: (group, divergence, config) -> weights (G, N) fp32; ``divergence(slots)`` is (K, J).
         surrogate: called as `appo_kernels.linear_weighted_surrogate` is, and returns what it does.
@@ -89,7 +91,7 @@ class Trainer:
         self.sampler = RecordSampler(
             dataset, seed=config.seed, rank=self.accelerator.process_index, world=self.accelerator.num_processes
         )
-        self.engine: Rollout = engine or TransformersRollout(self.model, processor)
+        self.engine: Rollout = engine or build_engine(config, self.model, processor)
         self.version = 0  # of the weights: the step that made them
         self._engine_version: int | None = None  # of the weights that the engine has
         self.groups: list[Group] = []  # of the last step
@@ -130,6 +132,7 @@ class Trainer:
         with self.timed("update"):
             self.update(groups, number)
         measure_groups(self.meter, groups)
+        measure_engine(self.meter, groups)
         self.meter.add("time/step", time.perf_counter() - started)
         self.meter.maximum("memory/peak_gib", peak_memory_gib(self.accelerator.device))
         self.groups = groups
@@ -225,7 +228,7 @@ class Trainer:
         """The weighted surrogate of some responses as part of a batch of ``tokens`` and ``responses`` (eq. 20)."""
         config = self.config
         batch = batch_parts(parts, self.pad_id, self.accelerator.device)
-        operands = loss_operands(parts, self.accelerator.device, rollout_logprobs=bool(config.rollout_cap))
+        operands = loss_operands(parts, self.accelerator.device, rollout_logprobs=config.correction_cap is not None)
         arguments = operands | config.loss_arguments() | self.unwrapped.logit_arguments(config) | {"num_items": tokens}
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SurrogateOutput:

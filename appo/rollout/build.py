@@ -1,0 +1,48 @@
+"""The rollout engine that a run's settings name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from appo.config import APPOConfig
+from appo.rollout.engine import Rollout, TransformersRollout
+
+# Log-probabilities at another temperature than 1 are those of the distribution that was sampled from.
+LOGPROBS_MODES = {True: "raw_logprobs", False: "processed_logprobs"}
+
+
+def build_engine(config: APPOConfig, model: Any, processor: Any) -> Rollout:
+    """The engine of ``config.engine`` (docs/engines.md), with whatever it starts started.
+
+    Raises EngineError naming the server and what is wrong with it; ImportError where vLLM is to run in this process
+    and is not installed.
+    """
+    if config.engine == "transformers":
+        return TransformersRollout(model, processor)
+    arguments = {"dtype": config.dtype, "max_model_len": None} | json.loads(config.vllm_arguments)
+    arguments = {name: value for name, value in arguments.items() if value is not None}
+    # What is handed over is what the trainer's forward computes in.
+    dtype = getattr(torch, config.dtype)
+    mode = LOGPROBS_MODES[config.temperature == 1]
+    if config.engine == "vllm":
+        from appo.rollout.vllm_engine import VLLMRollout
+
+        return VLLMRollout(model, processor, config.model, arguments=arguments, logprobs_mode=mode, dtype=dtype)
+    from appo.rollout.vllm_server import VLLMServerRollout
+
+    return VLLMServerRollout(
+        model,
+        processor,
+        Path(config.output) / "engine",
+        urls=config.engine_urls,
+        python=config.vllm_python,
+        model_path=config.model,
+        arguments=arguments,
+        token=config.engine_token,
+        timeout=config.engine_timeout,
+        retries=config.engine_retries,
+        logprobs_mode=mode,
+        dtype=dtype,
+    )
