@@ -107,7 +107,8 @@ def test_nothing_of_old_weights_stays(served, records, tmp_path):
 
 
 def test_training_goes_on_when_the_server_is_killed(served, records, tmp_path):
-    trainer = trainer_of(served, records, tmp_path, rewards={"format": 1.0}, entropy_coef=0.01)
+    (tmp_path / "reward.py").write_text("def odd(text, record): return len(text) % 2\n")  # differs within a group
+    trainer = trainer_of(served, records, tmp_path, rewards={f"{tmp_path}/reward.py:odd": 1.0})
     first = trainer.step(1)
     assert first["engine/effective_sample_size"] > 0.5
     os.killpg(served[2].server.process.pid, signal.SIGKILL)
