@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -114,7 +115,8 @@ def prompt_with_clip():
         end=1.0,
     )
     record = Record(id="a", question="?", answer="A", kind="multiple choice")
-    return Prompt(record=record, input_ids=torch.tensor([1, 2, 3]), token_types=None, text="hello", clips=(clip,))
+    builder = SimpleNamespace(clips=lambda record: [clip], images=lambda record: [])
+    return Prompt(record=record, input_ids=torch.tensor([1, 2, 3]), token_types=None, text="hello", builder=builder)
 
 
 def rollout(server, tiny, tmp_path, **options):

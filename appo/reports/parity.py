@@ -10,6 +10,7 @@ from appo.data.records import Record
 from appo.models.loaded import prompt_positions
 from appo.rollout.vllm_requests import EngineError
 from appo.train.engine_difference import compare, first_difference
+from appo.train.groups import whole_groups
 from appo.train.trainer import Trainer
 
 
@@ -50,7 +51,7 @@ def _examine(trainer: Trainer, prompt: Prompt) -> Parity:
     problem, numbers, place = "", dict[str, float](), None
     try:
         (group,) = trainer.reward(trainer.sample([prompt], [trainer.config.seed]))
-        trainer.score([group])
+        trainer.score(whole_groups([group]))
         numbers, place = compare(group), first_difference(group)
     except EngineError as error:
         problem = str(error)

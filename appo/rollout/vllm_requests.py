@@ -31,12 +31,12 @@ def request_of(
     tensors: dict[str, Any] = {}
     described = []
     for index, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+        media, processor = media_of(prompt)
         videos, images = list[dict[str, Any]](), list[str]()
-        for clip in prompt.clips:
-            name = f"video-{index}-{len(videos)}"
-            tensors[name] = frames_of(clip)
-            videos.append({"name": name, "metadata": video_metadata(clip)})
-        for image in prompt.images:
+        for frames, metadata in media.get("video", []):
+            videos.append({"name": f"video-{index}-{len(videos)}", "metadata": metadata})
+            tensors[videos[-1]["name"]] = frames
+        for image in media.get("image", []):
             images.append(f"image-{index}-{len(images)}")
             tensors[images[-1]] = np.asarray(image)
         described.append(
@@ -45,7 +45,7 @@ def request_of(
                 "token_ids": prompt.input_ids.tolist(),
                 "videos": videos,
                 "images": images,
-                "processor": media_of(prompt)[1],
+                "processor": processor,
                 "seed": seed % SEEDS,
             }
         )
@@ -69,12 +69,13 @@ def frames_of(clip: Clip) -> np.ndarray:
 
 def media_of(prompt: Prompt) -> tuple[dict[str, Any], dict[str, Any]]:
     """vLLM's multi-modal data of a prompt, empty without media, and the processor's arguments for it."""
+    clips, images = prompt.clips, prompt.images  # decoded now
     media: dict[str, Any] = {}
-    if prompt.clips:
-        media["video"] = [(frames_of(clip), video_metadata(clip)) for clip in prompt.clips]
-    if prompt.images:
-        media["image"] = list(prompt.images)
-    return media, {"do_resize": False} if prompt.clips else {}
+    if clips:
+        media["video"] = [(frames_of(clip), video_metadata(clip)) for clip in clips]
+    if images:
+        media["image"] = list(images)
+    return media, {"do_resize": False} if media else {}
 
 
 def sampling_arguments(

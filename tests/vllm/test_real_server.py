@@ -14,6 +14,7 @@ from appo.rollout.vllm_server import VLLMServerRollout
 from appo.tasks import make_task
 from appo.tasks.tiny import build_tiny
 from appo.train.engine_difference import compare
+from appo.train.groups import whole_groups
 from appo.train.trainer import Trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
@@ -68,7 +69,7 @@ def test_prompts_weights_and_log_probabilities_are_the_trainers(served, records,
     prompts = [trainer.build_prompt(record) for record in records[:2]]
     groups = trainer.reward(trainer.sample(prompts, [1, 2]))  # raises where the server reads other ids
     for group in groups:
-        trainer.score([group])
+        trainer.score(whole_groups([group]))
         numbers = compare(group)
         assert numbers["engine/unknown"] == 0
         # Qwen2.5-VL: text after a video has other positions in transformers (docs/engines.md); Qwen3-VL: the same.
@@ -81,7 +82,7 @@ def test_text_alone_is_exact(served, records, tmp_path):
     trainer.sync_engine()
     prompt = trainer.build_prompt(replace(records[0], media=()))
     (group,) = trainer.reward(trainer.sample([prompt], [1]))
-    trainer.score([group])
+    trainer.score(whole_groups([group]))
     assert compare(group)["engine/logprob_diff_max"] < 1e-4
 
 
