@@ -37,18 +37,18 @@ class Attention:
 
     @property
     def whole(self) -> bool:
-        """Whether attention over all rows is affordable here."""
+        """True if attention over all rows is affordable here."""
         return self.device == "cuda" or self.shape.attention_flop <= CPU_MOST_FLOP
 
     @property
     def row_matrix(self) -> bool:
-        """Whether (B, Hq, R, S) scores of the response rows fit, three times in fp32."""
+        """True if (B, Hq, R, S) scores of the response rows fit, three times in fp32."""
         shape = self.shape
         return 12 * shape.batch * shape.heads * shape.rows * shape.keys <= MOST_MATRIX_BYTES[self.device]
 
     @property
     def matrix(self) -> bool:
-        """Whether the attention matrix, which eager attention keeps in fp32 and in its dtype, fits."""
+        """True if the attention matrix, which eager attention keeps in fp32 and in its dtype, fits."""
         shape = self.shape
         return self.whole and 6 * shape.batch * shape.heads * shape.keys**2 <= MOST_MATRIX_BYTES[self.device]
 
@@ -95,14 +95,14 @@ def flash(work: Attention) -> tuple[Tensor, Tensor]:
 
 
 def sdpa(work: Attention) -> Tensor:
-    """What a model calls."""
+    """The attention that a model calls."""
     return scaled_dot_product_attention(
         work.query, repeated(work, work.key), repeated(work, work.value), is_causal=True
     )
 
 
 def eager(work: Attention) -> tuple[Tensor, Tensor]:
-    """What transformers' eager attention computes, with the mass of the response rows taken from its matrix."""
+    """transformers' eager attention, with the mass of the response rows taken from its matrix."""
     key, value, shape = repeated(work, work.key), repeated(work, work.value), work.shape
     scores = work.query @ key.transpose(-1, -2) * shape.head_dim**-0.5
     scores = scores + torch.full((shape.keys, shape.keys), -torch.inf, dtype=scores.dtype, device=scores.device).triu(1)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import frame_attention, frame_mass
+from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.frame_attention import reference
 from appo_kernels.testing import assert_as_good_as
 from benchmarks import attention_work as peers
@@ -23,8 +24,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case | None:
     if not work.whole:
         return None
     every_key = torch.arange(shape.keys, dtype=torch.int32, device=device).expand(shape.batch, -1)
-    backends = own_backends(OP, device, dtype, shape.head_dim)
-    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
+    usable, skipped = own_backends(OP, device, dtype, shape.head_dim)
 
     def ours(backend: str) -> tuple[Tensor, Tensor]:
         result = frame_attention(
@@ -34,7 +34,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case | None:
         return result.out, result.mass[:, -shape.rows :]
 
     def flash_and_replay() -> tuple[Tensor, Tensor]:
-        """What recording does where attention returns its lse: attention as it is, and the rows that matter again."""
+        """Recording where attention returns its lse: attention as it is, and the rows that matter again."""
         out, lse = peers.flash(work)
         mass = frame_mass(
             work.rows, work.key, work.frame_ids, num_frames=shape.frames, lse=lse[:, :, -shape.rows :],
@@ -42,7 +42,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case | None:
         )  # fmt: skip
         return out, mass
 
-    runs = {f"ours, {name}, fused": partial(ours, name) for name, reason in backends.items() if not reason}
+    runs = {f"ours, {name}, fused": partial(ours, name) for name in usable}
     runs["ours, flash and frame_mass"] = flash_and_replay
     contestants = [Contestant(name, "ours", run) for name, run in runs.items()]
     contestants.append(Contestant("bound: flash attention", "bound", partial(peers.flash, work)))
@@ -52,9 +52,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case | None:
     else:
         skipped["eager attention and its matrix"] = "its matrix does not fit"
     verify = partial(check, work, runs)
-    return Case(
-        OP, shape.name, str(dtype).removeprefix("torch."), shape.describe(), device, verify, contestants, skipped
-    )
+    return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, contestants, skipped)
 
 
 def check(work: peers.Attention, runs: dict, rows: int = 48) -> None:

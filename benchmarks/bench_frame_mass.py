@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import frame_mass
+from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.frame_mass import reference
 from appo_kernels.testing import assert_as_good_as
 from benchmarks import attention_work as peers
@@ -21,8 +22,8 @@ TOO_LARGE = "attention over all rows takes minutes, or its matrix does not fit"
 def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
     work = peers.attention_inputs(shape, dtype, device)
     lse = peers.flash(work)[1][:, :, -shape.rows :] if work.whole else exact_lse(work)
-    backends = own_backends(OP, device, dtype, shape.head_dim)
-    contestants, skipped = [], {f"ours, {name}": reason for name, reason in backends.items() if reason}
+    usable, skipped = own_backends(OP, device, dtype, shape.head_dim)
+    contestants = []
 
     def ours(backend: str, given: Tensor | None) -> Tensor:
         return frame_mass(
@@ -30,7 +31,6 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
             backend=backend,
         )  # fmt: skip
 
-    usable = [name for name, reason in backends.items() if not reason]
     for backend in usable:
         contestants.append(Contestant(f"ours, {backend}, lse given", "ours", partial(ours, backend, lse)))
     for backend in usable:
@@ -59,9 +59,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
     else:
         skipped["FlexAttention, one-hot values"] = reason
     verify = partial(check, work, masses)
-    return Case(
-        OP, shape.name, str(dtype).removeprefix("torch."), shape.describe(), device, verify, contestants, skipped
-    )
+    return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, contestants, skipped)
 
 
 def exact_lse(work: peers.Attention) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import group_divergence, group_divergence_from_logits, token_logprobs
+from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.group_divergence import reference
 from appo_kernels.testing import assert_as_good_as
 from benchmarks import vocabulary_work as peers
@@ -32,13 +33,11 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, kind: str) -> 
     head = peers.head_inputs(shape, dtype, device, gradients=False)
     slots = random_slots(shape, device)
     lse = token_logprobs(head.hidden.flatten(0, 1), head.weight, head.targets.flatten()).lse.view(head.targets.shape)
-    backends = own_backends(OP, device, dtype)
-    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
+    usable, skipped = own_backends(OP, device, dtype)
 
     def ours(backend: str) -> Tensor:
         return group_divergence(head.hidden, head.weight, lse, slots, kind=kind, backend=backend)
 
-    usable = [name for name, reason in backends.items() if not reason]
     contestants = [Contestant(f"ours, {name}", "ours", partial(ours, name)) for name in usable]
     dense = partial(peers.dense_divergence, head.hidden, head.weight, slots, kind)
     contestants.append(Contestant("dense (G, N, V)", "peer", dense))
@@ -49,23 +48,20 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, kind: str) -> 
     contestants.append(Contestant("bound: product of the unique rows", "bound", product))
     work = f"{shape.describe()}, {len(rows)} unique rows"
     verify = partial(check, head, slots, kind, usable)
-    return Case(
-        f"{OP} {kind}", shape.name, str(dtype).removeprefix("torch."), work, device, verify, contestants, skipped
-    )
+    return Case(f"{OP} {kind}", shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
 
 
 def from_logits(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(shape.responses, shape.tokens, shape.vocabulary, generator=generator).to(device, dtype)
     slots, lse = random_slots(shape, device), logits.float().logsumexp(-1)
-    backends = own_backends(OP, device, dtype)
-    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
+    usable, skipped = own_backends(OP, device, dtype)
 
     def ours(backend: str) -> Tensor:
         return group_divergence_from_logits(logits, lse, slots, backend=backend)
 
     dense = partial(peers.dense_divergence_from_logits, logits, slots, "kl")
-    runs = {f"ours, {name}": partial(ours, name) for name, reason in backends.items() if not reason}
+    runs = {f"ours, {name}": partial(ours, name) for name in usable}
     contestants = [Contestant(name, "ours", run) for name, run in runs.items()]
     contestants.append(Contestant("dense (G, N, V)", "peer", dense))
     unique = [slots[:, i].unique() for i in range(shape.responses)]
@@ -82,7 +78,7 @@ def from_logits(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case
 
     work = f"{shape.describe()}, {len(rows)} unique rows"
     name = f"{OP}_from_logits kl"
-    return Case(name, shape.name, str(dtype).removeprefix("torch."), work, device, verify, contestants, skipped)
+    return Case(name, shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
 
 
 def check(head: peers.Head, slots: Tensor, kind: str, backends: list[str], columns: int = 2048) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import linear_weighted_surrogate, token_logprobs
+from appo_kernels.dtypes import dtype_name
 from benchmarks import vocabulary_work as peers
 from benchmarks.harness import Case, Contestant, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
@@ -20,16 +21,13 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
     with torch.no_grad():
         logprobs = token_logprobs(head.hidden.flatten(0, 1), head.weight, head.targets.flatten()).logprobs
     batch = peers.batch_of(logprobs.view(head.targets.shape))
-    backends = own_backends("weighted_surrogate", device, dtype, needs_grad=True)
-    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
+    usable, skipped = own_backends("weighted_surrogate", device, dtype, needs_grad=True)
 
     def ours(backend: str) -> Tensor:
         arguments = head.hidden, head.weight, head.targets, batch.old, batch.advantages, batch.mask
         return linear_weighted_surrogate(*arguments, backend=backend).loss
 
-    losses: dict[str, Callable[[], Tensor]] = {
-        f"ours, {name}": partial(ours, name) for name, reason in backends.items() if not reason
-    }
+    losses: dict[str, Callable[[], Tensor]] = {f"ours, {name}": partial(ours, name) for name in usable}
     losses["plain torch, all logits"] = partial(through, peers.dense_logprobs, head, batch)
     if reason := peers.installed("liger_kernel"):
         skipped["liger-kernel, chunked"] = reason
@@ -61,7 +59,7 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
     runs = {name: partial(with_gradients, loss) for name, loss in losses.items()}
     verify = partial(peers.loss_and_gradients_agree, OP, runs, dtype)
     work = shape.describe() + ", forward and backward"
-    return Case(OP, shape.name, str(dtype).removeprefix("torch."), work, device, verify, contestants, skipped)
+    return Case(OP, shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
 
 
 def through(logprobs_of: Callable[..., tuple[Tensor, Tensor]], head: peers.Head, batch: peers.Batch) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import logits_weighted_surrogate
+from appo_kernels.dtypes import dtype_name
 from benchmarks import vocabulary_work as peers
 from benchmarks.harness import Case, Contestant, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
@@ -22,16 +23,13 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
     targets = torch.randint(V, (G, N), generator=generator).to(device)
     with torch.no_grad():
         batch = peers.batch_of(plain_logprobs(logits, targets))
-    backends = own_backends("weighted_surrogate", device, dtype, needs_grad=True)
-    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
+    usable, skipped = own_backends("weighted_surrogate", device, dtype, needs_grad=True)
 
     def ours(backend: str) -> Tensor:
         arguments = logits, targets, batch.old, batch.advantages, batch.mask
         return logits_weighted_surrogate(*arguments, backend=backend).loss
 
-    losses: dict[str, Callable[[], Tensor]] = {
-        f"ours, {name}": partial(ours, name) for name, reason in backends.items() if not reason
-    }
+    losses: dict[str, Callable[[], Tensor]] = {f"ours, {name}": partial(ours, name) for name in usable}
     leaves: dict[str, Tensor] = {}  # of those that want logits of another shape
     losses["plain torch"] = lambda: peers.clipped_loss(plain_logprobs(logits, targets), batch)
     if reason := peers.installed("liger_kernel"):
@@ -67,7 +65,7 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
     runs = {name: partial(with_gradient, name) for name in losses}
     verify = partial(peers.loss_and_gradients_agree, OP, runs, dtype)
     work = f"G {G}, N {N}, V {V:,}, forward and backward"
-    return Case(OP, shape.name, str(dtype).removeprefix("torch."), work, device, verify, contestants, skipped)
+    return Case(OP, shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
 
 
 def plain_logprobs(logits: Tensor, targets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import token_logprobs
+from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.token_logprobs import reference
 from appo_kernels.testing import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as
 from benchmarks import vocabulary_work as peers
@@ -27,11 +28,8 @@ def ours(backend: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple
 
 def case(shape: VocabularyShape, dtype: torch.dtype, device: str, *, gradients: bool) -> Case:
     head = peers.head_inputs(shape, dtype, device, gradients=gradients)
-    backends = own_backends(OP, device, dtype, needs_grad=gradients)
-    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
-    functions: dict[str, Function] = {
-        f"ours, {name}": partial(ours, name) for name, reason in backends.items() if not reason
-    }
+    usable, skipped = own_backends(OP, device, dtype, needs_grad=gradients)
+    functions: dict[str, Function] = {f"ours, {name}": partial(ours, name) for name in usable}
     functions["log_softmax of all logits"] = peers.dense_logprobs
     if reason := peers.installed("trl"):
         skipped["TRL, chunked"] = reason
@@ -60,7 +58,7 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, *, gradients: 
     work = shape.describe() + (", forward and backward" if gradients else ", forward")
     op = f"{OP} {'fwd+bwd' if gradients else 'fwd'}"
     verify = partial(check, head, functions)
-    return Case(op, shape.name, str(dtype).removeprefix("torch."), work, device, verify, contestants, skipped)
+    return Case(op, shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

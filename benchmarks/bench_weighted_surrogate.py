@@ -21,15 +21,12 @@ def case(shape: VocabularyShape, device: str) -> Case:
     generator = torch.Generator().manual_seed(0)
     logprobs = (-3 * torch.rand(RESPONSES, TOKENS, generator=generator)).to(device).requires_grad_()
     batch = peers.batch_of(logprobs)
-    backends = own_backends(OP, device, torch.float32, needs_grad=True)
-    skipped = {f"ours, {name}": reason for name, reason in backends.items() if reason}
+    usable, skipped = own_backends(OP, device, torch.float32, needs_grad=True)
 
     def ours(backend: str) -> Tensor:
         return weighted_surrogate(logprobs, batch.old, batch.advantages, batch.mask, backend=backend).loss
 
-    losses: dict[str, Callable[[], Tensor]] = {
-        f"ours, {name}": partial(ours, name) for name, reason in backends.items() if not reason
-    }
+    losses: dict[str, Callable[[], Tensor]] = {f"ours, {name}": partial(ours, name) for name in usable}
     losses["plain torch"] = partial(peers.clipped_loss, logprobs, batch)
 
     def run(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:

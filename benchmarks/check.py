@@ -28,7 +28,7 @@ Key = tuple[str, str, str, str]
 
 
 def spread_of(row: dict) -> float:
-    """How far the quartiles are apart, as a factor."""
+    """Ratio of the quartiles."""
     return row["high"] / row["low"]
 
 

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import torch
 
+from appo_kernels.dtypes import dtype_name
 from benchmarks import attention_work, harness, plots, vocabulary_work
 from benchmarks.__main__ import OPERATORS
 
@@ -36,7 +37,7 @@ FLOP: dict[str, Callable[[Any], float]] = {
 
 
 class Machine(Protocol):
-    """What measuring needs of a GPU; the tests put another thing in its place."""
+    """The parts of a GPU that measuring needs; the tests put another thing in its place."""
 
     name: str
     device: str
@@ -199,7 +200,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None,
     if unknown := set(options.operators) - set(OPERATORS):
         parser.error(f"no benchmark of {', '.join(sorted(unknown))}; there are {', '.join(OPERATORS)}")
     machine = machine or Gpu()
-    rates = {str(d).removeprefix("torch."): machine.rate(d) for d in (torch.float32, torch.bfloat16)}
+    rates = {dtype_name(d): machine.rate(d) for d in (torch.float32, torch.bfloat16)}
     rows: list[Row] = []
     for operator in options.operators or OPERATORS:
         module = importlib.import_module(f"benchmarks.{OPERATORS[operator]}")

@@ -1,4 +1,4 @@
-"""How time and memory grow: python -m benchmarks.growth
+"""Growth of time and memory: python -m benchmarks.growth
 
 One size at a time is doubled, the others stay; an exponent is the slope of a line through the logarithms of the points,
 least squares: 1 is linear, 0 flat. Memory is the peak beyond the arguments, results included. Writes results/growth-*

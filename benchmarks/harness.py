@@ -260,15 +260,21 @@ def table(rows: Sequence[Row]) -> str:
 
 def own_backends(
     op: str, device: str, dtype: torch.dtype, head_dim: int = 0, needs_grad: bool = False
-) -> dict[str, str]:
-    """Backend -> "" when it can be timed here, else why not. On a CPU the kernels are only emulated, for tests."""
+) -> tuple[list[str], dict[str, str]]:
+    """Backends of ours that can be timed here, and for each other one "ours, NAME" -> why not.
+
+    On a CPU the kernels are only emulated, for tests.
+    """
     from appo_kernels import dispatch
 
     problem = dispatch.Problem(op, torch.device(device), dtype, head_dim, needs_grad)
-    found = {}
+    usable, skipped = [], {}
     for backend in dispatch.MODULES:
         reason = dispatch.why_not(problem, backend)
         if reason is None and backend != "torch" and device == "cpu":
             reason = "only emulated on a CPU"
-        found[backend] = reason or ""
-    return found
+        if reason is None:
+            usable.append(backend)
+        else:
+            skipped[f"ours, {backend}"] = reason
+    return usable, skipped

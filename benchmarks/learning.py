@@ -136,8 +136,7 @@ def run_one(
 
 
 def where_they_look(work: Path, task: str, number: int) -> dict[str, float]:
-    """Whether right and wrong responses look at different frames: those of 64 groups of warm start ``number`` that have
-    both.
+    """Frames that right and wrong responses look at, in those of 64 groups of warm start ``number`` that have both.
 
     right, wrong: the share of responses that have a crucial frame among their K2 most attended ones, the psi of
     `select_frames`. hard-empty: the share of groups in which the difference of sets is empty. hard-precision:
@@ -176,7 +175,7 @@ def missing(options: argparse.Namespace, seed: int) -> list[str]:
 
 
 def run_all(options: argparse.Namespace) -> None:
-    """What is missing, ``options.jobs`` processes at a time: first the warm starts, then a process for each seed."""
+    """Run what is missing, ``options.jobs`` processes at a time: first warm starts, then a process for each seed."""
 
     def start(name: str, *arguments: object) -> None:
         command = [sys.executable, "-m", "benchmarks.learning", *map(str, arguments), "--task", options.task]

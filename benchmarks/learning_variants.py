@@ -1,5 +1,5 @@
-"""What `benchmarks.learning` compares: GRPO, DAPO, APPO with each way of choosing frames, and controls that take away
-one thing at a time."""
+"""Variants that `benchmarks.learning` compares: GRPO, DAPO, APPO with each way of choosing frames, and controls that
+take away one thing at a time."""
 
 from typing import Any
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import linear_weighted_surrogate, weighted_surrogate
+from appo_kernels.dtypes import dtype_name
 from benchmarks import harness
 
 NAME = "peer-losses-cpu"
@@ -126,7 +127,7 @@ def compare(loss_type: str, dtype: torch.dtype) -> dict[str, Any]:
         for got, wanted in zip(gradients, expected[1:], strict=True):
             name = "gradient, from hidden states"
             worst[name] = max(worst[name], _relative(got, wanted))
-    return {"loss_type": loss_type, "dtype": str(dtype).removeprefix("torch."), "cases": cases, **worst}
+    return {"loss_type": loss_type, "dtype": dtype_name(dtype), "cases": cases, **worst}
 
 
 def _relative(got: Tensor, wanted: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a compiled kernel (cubin) holds: registers, shared memory, spills, and the instructions of its main loop.
+"""Contents of a compiled kernel (cubin): registers, shared memory, spills, and the instructions of its main loop.
 
 Read with the tools that Triton ships, so it needs neither a GPU nor a CUDA toolkit.
 """
@@ -63,7 +63,7 @@ def read(cubin: Path) -> Code:
 
 
 def report(text: str, heading: str, markdown: Path | None, faults: list[str]) -> int:
-    """How a command on static figures ends: the table printed (and written), each fault named, the exit status."""
+    """End a command on static figures: the table printed (and written), each fault named, the exit status."""
     print(text)
     if markdown:
         markdown.write_text(f"{heading}\n\n{text}\n")

@@ -1,4 +1,4 @@
-"""What the Triton kernels cost before they run: python -m benchmarks.static [--arch 80 90 100] [--markdown FILE].
+"""Static cost of the Triton kernels: python -m benchmarks.static [--arch 80 90 100] [--markdown FILE].
 
 Compiles each kernel with its default configuration and prints registers, spills, shared memory, blocks per
 multiprocessor and the instructions of its main loop (of all of it where it has no loop). Needs no GPU, and about half

@@ -1,4 +1,4 @@
-"""What the CUDA kernels cost before they run: python -m benchmarks.static_cuda [--library FILE] [--markdown FILE].
+"""Static cost of the CUDA kernels: python -m benchmarks.static_cuda [--library FILE] [--markdown FILE].
 
 Reads the library that `pip install` built: registers, spills and shared memory of every kernel for every architecture,
 and for those on bf16 the instructions of the loop over tiles (``tile_path``) and the bank conflicts that the emulation
@@ -114,7 +114,7 @@ def shapes() -> dict[tuple[str, str], Shape]:
 
 
 def blocks(kernel: Kernel, shape: Shape) -> int:
-    """How many a multiprocessor holds at a time."""
+    """Number of blocks that a multiprocessor holds at a time."""
     most, shared, threads, registers = LIMITS[kernel.arch]
     if shape.shared_bytes > most:
         return 0

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes: python -m benchmarks.training_step
+"""Time of a training step by phase: python -m benchmarks.training_step
 
 Steps of the demo's size (16 prompts x 8 responses of 24 tokens, clips of 16 frames, the tiny Qwen2.5-VL), from
 decoding to the optimizer: APPO, APPO with the prompt computed anew for every response, and GRPO, which records nothing.

@@ -62,7 +62,7 @@ def products(head: Head, count: int) -> Callable[[], None]:
 
 
 def dense_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """What a training script does: all logits, log_softmax in fp32, autograd. hidden (M, D), targets (M,)."""
+    """A training script's way: all logits, log_softmax in fp32, autograd. hidden (M, D), targets (M,)."""
     log_p = (hidden @ weight.t()).float().log_softmax(-1)
     return log_p.gather(1, targets[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(-1)
 
@@ -77,7 +77,7 @@ def trl_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tenso
 
 @dataclass
 class Batch:
-    """What a loss needs beside log-probabilities: old (G, N), ratios near one as after a few updates; advantages (G,);
+    """Inputs of a loss beside log-probabilities: old (G, N), ratios near one as after a few updates; advantages (G,);
     mask (G, N), all ones."""
 
     old: Tensor

@@ -1,4 +1,4 @@
-"""What recording costs a whole model: python -m benchmarks.whole_model
+"""The cost of recording in a whole model: python -m benchmarks.whole_model
 
 A forward of Qwen2.5-VL and of Qwen3-VL with the layer shapes of Qwen2.5-VL-7B (fewer layers, a small vocabulary, random
 weights), 16 x 64 frame keys among 1,560 tokens: plain, with the frame mass of 3 layers recorded, and with eager

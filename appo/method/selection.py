@@ -1,6 +1,6 @@
-"""From frame mass to target frames and perception tokens: which frames a group should have looked at, and who did.
+"""From frame mass to target frames and perception tokens: the key frames of a group, and its tokens that look at them.
 
-The path of one token: ``mass[i, t, f]`` says how much response token t looks at frame f; ``select_frames`` finds
+The path of one token: ``mass[i, t, f]`` is the attention of response token t to frame f; ``select_frames`` finds
 the frames that matter for the group; ``perception_slots`` finds the tokens that look at them;
 ``token_weights`` turns how much those tokens disagree into W[i, t].
 
@@ -137,7 +137,7 @@ def _frame_attention(mass_GNF: Tensor, mask_GN: Tensor, top_tokens: int) -> Tens
 
 
 def _top_columns(values: Tensor, count: int) -> Tensor:
-    """Where each row's ``count`` largest entries stand, as a boolean of the same shape; ties go to the lower index."""
+    """True at each row's ``count`` largest entries, same shape; ties go to the lower index."""
     best = values.sort(dim=-1, descending=True, stable=True).indices[..., :count]
     return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, best, True)
 

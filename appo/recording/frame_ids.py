@@ -1,4 +1,4 @@
-"""Which video frame each token of a prompt belongs to.
+"""The video frame of each token of a prompt.
 
 A frame is one step of the vision tower's temporal grid (docs/method.md section 2): with a temporal patch of 2 it
 stands for two sampled video frames. ``video_grid_thw``, as processors return it, has one row (t, h, w) per video, in
@@ -20,7 +20,7 @@ FRAMES_AS_IMAGES = ("internvl", "smolvlm")
 
 
 class FrameIds(NamedTuple):
-    """The frame of every token; what ``record_frame_mass`` and ``frame_mass`` take."""
+    """The frame of every token, as ``record_frame_mass`` and ``frame_mass`` take it."""
 
     ids: Tensor  # (B, S) int32: frame of each token, counted within its sequence; -1 for tokens of no frame
     num_frames: Tensor  # (B,) int64: frames of each sequence

@@ -1,4 +1,4 @@
-"""How a recorder gets to see the query and key of chosen attention layers, and how it leaves no trace.
+"""Hooks that hand the query and key of chosen attention layers to a recorder, and leave no trace.
 
 Attention modules ask their config for the name of the implementation, and transformers' attention interface for its
 function. A tapped module has a copy of its config that names ``recording_attention``, which calls the implementation
@@ -34,7 +34,7 @@ class Listener(Protocol):
 
 
 class Tap:
-    """A tapped attention module: what it had, what it has now, and who listens."""
+    """A tapped attention module: its own config, the one it has meanwhile, and its listeners."""
 
     def __init__(self, module: Any) -> None:
         names = _forward_of(module).__globals__
@@ -119,7 +119,7 @@ def _forward_of(module: nn.Module) -> Any:
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether a module is a decoder layer's attention that goes through the attention interface."""
+    """True for a decoder layer's attention that goes through the attention interface."""
     code = getattr(_forward_of(module), "__code__", None)
     return (
         isinstance(getattr(module, "layer_idx", None), int)

@@ -32,7 +32,7 @@ def visible_keys(
     is_causal: bool,
     options: dict[str, Any],
 ) -> Visibility:
-    """What ``rows`` see in one call of an attention function.
+    """Return the visible key range of ``rows`` in one call of an attention function.
 
     Args:
         rows: (B, R) int64, positions among the keys; this call's are the last ``num_queries`` of ``num_keys``.
@@ -44,7 +44,7 @@ def visible_keys(
         options: the other keyword arguments of the call: ``sliding_window``, ``position_ids``, ``cu_seq_lens_k``.
 
     Raises:
-        ValueError: the mask is no interval, or adds a bias, or differs between heads; or has a type unknown here.
+        ValueError: the mask is no interval, adds a bias, differs between heads, or has an unknown type.
     """
     if attention_mask is None:
         return _without_mask(rows, num_keys, implementation, is_causal, options)

@@ -1,4 +1,4 @@
-"""Which rows to record stand in which group of a packed row, so that each group is replayed by itself.
+"""The rows to record, by their group in a packed row, so that each group is replayed by itself.
 
 A group's rows see frames in the group's own prompt only, and count the keys of their own frames only: groups in one row
 number their frames alike. With the lse of all keys, the keys of frames are all that a replay reads.

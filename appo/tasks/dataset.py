@@ -81,7 +81,7 @@ def make_task(
 
 
 def think_text(task: str, steps: Sequence[int], answer: str) -> str:
-    """What a response of the warm start says before its answer: when it looked, and what it saw.
+    """The reasoning of a warm-start response: when it looked, and what it saw.
 
     steps: temporal grid step of each moment, from 0. answer: the text of the chosen option. For the task "cue"
     the step comes first: what was written there decides where to look for what comes next.

@@ -11,7 +11,7 @@ from appo.tasks.render import COLOURS, SHAPES, WHITE, Moment, Scene, Shape
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How hard it is to see the moment.
+    """Difficulty of seeing the moment.
 
     noise: standard deviation of the noise in grey levels. size: smallest and largest radius of the shape that
     matters, in sides. contrast: 0 (nothing shows) to 1 (full colour, full jump). length: seconds the moment

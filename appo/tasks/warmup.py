@@ -136,7 +136,7 @@ def words_seen(prompt: Prompt) -> list[str]:
 
 
 def time_marked(record: Record) -> int:
-    """Which of the times in the record's ``seen`` the mark of the kind "cue" points at, from 0; -1 without a mark."""
+    """Index into the record's ``seen`` that the mark of the kind "cue" points at; -1 without a mark."""
     starts = [start for start, _, _ in record.meta.get("seen", ())]
     return starts.index(record.time_spans[0][0]) if starts else -1
 
