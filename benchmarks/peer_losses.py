@@ -22,7 +22,11 @@ from benchmarks import harness
 
 NAME = "peer-losses-cpu"
 EPS_LOW, EPS_HIGH, CAP, MAX_LENGTH, ACCUMULATION = 0.2, 0.28, 1.3, 16, 2
-LOSS_TYPES = ("dapo", "grpo", "bnpo", "dr_grpo")
+# TRL's loss type -> our kind and aggregation. Its cispo clamps at epsilon_high itself, ours at 1 + eps_high.
+LOSS_TYPES = {
+    "dapo": ("clip", "dapo"), "grpo": ("clip", "grpo"), "bnpo": ("clip", "bnpo"), "dr_grpo": ("clip", "dr_grpo"),
+    "cispo": ("cispo", "dapo"), "sapo": ("sapo", "grpo"),
+}  # fmt: skip
 # float32: sums in another order. float64: the same formula, to the last digits.
 ALLOWED = {torch.float32: 2e-6, torch.float64: 1e-12}
 
@@ -57,10 +61,14 @@ def trl_loss(batch: Mapping[str, Tensor], logprobs: Tensor, loss_type: str, opti
     )  # fmt: skip
     trainer = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
-        args=SimpleNamespace(delta=options["delta"], use_bias_correction_kl=False, steps_per_generation=ACCUMULATION),
+        args=SimpleNamespace(
+            delta=options["delta"], use_bias_correction_kl=options["kl_ratio"], steps_per_generation=ACCUMULATION,
+            sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+        ),
         model=SimpleNamespace(training=True), accelerator=accelerator, _metrics={"train": defaultdict(list)},
         current_gradient_accumulation_steps=ACCUMULATION, loss_type=loss_type, beta=options["beta"],
-        importance_sampling_level=options["level"], epsilon_low=EPS_LOW, epsilon_high=EPS_HIGH,
+        importance_sampling_level=options["level"], epsilon_low=EPS_LOW,
+        epsilon_high=1 + EPS_HIGH if loss_type == "cispo" else EPS_HIGH,
         max_completion_length=MAX_LENGTH, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
         use_vllm=options["rollout"], vllm_importance_sampling_correction=True, _entropy_bonus_enabled=False,
         aux_loss_enabled=False,
@@ -80,21 +88,26 @@ def trl_loss(batch: Mapping[str, Tensor], logprobs: Tensor, loss_type: str, opti
 
 def our_options(batch: Mapping[str, Tensor], loss_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The same settings in our words; ``num_items`` is TRL's normaliser, per process and accumulation step."""
+    kind, aggregation = LOSS_TYPES[loss_type]
     return {
+        "kind": kind, "kl_ratio": options["kl_ratio"],
         "token_weights": batch["token_weights"] if options["weighted"] else None,
         "eps_low": EPS_LOW, "eps_high": EPS_HIGH, "delta": options["delta"], "beta": options["beta"],
         "ref_logprobs": batch["ref"] if options["beta"] else None,
         "rollout_logprobs": batch["rollout"] if options["rollout"] else None, "rollout_cap": CAP,
-        "level": options["level"], "aggregation": loss_type, "max_length": MAX_LENGTH,
+        "level": options["level"], "aggregation": aggregation, "max_length": MAX_LENGTH,
         "num_items": 2 * batch["mask"].sum(),
     }  # fmt: skip
 
 
-def grid() -> Iterator[dict[str, Any]]:
-    names = ("level", "delta", "beta", "rollout", "weighted")
-    values = (("token", "sequence"), (None, 1.5), (0.0, 0.04), (False, True), (False, True))
+def grid(loss_type: str) -> Iterator[dict[str, Any]]:
+    names = ("level", "delta", "rollout", "weighted")
+    values = (("token", "sequence"), (None, 1.5), (False, True), (False, True))
     for chosen in itertools.product(*values):
-        yield dict(zip(names, chosen, strict=True))
+        for beta, kl_ratio in ((0.0, False), (0.04, False), (0.04, True)):
+            options = dict(zip(names, chosen, strict=True)) | {"beta": beta, "kl_ratio": kl_ratio}
+            if options["delta"] is None or LOSS_TYPES[loss_type][0] == "clip":  # TRL's delta is of the clipped losses
+                yield options
 
 
 def compare(loss_type: str, dtype: torch.dtype) -> dict[str, Any]:
@@ -102,7 +115,7 @@ def compare(loss_type: str, dtype: torch.dtype) -> dict[str, Any]:
     batch = batch_of(dtype)
     worst = {"loss": 0.0, "gradient": 0.0, "loss, from hidden states": 0.0, "gradient, from hidden states": 0.0}
     cases = 0
-    for options in grid():
+    for options in grid(loss_type):
         cases += 1
         hidden, weight = (batch[name].clone().requires_grad_() for name in ("hidden", "weight"))
         found = (hidden @ weight.t()).log_softmax(-1).gather(-1, batch["targets"][..., None])[..., 0]
@@ -110,7 +123,7 @@ def compare(loss_type: str, dtype: torch.dtype) -> dict[str, Any]:
         expected = torch.autograd.grad(theirs, (found, hidden, weight))
 
         arguments = our_options(batch, loss_type, options)
-        scale = 1.0 if loss_type == "dapo" else 1 / ACCUMULATION  # TRL divides means by the steps, "dapo" by tokens
+        scale = 1.0 if LOSS_TYPES[loss_type][1] == "dapo" else 1 / ACCUMULATION  # TRL divides means by the steps, "dapo" by tokens
         leaf = found.detach().requires_grad_()
         plain = weighted_surrogate(leaf, batch["old"], batch["advantages"], batch["mask"], **arguments).loss * scale
         (slope,) = torch.autograd.grad(plain, leaf)

@@ -35,8 +35,8 @@ class APPOTrainer(GRPOTrainer):
         accuracy: name of the reward function that says which responses are right; None: the first.
         others: those of ``GRPOTrainer``.
 
-    The weights are folded into (B, T) advantages, so that every ``loss_type`` of TRL takes them; "dapo", "grpo",
-    "bnpo" and "dr_grpo" are computed by ``linear_weighted_surrogate`` where no option of TRL forbids it.
+    The weights are folded into (B, T) advantages, so that every ``loss_type`` of TRL takes them; those of
+    ``appo.integrations.trl_loss.FUSED`` are computed by ``linear_weighted_surrogate`` where no option forbids it.
 
     Raises:
         ValueError: groups that straddle processes, ZeRO-3, an unknown reward, prompts with videos for vLLM (which TRL

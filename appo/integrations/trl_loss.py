@@ -7,8 +7,13 @@ from torch import Tensor
 
 from appo.integrations.media import forward_inputs
 from appo_kernels import SurrogateOutput, linear_weighted_surrogate, token_logprobs
+from appo_kernels.ops.weighted_surrogate.kinds import SAPO_TAU_GAIN, SAPO_TAU_LOSS
 
-FUSED = ("dapo", "grpo", "bnpo", "dr_grpo")
+# TRL's loss type -> kind and aggregation of the surrogate.
+FUSED = {
+    "dapo": ("clip", "dapo"), "grpo": ("clip", "grpo"), "bnpo": ("clip", "bnpo"), "dr_grpo": ("clip", "dr_grpo"),
+    "cispo": ("cispo", "dapo"), "sapo": ("sapo", "grpo"),
+}  # fmt: skip
 # Fields of configs that scale logits, which the fused loss does not.
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
@@ -36,12 +41,17 @@ def why_not_fused(trainer: Any, text_config: Any) -> str:
         "top_entropy_quantile": trainer.top_entropy_quantile < 1,
         "off_policy_mask_threshold": trainer.off_policy_mask_threshold is not None,
         "the entropy bonus": trainer._entropy_bonus_enabled,
-        "use_bias_correction_kl": trainer.args.use_bias_correction_kl and trainer.beta != 0,
+        "an epsilon_high below 1": trainer.loss_type == "cispo" and trainer.epsilon_high < 1,
+        "SAPO's temperatures": trainer.loss_type == "sapo" and _temperatures(trainer) != (SAPO_TAU_GAIN, SAPO_TAU_LOSS),
         "the auxiliary loss": trainer.aux_loss_enabled,
         "cast_lm_head_to_fp32": trainer.args.cast_lm_head_to_fp32,
         "scaled logits": any(getattr(text_config, name, None) not in (None, 1.0) for name in SCALES),
     }
     return ", ".join(name for name, wanted in asked.items() if wanted)
+
+
+def _temperatures(trainer: Any) -> tuple[float, float]:
+    return trainer.args.sapo_temperature_pos, trainer.args.sapo_temperature_neg
 
 
 def loss_mask(inputs: dict[str, Any]) -> Tensor:
@@ -60,6 +70,7 @@ def fused_loss(trainer: Any, model: Any, inputs: dict[str, Any], logits: dict[st
     # num_items_in_batch counts a whole generation batch over all processes, whose gradients are averaged.
     items = inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes
     weighted = "token_weights" in inputs
+    kind, aggregation = FUSED[trainer.loss_type]
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SurrogateOutput:
         before = old
@@ -71,9 +82,11 @@ def fused_loss(trainer: Any, model: Any, inputs: dict[str, Any], logits: dict[st
             hidden, weight, targets, before,
             inputs["response_advantages"] if weighted else inputs["advantages"], mask,
             token_weights=inputs["token_weights"] if weighted else None,
-            eps_low=trainer.epsilon_low, eps_high=trainer.epsilon_high, delta=trainer.args.delta,
+            kind=kind, eps_low=trainer.epsilon_low, delta=trainer.args.delta if kind == "clip" else None,
+            eps_high=trainer.epsilon_high - (kind == "cispo"),  # TRL's is the limit itself
+            kl_ratio=trainer.args.use_bias_correction_kl and trainer.beta != 0,
             ref_logprobs=inputs["ref_per_token_logps"] if trainer.beta != 0 else None, beta=trainer.beta,
-            level=trainer.importance_sampling_level, aggregation=trainer.loss_type,
+            level=trainer.importance_sampling_level, aggregation=aggregation,
             num_items=items * steps / trainer.args.steps_per_generation, max_length=trainer.max_completion_length,
             bias=bias, **logits,
         )  # fmt: skip
@@ -84,14 +97,18 @@ def fused_loss(trainer: Any, model: Any, inputs: dict[str, Any], logits: dict[st
         loss, metrics = model(
             input_ids=ids, attention_mask=attention, **media, response_head=head, response_length=targets.shape[1]
         )
-    for ours, theirs in (("clip_low", "clip_ratio/low_mean"), ("clip_high", "clip_ratio/high_mean")):
-        log_mean(trainer, theirs, metrics[ours], mask.sum())
-    log_mean(trainer, "clip_ratio/region_mean", metrics["clip_low"] + metrics["clip_high"], mask.sum())
+    low, high = metrics["clip_low"], metrics["clip_high"]
+    names = {
+        "clip": {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high},
+        "cispo": {"cispo_clip_ratio": high},
+    }
+    for name, value in names.get(kind, {}).items():
+        log_mean(trainer, name, value, mask.sum())
     log_mean(trainer, "entropy", metrics["entropy"], mask.sum())
     if trainer.beta != 0:
         log_mean(trainer, "kl", metrics["ref_kl"], mask.sum())
     # "dapo" divides by tokens of the whole window; the others are means, of which a window has ``steps``.
-    return loss if trainer.loss_type == "dapo" else loss / steps
+    return loss if aggregation == "dapo" else loss / steps
 
 
 def log_mean(trainer: Any, name: str, value: Tensor, count: Tensor) -> None:
