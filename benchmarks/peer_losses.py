@@ -123,7 +123,9 @@ def compare(loss_type: str, dtype: torch.dtype) -> dict[str, Any]:
         expected = torch.autograd.grad(theirs, (found, hidden, weight))
 
         arguments = our_options(batch, loss_type, options)
-        scale = 1.0 if LOSS_TYPES[loss_type][1] == "dapo" else 1 / ACCUMULATION  # TRL divides means by the steps, "dapo" by tokens
+        scale = (
+            1.0 if LOSS_TYPES[loss_type][1] == "dapo" else 1 / ACCUMULATION
+        )  # TRL divides means by the steps, "dapo" by tokens
         leaf = found.detach().requires_grad_()
         plain = weighted_surrogate(leaf, batch["old"], batch["advantages"], batch["mask"], **arguments).loss * scale
         (slope,) = torch.autograd.grad(plain, leaf)

@@ -82,9 +82,9 @@ def other_lines() -> list[str]:
     cases = sum(row["cases"] for row in losses)
     return [
         "| measured | result | command |", "|---|---|---|",
-        f"| gradients against TRL's own GRPO, BNPO, Dr. GRPO, DAPO, CISPO and SAPO losses, run from its package, {cases} "
-        f"settings (token and sequence level, weights, KL, clips) | largest relative difference {worst:.0e} in fp32, "
-        f"{worst_exact:.0e} in fp64 | `python -m benchmarks.peer_losses` |",
+        f"| gradients against TRL's own GRPO, BNPO, Dr. GRPO, DAPO, CISPO and SAPO losses, run from its package, "
+        f"{cases} settings (token and sequence level, weights, KL, clips) | largest relative difference {worst:.0e} in "
+        f"fp32, {worst_exact:.0e} in fp64 | `python -m benchmarks.peer_losses` |",
         f"| recording 3 of 4 layers of 7B's width, against the plain forward | {ratios} of its time; eager attention "
         f"with its matrices takes {eager:.1f} times the memory | `python -m benchmarks.whole_model` |",
         f"| memory of `linear_weighted_surrogate`, {first['value'] * 8:,} and {last['value'] * 8:,} tokens, V 65,536 "
