@@ -1,5 +1,6 @@
 """Fused operators for attention statistics and policy optimisation: Triton, CUDA and a fast PyTorch path."""
 
+from appo_kernels.attention.frame_plan import FramePlan
 from appo_kernels.attention.group_layout import GroupLayout
 from appo_kernels.attention.merge import FrameAttentionOutput, merge_attention
 from appo_kernels.ops.frame_attention import frame_attention
@@ -16,6 +17,7 @@ from appo_kernels.ops.weighted_surrogate import (
 
 __all__ = [
     "FrameAttentionOutput",
+    "FramePlan",
     "GroupLayout",
     "SurrogateOutput",
     "TokenLogprobs",

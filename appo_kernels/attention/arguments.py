@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
+from appo_kernels.attention.frame_plan import kept
 from appo_kernels.dtypes import compute_dtype
 
 REDUCTIONS = ("sum", "mean")
@@ -98,12 +99,13 @@ def prepare(
     if scale is None:
         scale = 1.0 / math.sqrt(dispatch.constant(head_dim))
     first, last, prefix = (None if b is None else checks.narrowed(b) for b in (first_key, last_key, prefix_keys))
+    dtype = compute_dtype(query.dtype)
     return Layout(
         checks.narrowed(frame_ids),
         first,
         last,
         prefix,
-        frame_weights(frame_ids, num_frames, reduction, compute_dtype(query.dtype)),
+        kept(frame_ids, (reduction, dtype), lambda: frame_weights(frame_ids, num_frames, reduction, dtype)),
         checks.number(op, "scale", scale, "None or a finite number", "None stands for 1 / sqrt(d)."),
     )
 
@@ -115,8 +117,12 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
 def check_values(op: str, keys: int, num_frames: int, layout: Layout) -> None:
     """ValueError unless frame ids, ``last_key`` and ``prefix_keys`` are in range.
 
-    ``first_key`` needs no check: below 0 is as 0, beyond ``last_key`` is an empty interval.
+    ``first_key`` needs no check: below 0 is as 0, beyond ``last_key`` is an empty interval. Once for a plan.
     """
+    kept(layout.frame_ids, "values", lambda: _check_values(op, keys, num_frames, layout))
+
+
+def _check_values(op: str, keys: int, num_frames: int, layout: Layout) -> None:
     ranges = (
         ("frame_ids", layout.frame_ids, -1, num_frames - 1, "Raise `num_frames`, or mark keys of no frame with -1."),
         ("last_key", layout.last_key, None, keys - 1, "last_key is inclusive: the last key is S - 1."),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
-from appo_kernels.attention.torch_tiles import KeyTile, Rows, key_tiles, mask_, row_tiles
+from appo_kernels.attention.torch_tiles import KeyTile, Rows, mask_, row_tiles, tiles_of
 from appo_kernels.dtypes import LOG2_E, compute_dtype
 
 MAX_KEYS = 256
@@ -55,7 +55,7 @@ def attend(
     factor, log2_e = base_two(layout.scale, lse.dtype)
     most_rows = STATE_NUMBERS // (heads * (num_frames + head_dim + 3))
     for b in range(batch):
-        tiles = key_tiles(layout.frame_ids[b], num_frames, max_keys, frames_only=False)
+        tiles = tiles_of(layout.frame_ids, b, num_frames, max_keys, frames_only=False)
         size = min(most_rows, tile_scores // (group * max([len(tile) for tile in tiles], default=1)))
         for part in row_tiles(b, rows, max(16, size), layout.bounds):
             here = slice(part.start, part.stop)
@@ -141,8 +141,7 @@ def attend_backward(
     factor, log2_e = base_two(layout.scale, dtype)
     for b in range(batch):
         # Without a gradient of the mass all frames are as no frame.
-        ids = layout.frame_ids[b] if grad_mass is not None else torch.full_like(layout.frame_ids[b], -1)
-        tiles = key_tiles(ids, num_frames, MAX_KEYS, frames_only=False)
+        tiles = tiles_of(layout.frame_ids, b, num_frames, MAX_KEYS, frames_only=False)
         size = max(16, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
         shift = torch.where(
             torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype)

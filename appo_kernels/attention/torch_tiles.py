@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from appo_kernels.attention.frame_plan import kept
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -140,6 +142,16 @@ def key_tiles(frame_ids: Tensor, num_frames: int, size: int, *, frames_only: boo
         KeyTile(piece.int(), ids[start : start + len(piece)].long(), low, high, bool(ascending), tuple(runs[number]))
         for number, (start, piece, (low, high, ascending)) in enumerate(zip(starts, pieces, extents, strict=True))
     ]
+
+
+def tiles_of(frame_ids: Tensor, sequence: int, num_frames: int, size: int, *, frames_only: bool) -> list[KeyTile]:
+    """`key_tiles` of one sequence of (B, S) frame_ids, once for a plan; without frames all keys are of none."""
+
+    def make() -> list[KeyTile]:
+        ids = frame_ids[sequence] if num_frames else torch.full_like(frame_ids[sequence], -1)
+        return key_tiles(ids, num_frames, size, frames_only=frames_only)
+
+    return kept(frame_ids, ("tiles", sequence, num_frames, size, frames_only), make)
 
 
 def _runs(counts: list[int], starts: list[int]) -> list[list[tuple[int, int, int, int]]]:

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.frame_plan import kept
+
 SKIP, PARTIAL, FULL = 0, 1, 2  # what a tile of rows sees of a tile of keys; FULL: every row every key, no mixed tile
 
 
@@ -129,6 +132,20 @@ def block_mask(
     full = (kinds.gather(2, tiles) == FULL).int().cumprod(2).sum(2)
     counts = torch.stack([full, some.sum(2)], dim=2)
     return BlockMask(tiles.int(), counts.int().contiguous(), kinds.contiguous())
+
+
+def planned_block_mask(
+    layout: Layout, batch: int, rows: int, keys: int, num_frames: int, tile_keys: int, tile_rows: int
+) -> tuple[Tensor | None, KeyPlan, BlockMask]:
+    """Bounds of rows, tiles of keys and the block mask, once for a plan; without frames all keys are of none."""
+
+    def make() -> tuple[Tensor | None, KeyPlan, BlockMask]:
+        bounds = row_bounds(batch, rows, keys, *layout.bounds)
+        ids = layout.frame_ids if num_frames else torch.full_like(layout.frame_ids, -1)
+        plan = key_plan(ids, num_frames, bounds, tile_keys)
+        return bounds, plan, block_mask(plan, num_frames, bounds, rows, tile_rows, tile_keys)
+
+    return kept(layout.frame_ids, ("block mask", rows, num_frames, tile_keys, tile_rows), make)
 
 
 def row_blocks(mask: BlockMask) -> tuple[Tensor, Tensor]:

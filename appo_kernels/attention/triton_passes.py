@@ -10,7 +10,7 @@ from appo_kernels.attention import triton_backward as backward_kernels
 from appo_kernels.attention import triton_forward as forward_kernels
 from appo_kernels.attention import triton_mass
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
-from appo_kernels.attention.triton_block_mask import block_mask, key_plan, row_blocks, row_bounds
+from appo_kernels.attention.triton_block_mask import planned_block_mask, row_blocks
 from appo_kernels.dtypes import LOG2_E
 from appo_kernels.triton_launch import BACKWARD, FORWARD, architecture, on_its_device, padded_head_dim, tiling
 
@@ -42,9 +42,7 @@ def attend(
         return
     choice = tiling(FORWARD, architecture(query.device), query.element_size(), D, Hq // HKV)
     G, tile_bytes = Hq // HKV, 2 * 4 * choice.rows
-    bounds = row_bounds(B, R, S, *layout.bounds)
-    plan = key_plan(layout.frame_ids, F, bounds, choice.keys)
-    mask = block_mask(plan, F, bounds, R, choice.rows // G, choice.keys)
+    bounds, plan, mask = planned_block_mask(layout, B, R, S, F, choice.keys, choice.rows // G)
     N, T = mask.kv_indices.shape[1:]
     part = min(N, max(1, SCRATCH_BYTES // (B * HKV * T * tile_bytes)))
     scratch = torch.empty(2, B * HKV * part * T * choice.rows if F else 1, dtype=torch.float32, device=query.device)
@@ -100,10 +98,7 @@ def attend_backward(
         return
     G, F = Hq // HKV, 0 if grad_mass is None else grad_mass.shape[3]
     choice = tiling(BACKWARD, architecture(query.device), query.element_size(), D, G)
-    bounds = row_bounds(B, R, S, *layout.bounds)
-    ids = torch.full_like(layout.frame_ids, -1) if not F else layout.frame_ids
-    plan = key_plan(ids, F, bounds, choice.keys)
-    mask = block_mask(plan, F, bounds, R, choice.rows // G, choice.keys)
+    bounds, plan, mask = planned_block_mask(layout, B, R, S, F, choice.keys, choice.rows // G)
     N, T = mask.kv_indices.shape[1:]
     lse = lse.contiguous()
     if grad_out is not None and grad_out.stride(-1) != 1:

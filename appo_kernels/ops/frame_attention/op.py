@@ -32,6 +32,7 @@ from torch import Tensor
 from appo_kernels import checks, dispatch
 from appo_kernels.attention import arguments
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.frame_plan import FramePlan, planned
 from appo_kernels.attention.merge import FrameAttentionOutput
 from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
@@ -43,14 +44,15 @@ def frame_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    frame_ids: Tensor,
+    frame_ids: Tensor | None = None,
     *,
-    num_frames: int,
+    num_frames: int | None = None,
     first_key: Tensor | None = None,
     last_key: Tensor | None = None,
     prefix_keys: Tensor | None = None,
     scale: float | None = None,
     reduction: str = "sum",
+    plan: FramePlan | None = None,
     backend: str = "auto",
 ) -> FrameAttentionOutput:
     """Attention and its mass on every frame, mean_h sum_{v in f} softmax_v(...), in one pass (docs/method.md eq. 2).
@@ -65,6 +67,8 @@ def frame_attention(
         prefix_keys: (B, R) int in [0, S]: keys 0..prefix-1 are seen as well; a key in both counts once. None: 0.
         scale: of the scores; None: 1 / sqrt(d).
         reduction: "sum" over the keys of a frame (a probability), or "mean" (the paper's Attn).
+        plan: a `FramePlan` in place of frame_ids, num_frames and the bounds, so that what depends on these alone is
+            worked out once for all layers. Of a `GroupLayout`: every group on its own frames.
         backend: "auto", "torch", "triton" or "cuda".
 
     Returns:
@@ -76,6 +80,21 @@ def frame_attention(
         ValueError: a wrong type, shape, dtype or device; a frame id outside [-1, num_frames), a last_key beyond S - 1,
             prefix_keys outside [0, S].
     """
+    frame_ids, num_frames, bounds = planned(OP, plan, frame_ids, num_frames, (first_key, last_key, prefix_keys))
+    if plan is not None and plan.groups:
+        plan.check_call(OP, query, key)
+        dtype = compute_dtype(query.dtype)
+        out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=dtype)
+        mass = query.new_zeros((1, query.shape[2], num_frames), dtype=dtype)
+        for chosen, keys, own in plan.groups:
+            part = frame_attention(
+                query[:, :, chosen], key[:, :, keys], value[:, :, keys], scale=scale, reduction=reduction, plan=own,
+                backend=backend,
+            )  # fmt: skip
+            out, lse = out.index_copy(2, chosen, part.out), lse.index_copy(2, chosen, part.lse)
+            mass = mass.index_copy(1, chosen, part.mass)
+        return FrameAttentionOutput(out, lse, mass)
+    first_key, last_key, prefix_keys = bounds
     layout = arguments.prepare(
         OP, query, key, frame_ids, num_frames=num_frames, first_key=first_key, last_key=last_key,
         prefix_keys=prefix_keys, scale=scale, reduction=reduction,

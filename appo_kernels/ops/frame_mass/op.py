@@ -30,6 +30,7 @@ from torch import Tensor
 from appo_kernels import checks, dispatch
 from appo_kernels.attention import arguments
 from appo_kernels.attention.arguments import Gradients, Layout
+from appo_kernels.attention.frame_plan import FramePlan, planned
 from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
 
@@ -39,9 +40,9 @@ OP = "frame_mass"
 def frame_mass(
     query: Tensor,
     key: Tensor,
-    frame_ids: Tensor,
+    frame_ids: Tensor | None = None,
     *,
-    num_frames: int,
+    num_frames: int | None = None,
     lse: Tensor | None = None,
     first_key: Tensor | None = None,
     last_key: Tensor | None = None,
@@ -50,6 +51,7 @@ def frame_mass(
     reduction: str = "sum",
     per_head: bool = False,
     out: Tensor | None = None,
+    plan: FramePlan | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Frame attention mass M[b,r,f] = mean_h sum_{v in f} softmax_v(scale query_h,r . key_v) (docs/method.md eq. 2).
@@ -71,6 +73,8 @@ def frame_mass(
         out: (B, R, F), or (B, Hq, R, F), of the dtype of the result: the mass is added to it and ``out`` returned, so
             that layers sum up in one buffer. Where a gradient is wanted the mass is computed aside and added by
             ``out.add_``, under autograd's ordinary rules.
+        plan: a `FramePlan` in place of frame_ids, num_frames and the bounds, so that what depends on these alone is
+            worked out once for all layers. Of a `GroupLayout`: every group on its own frames.
         backend: "auto", "torch", "triton" or "cuda".
 
     Returns:
@@ -84,6 +88,19 @@ def frame_mass(
             leaf that requires a gradient; a frame id outside [-1, num_frames), a last_key beyond S - 1,
             prefix_keys outside [0, S], an lse that is NaN, or +inf in a row that sees keys.
     """
+    frame_ids, num_frames, bounds = planned(OP, plan, frame_ids, num_frames, (first_key, last_key, prefix_keys))
+    if plan is not None and plan.groups:
+        plan.check_call(OP, query, key)
+        shape = (1, *query.shape[1:3], num_frames) if per_head else (1, query.shape[2], num_frames)
+        total = query.new_zeros(shape, dtype=compute_dtype(query.dtype))
+        for chosen, keys, own in plan.groups:
+            part = frame_mass(
+                query[:, :, chosen], key[:, :, keys], lse=None if lse is None else lse[:, :, chosen], scale=scale,
+                reduction=reduction, per_head=per_head, plan=own, backend=backend,
+            )  # fmt: skip
+            total = total.index_copy(-2, chosen, part)
+        return total if out is None else out.add_(total)
+    first_key, last_key, prefix_keys = bounds
     layout = arguments.prepare(
         OP, query, key, frame_ids, num_frames=num_frames, first_key=first_key, last_key=last_key,
         prefix_keys=prefix_keys, scale=scale, reduction=reduction,

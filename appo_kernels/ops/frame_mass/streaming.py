@@ -13,7 +13,7 @@ from torch import Tensor
 from appo_kernels import dispatch
 from appo_kernels.attention import torch_passes as passes
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
-from appo_kernels.attention.torch_tiles import KeyTile, Rows, key_tiles, mask_, row_tiles
+from appo_kernels.attention.torch_tiles import KeyTile, Rows, mask_, row_tiles, tiles_of
 from appo_kernels.dtypes import compute_dtype
 
 # Keys converted at a time, over all key/value heads: 4 Mi numbers are 16 MiB in fp32 whatever the heads are.
@@ -53,7 +53,7 @@ def forward(
     for b in range(batch):
         # An empty row's lse of -inf or +inf becomes +inf, and exp(score - inf) the 0 it must be.
         shift = torch.where(torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype))  # (Hq, R)
-        for tile in key_tiles(layout.frame_ids[b], num_frames, keys, frames_only=True):
+        for tile in tiles_of(layout.frame_ids, b, num_frames, keys, frames_only=True):
             columns = [tile.take(key_Sd, dtype).t() for key_Sd in key[b]]  # Hkv of (d, n)
             for part in row_tiles(b, rows, max(16, TILE_SCORES // (group * len(tile))), layout.bounds):
                 masked = part.masked(tile)
