@@ -21,8 +21,9 @@ _KEPT: Any = WeakTensorKeyDictionary()  # frame ids of a plan -> what was worked
 
 
 def kept(frame_ids: Tensor, name: Hashable, make: Callable[[], T]) -> T:
-    """``make()``, or what it returned before for the plan of these ``frame_ids``; without a plan nothing is kept."""
-    results = _KEPT.get(frame_ids)
+    """``make()``, or what it returned before for the plan of these ``frame_ids``; without a plan nothing is kept, nor
+    outside of the custom operators while a graph is traced."""
+    results = None if torch.compiler.is_compiling() else _KEPT.get(frame_ids)
     if results is None:
         return make()
     if name not in results:
