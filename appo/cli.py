@@ -79,7 +79,10 @@ def train(
         _required(settings, name)
     from appo.data.load import check_media, load_records
     from appo.train.setup import load_model
+    from appo.train.sharding import check_launch
     from appo.train.trainer import Trainer
+
+    check_launch()
 
     source: dict[str, Any] = {
         "data_root": settings.data_root,

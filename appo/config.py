@@ -121,6 +121,8 @@ class APPOConfig:
     # Compute a group's prompt once, groups in one row without padding: needs full attention in every layer.
     share_prompt: str = setting("auto", choices=("auto", "on", "off"))
     gradient_checkpointing: bool = setting(False)
+    # Over processes: "none": each holds everything (DDP); "fsdp": weights, gradients and optimizer state in shards.
+    shard: str = setting("none", choices=("none", "fsdp"))
     freeze_vision: bool = setting(True)
     lora_rank: int = setting(0, at_least=0)  # 0: full fine-tuning
     lora_alpha: int = setting(32, at_least=1)
@@ -180,6 +182,11 @@ class APPOConfig:
             raise ConfigError(f"`vllm_arguments`: expected a JSON object, got {shown(self.vllm_arguments)}.") from error
         if not isinstance(arguments, dict):
             raise ConfigError(f"`vllm_arguments`: expected a JSON object, got {shown(self.vllm_arguments)}.")
+        if self.shard == "fsdp" and self.dtype == "float16":
+            raise ConfigError(
+                "`dtype`: expected bfloat16 or float32 with shard = fsdp, got float16, whose loss scaling shards do "
+                "not agree on. Change either."
+            )
         if self.delta is not None and self.delta <= 1 + self.eps_high:
             raise ConfigError(
                 f"`delta`: expected more than 1 + eps_high = {1 + self.eps_high:g}, which caps the ratio already, got "

@@ -13,6 +13,7 @@ from appo.train.logs import RunLog
 from appo.train.looking import head_shares
 from appo.train.metrics import sample_record
 from appo.train.progress import training_progress
+from appo.train.sharding import full_weights, gathered
 
 if TYPE_CHECKING:
     from appo.train.trainer import Trainer
@@ -22,7 +23,7 @@ def run(trainer: "Trainer") -> Path:
     """Train to ``max_steps`` (or to Ctrl-C) and return the run folder; the trained model is in ``final/`` there."""
     config, accelerator = trainer.config, trainer.accelerator
     output = Path(config.output)
-    state = checkpoints.load_newest(accelerator, output / "checkpoints") or {"step": 0}
+    state = checkpoints.load_newest(trainer.unwrapped, trainer.optimizer, output / "checkpoints") or {"step": 0}
     start = step = trainer.version = state["step"]
     trainer.sampler.load_state_dict(state.get("samplers", []))
     main = accelerator.is_main_process
@@ -60,15 +61,16 @@ def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> None:
     trainer.policy.eval()
     trainer.sync_engine()
     for split, records in trainer.eval_splits.items():
-        values = evaluate(
-            trainer.model,
-            trainer.processor,
-            records,
-            trainer.config,
-            engine=trainer.engine,
-            builder=trainer.build_prompt,
-            accelerator=trainer.accelerator,
-        )
+        with gathered(trainer.policy):
+            values = evaluate(
+                trainer.model,
+                trainer.processor,
+                records,
+                trainer.config,
+                engine=trainer.engine,
+                builder=trainer.build_prompt,
+                accelerator=trainer.accelerator,
+            )
         log.evaluation(step, split, values)
 
 
@@ -86,13 +88,21 @@ def _record_heads(trainer: "Trainer", log: RunLog, step: int) -> None:
 def _save(trainer: "Trainer", step: int) -> None:
     samplers = gather_object([trainer.sampler.state_dict()])
     folder = Path(trainer.config.output) / "checkpoints"
-    checkpoints.save(trainer.accelerator, folder, step, {"samplers": samplers}, trainer.config.keep_checkpoints)
+    checkpoints.save(
+        trainer.accelerator,
+        trainer.unwrapped,
+        trainer.optimizer,
+        folder,
+        {"step": step, "samplers": samplers},
+        trainer.config.keep_checkpoints,
+    )
 
 
 def save_model(trainer: "Trainer", folder: Path) -> None:
     """The model (or its adapters) and the processor, as ``from_pretrained`` loads them."""
+    weights = full_weights(trainer.unwrapped)
     if trainer.accelerator.is_main_process:
-        trainer.model.save_pretrained(folder)
+        trainer.model.save_pretrained(folder, state_dict=weights)
         trainer.processor.save_pretrained(folder)
 
 

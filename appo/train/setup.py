@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from appo.config import APPOConfig, ConfigError
@@ -14,6 +15,7 @@ from appo.models.layouts import layout_of
 from appo.models.load import check_fits, from_pretrained
 from appo.models.loaded import enable_checkpointing
 from appo.train.policy import Policy
+from appo.train.sharding import place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -99,7 +101,7 @@ def learning_rate(step: int, config: APPOConfig) -> float:
 
 
 def reference_policy(
-    policy: Policy, config: APPOConfig, device: torch.device
+    policy: Policy, config: APPOConfig, accelerator: Accelerator
 ) -> Callable[[], AbstractContextManager[nn.Module]] | None:
     """A context manager that gives the policy the run started from; None without a KL term.
 
@@ -107,7 +109,9 @@ def reference_policy(
     """
     if config.beta == 0:
         return None
-    frozen = policy if config.lora_rank else copy.deepcopy(policy).to(device).eval().requires_grad_(False)
+    frozen: nn.Module = policy
+    if not config.lora_rank:
+        frozen = place(copy.deepcopy(policy).eval().requires_grad_(False), config, accelerator, frozen=True)
 
     @contextmanager
     def reference() -> Iterator[nn.Module]:

@@ -20,7 +20,7 @@ from appo.rollout.build import build_engine
 from appo.rollout.engine import Completion, Rollout, Sampling, checked, seed_of
 from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
-from appo.train.groups import Group, Part, batch_parts, loss_operands, token_weights_of
+from appo.train.groups import Group, Part, batch_parts, loss_operands, token_weights_of, whole_groups
 from appo.train.logs import Meter, peak_memory_gib
 from appo.train.metrics import measure_groups, measure_loss
 from appo.train.micro_batches import micro_batches
@@ -29,6 +29,7 @@ from appo.train.rules import ChooseFrames, WeighTokens, choose_frames, weigh_tok
 from appo.train.run import run
 from appo.train.scoring import score_parts, score_reference, weigh_groups
 from appo.train.setup import DTYPES, build_optimizer, learning_rate, prepare_model, reference_policy
+from appo.train.sharding import check_launch, gathered, idle_group, missing, no_loss, place, reshard, whole
 from appo_kernels import SurrogateOutput, linear_weighted_surrogate
 
 
@@ -67,6 +68,7 @@ class Trainer:
     ) -> None:
         self.config = config = config or APPOConfig()
         config.check()
+        check_launch()
         check_fits(config, model, processor)
         self.reward_weights = rewards or config.rewards
         # Autocast is our own: accelerate's belongs to the process, and would widen what the policy's forward returns.
@@ -83,9 +85,10 @@ class Trainer:
         self.pad_id = processor.tokenizer.pad_token_id
         self.meter = Meter()
         self.unwrapped = policy = Policy(prepare_model(model, config), config.share_prompt)
-        self.reference = reference_policy(policy, config, self.accelerator.device)
+        self.reference = reference_policy(policy, config, self.accelerator)
         self.model: Any = policy.model
-        self.policy, self.optimizer = self.accelerator.prepare(policy, build_optimizer(policy, config))
+        self.policy = place(policy, config, self.accelerator)
+        self.optimizer = build_optimizer(policy, config)
         self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.dtype == "float16")
         self.build_prompt = PromptBuilder(processor, policy.causal.config, config)
         self.sampler = RecordSampler(
@@ -109,7 +112,7 @@ class Trainer:
         wanted, groups = config.prompts_per_step // self.accelerator.num_processes, list[Group]()
         self.policy.eval()
         self.sync_engine()
-        with self.timed("rollout"):
+        with self.timed("rollout"), gathered(self.policy):
             # With dynamic sampling, groups without signal give way to new prompts.
             for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
                 sampled = self.reward(self.rollout(wanted - len(groups)))
@@ -121,7 +124,9 @@ class Trainer:
         # Groups that cannot move the model count in the loss's denominator, and cost no forward.
         groups.sort(key=self.has_gradient, reverse=True)
         with self.timed("score"):
-            for parts in self.micro_batches([group for group in groups if self.has_gradient(group)] or groups[:1]):
+            batches = list(self.micro_batches([g for g in groups if self.has_gradient(g)] or groups[:1]))
+            idle = [whole_groups([idle_group(groups[0], self.pad_id)])]
+            for parts in batches + idle * missing(self.policy, len(batches), self.accelerator.device):
                 self.score(parts)
                 with self.timed("weights"):
                     complete = [part.group for part in parts if part.last]
@@ -131,6 +136,7 @@ class Trainer:
         self.policy.train()
         with self.timed("update"):
             self.update(groups, number)
+        reshard(self.policy)  # it is whole after scores that no update followed
         measure_groups(self.meter, groups)
         measure_engine(self.meter, groups)
         self.meter.add("time/step", time.perf_counter() - started)
@@ -210,18 +216,21 @@ class Trainer:
             share = groups[index::updates]
             tokens, responses = self.total(sum(g.tokens for g in share)), self.total(len(share) * config.group_size)
             batches = list(self.micro_batches([g for g in share if g.scored]))
+            idle = missing(self.policy, len(batches), accelerator.device)
             for parts in batches:
                 with self.timed("loss"), nullcontext() if parts is batches[-1] else accelerator.no_sync(self.policy):
                     loss = self.loss(parts, tokens, responses)
                     # Processes are averaged, shares are summed.
                     accelerator.backward(self.scaler.scale(loss * accelerator.num_processes))
+            for _ in range(idle):
+                self.idle_backward(groups[0])
             self.scaler.unscale_(self.optimizer)
             norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             self.version = number
-            self.meter.add("grad_norm", norm)
+            self.meter.add("grad_norm", whole(norm))
         self.meter.add("lr", rate)
 
     def loss(self, parts: Sequence[Part], tokens: float, responses: float) -> Tensor:
@@ -242,6 +251,13 @@ class Trainer:
         # "dapo" divides by the tokens of the whole batch itself; the others are means over these responses alone.
         portion = {"dapo": 1.0, "bnpo": count / tokens}.get(config.aggregation, len(batch.mask) / responses)
         return result.loss * portion
+
+    def idle_backward(self, group: Group) -> None:
+        """A forward and backward of no weight: those of a sharded policy are collectives, and others have more."""
+        batch = batch_parts(whole_groups([idle_group(group, self.pad_id)]), self.pad_id, self.accelerator.device)
+        with self.autocast():
+            zero = self.policy(batch, no_loss)
+        self.accelerator.backward(zero)
 
     def has_gradient(self, group: Group) -> bool:
         """Groups whose rewards are all equal have advantage 0: no gradient but that of a KL or an entropy term."""

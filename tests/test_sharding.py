@@ -1,0 +1,110 @@
+"""`shard: fsdp`: two processes train as one does, save what it saves, and go on as one."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sharded_run import train, train_in_two
+
+from appo.config import APPOConfig, ConfigError
+from appo.train.sharding import check_launch
+
+TINY: dict[str, Any] = {"prompts_per_step": 4, "max_new_tokens": 8, "group_size": 3, "max_steps": 2, "save_every": 2}
+
+
+def final(output: Path) -> dict[str, torch.Tensor]:
+    (file,) = (output / "final").glob("*model.safetensors")
+    return load_file(file)
+
+
+def distance(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """Relative L2 over all weights."""
+    assert found.keys() == wanted.keys()
+    error = sum(float((found[name] - value).double().square().sum()) for name, value in wanted.items())
+    return (error / sum(float(value.double().square().sum()) for value in wanted.values())) ** 0.5
+
+
+def metrics(output: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in line.items() if not name.startswith(("time/", "memory/"))} for line in lines
+    ]
+
+
+def test_two_processes_train_and_save_as_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    # The first process has text alone and no signal, the second has two groups to score and to learn from.
+    found = [runs[0] for runs in train_in_two(TINY | {"output": str(two), "shard": "fsdp"})]
+    assert found[0]["idle"] > 0 and found[1]["idle"] == 0, "unequal micro-batches"
+    assert found[0]["saved"] == found[0]["equal"] > 0
+    train(str(one), **TINY)
+    assert distance(final(two), final(one)) < 1e-6
+    for ours, theirs in zip(metrics(two), metrics(one), strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
+        assert ours["accuracy"] == pytest.approx(theirs["accuracy"], rel=1e-6)
+
+
+# What else changes which weights are sharded, trained or saved; and what makes other forwards (a reference policy).
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"lora_rank": 4},
+    "lora with a reference": {"lora_rank": 4, "beta": 0.1},
+    "tied": {"tied": True},
+    "frozen tower, checkpointing": {"freeze_vision": True, "gradient_checkpointing": True},
+    "reference": {"beta": 0.1},
+    "text-only groups learn": {"rewards": {"length_parity": 1.0}, "updates_per_step": 2},
+    "grpo with dynamic sampling": {"method": "grpo", "dynamic_sampling": True, "max_sampling_rounds": 2},
+}
+
+
+@pytest.mark.slow
+def test_every_kind_of_training_is_that_of_one_process(tmp_path):
+    runs = [
+        TINY | settings | {"output": str(tmp_path / f"two {name}"), "shard": "fsdp"} for name, settings in CASES.items()
+    ]
+    train_in_two(*runs)
+    for name, settings in CASES.items():
+        train(str(tmp_path / name), **(TINY | settings))
+        assert distance(final(tmp_path / f"two {name}"), final(tmp_path / name)) < 1e-6, name
+
+
+@pytest.mark.slow
+def test_bfloat16_keeps_weights_in_fp32_and_trains(tmp_path):
+    train_in_two(TINY | {"output": str(tmp_path), "shard": "fsdp", "dtype": "bfloat16"})
+    assert {value.dtype for value in final(tmp_path).values()} == {torch.float32}
+    assert all(0 < step["grad_norm"] < float("inf") for step in metrics(tmp_path))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora_rank", [0, 4])  # all weights, or adapters alone
+def test_a_checkpoint_of_two_is_continued_by_one(tmp_path, lora_rank):
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    settings = TINY | {"lora_rank": lora_rank}
+    train_in_two(settings | {"output": str(both), "shard": "fsdp"})
+    train(str(both), **(settings | {"max_steps": 3}))
+    train(str(alone), **(settings | {"max_steps": 3}))
+    assert [line["step"] for line in metrics(both)] == [1, 2, 3]
+    assert distance(final(both), final(alone)) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "name, asked",
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"),
+        ("ACCELERATE_USE_FSDP", "FSDP plugin"),
+        ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "parallelism config"),
+    ],
+)
+def test_other_sharding_of_an_accelerate_config_is_refused_by_name(monkeypatch, name, asked):
+    check_launch()
+    monkeypatch.setenv(name, "true")
+    with pytest.raises(ConfigError, match=asked):
+        check_launch()
+
+
+def test_fp16_is_refused_with_shards():
+    with pytest.raises(ConfigError, match=r"dtype.*float16"):
+        APPOConfig(shard="fsdp", dtype="float16")
