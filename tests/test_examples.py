@@ -75,6 +75,11 @@ def test_configurations_load(path):
     assert config.group_size == 8 and config.model.startswith("Qwen/")
 
 
+def test_the_recipe_for_a_node_shards_all_weights_over_eight_processes():
+    config = APPOConfig.load(ROOT / "examples/qwen2_5_vl_7b_8gpu.yaml")
+    assert (config.shard, config.lora_rank, config.prompts_per_step % 8) == ("fsdp", 0, 0)
+
+
 def test_importing_the_packages_is_light():
     """The operators need torch and triton only, and naming appo loads nothing."""
     code = (
