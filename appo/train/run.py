@@ -77,7 +77,7 @@ def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> None:
 def _record_heads(trainer: "Trainer", log: RunLog, step: int) -> None:
     """Which heads looked at the video of the step's first group; every process records one, the main one's is kept."""
     trainer.policy.eval()
-    with trainer.autocast():
+    with gathered(trainer.policy), trainer.autocast():  # a group without a video makes no forward
         shares = head_shares(
             trainer.groups[0], trainer.policy, trainer.unwrapped, trainer.pad_id, trainer.accelerator.device
         )
