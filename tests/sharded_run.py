@@ -21,6 +21,8 @@ import training
 from appo.data.records import Record
 from appo.data.sampler import RecordSampler
 from appo.rollout import rewards
+from appo.rollout.engine import TransformersRollout
+from appo.rollout.weight_files import weights_of
 from appo.train.sharding import full_weights
 from appo.train.trainer import Trainer
 
@@ -40,6 +42,16 @@ def mixed_records() -> list[Record]:
     return [training.without_media(r) if r.id in bare else r for r in training.records()]
 
 
+class Apart(TransformersRollout):
+    """An engine with a model of its own, which weights are handed to one at a time."""
+
+    def update_weights(self, model: Any, version: int) -> None:
+        own = dict(self.model.named_parameters())
+        for name, value in weights_of(model):
+            own[name].data.copy_(value)
+        super().update_weights(model, version)
+
+
 def train(output: str, *, tied: bool = False, **settings: Any) -> tuple[Trainer, dict[str, Any]]:
     """A run on `mixed_records`, and what this process found: forwards and backwards made, and `final/` against the
     weights it was saved from."""
@@ -50,6 +62,7 @@ def train(output: str, *, tied: bool = False, **settings: Any) -> tuple[Trainer,
         mixed_records(),
         config=training.config(output, **({"rewards": {"videos_differ": 1.0}, "micro_groups": 1} | settings)),
         eval_dataset=training.records()[:3],
+        engine=Apart(*training.tiny(seed=1)) if settings.get("engine") == "vllm" else None,
     )
     found = {"idle": 0}
     idle = trainer.idle_backward

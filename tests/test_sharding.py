@@ -90,6 +90,13 @@ def test_shards_are_trained_as_copies_are(tmp_path):
 
 
 @pytest.mark.slow
+def test_another_engine_gets_whole_weights_from_shards(tmp_path):
+    train_in_two(TINY | {"output": str(tmp_path / "two"), "shard": "fsdp", "engine": "vllm"})
+    train(str(tmp_path / "one"), **TINY)
+    assert distance(final(tmp_path / "two"), final(tmp_path / "one")) < 1e-6
+
+
+@pytest.mark.slow
 def test_bfloat16_keeps_weights_in_fp32_and_trains(tmp_path):
     train_in_two(TINY | {"output": str(tmp_path), "shard": "fsdp", "dtype": "bfloat16"})
     assert {value.dtype for value in final(tmp_path).values()} == {torch.float32}

@@ -61,7 +61,7 @@ def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> None:
     trainer.policy.eval()
     trainer.sync_engine()
     for split, records in trainer.eval_splits.items():
-        with gathered(trainer.policy):
+        with trainer.whole_weights():
             values = evaluate(
                 trainer.model,
                 trainer.processor,

@@ -112,7 +112,7 @@ class Trainer:
         wanted, groups = config.prompts_per_step // self.accelerator.num_processes, list[Group]()
         self.policy.eval()
         self.sync_engine()
-        with self.timed("rollout"), gathered(self.policy):
+        with self.timed("rollout"), self.whole_weights():
             # With dynamic sampling, groups without signal give way to new prompts.
             for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
                 sampled = self.reward(self.rollout(wanted - len(groups)))
@@ -268,6 +268,10 @@ class Trainer:
         if self._engine_version != self.version:
             self.engine.update_weights(self.model, self.version)
             self._engine_version = self.version
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """What sampling needs of a sharded policy; nothing where another engine samples, with weights of its own."""
+        return gathered(self.policy) if self.config.engine == "transformers" else nullcontext()
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Forwards compute in ``config.dtype``; trained weights stay in fp32."""
