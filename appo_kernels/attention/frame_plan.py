@@ -76,9 +76,9 @@ class FramePlan:
             if bound is not None:
                 checks.rank(OP, name, bound, 2, "(B, R)")
                 checks.dtype(OP, name, bound, checks.INTS)
-        found = [None if bound is None else bound.int() for bound in (first_key, last_key, prefix_keys)]
+        found = [None if bound is None else checks.narrowed(bound) for bound in (first_key, last_key, prefix_keys)]
         # Its own tensor: plans of one tensor with other bounds keep apart.
-        return cls(frame_ids.to(torch.int32, copy=True), num_frames, (found[0], found[1], found[2]))
+        return cls(checks.narrowed(frame_ids).clone(), num_frames, (found[0], found[1], found[2]))
 
     @classmethod
     def of_layout(
@@ -115,7 +115,7 @@ class FramePlan:
                 plan = cls.build(frame_ids[:, whole], num_frames, first_key=first, last_key=last, prefix_keys=prefix)
                 found.append(GroupRows(chosen.to(device), whole, plan))
         shape = (len(places), layout.tokens)
-        return cls(frame_ids.to(torch.int32, copy=True), num_frames, (None, None, None), found, shape)
+        return cls(checks.narrowed(frame_ids).clone(), num_frames, (None, None, None), found, shape)
 
     def check_call(self, op: str, query: Tensor, key: Tensor) -> None:
         """That a call with groups has their rows and tokens; shapes of the others are checked with their tensors."""
@@ -140,6 +140,8 @@ def planned(
                 op, name, "a value, or a plan", "None", "Pass frame_ids and num_frames, or plan=FramePlan.build(...)."
             )
         return frame_ids, num_frames, given
+    if not isinstance(plan, FramePlan):
+        checks.fail(op, "plan", "a FramePlan", type(plan).__name__, "Make one with FramePlan.build(...).")
     names = ("frame_ids", "num_frames", "first_key", "last_key", "prefix_keys")
     twice = [name for name, value in zip(names, (frame_ids, num_frames, *given), strict=True) if value is not None]
     if twice:

@@ -143,3 +143,15 @@ def test_refuses(argument: str, call: Any) -> None:
     tensors, frame_ids = packed()
     with pytest.raises(ValueError, match=f"{argument}: expected .*, got "):
         call([t.detach() for t in tensors], frame_ids)
+
+
+def test_bounds_beyond_31_bits_do_not_wrap():
+    """The largest int64 is no key, with a plan as without one: it must not become -1, which would hide every key."""
+    query, key = torch.randn(1, 2, 3, 16), torch.randn(1, 2, 5, 16)
+    frame_ids = torch.tensor([[0, 0, 1, 1, -1]])
+    last_key = torch.full((1, 3), torch.iinfo(torch.int64).max)
+    plan = FramePlan.build(frame_ids, 2, last_key=last_key)
+    with pytest.raises(ValueError, match="`last_key`: expected numbers up to 4"):
+        frame_mass(query, key, plan=plan, backend="torch")
+    with pytest.raises(ValueError, match="`frame_ids`"):
+        frame_mass(query, key, plan=FramePlan.build(frame_ids + 2**32, 2), backend="torch")

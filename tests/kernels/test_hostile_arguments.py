@@ -27,6 +27,7 @@ def attention() -> dict[str, Any]:
         "prefix_keys": rows + 1,
         "scale": 0.3,
         "reduction": "mean",
+        "plan": None,
     }
 
 
@@ -119,6 +120,9 @@ def wrong_values(name: str, value: Any, default: Any) -> Iterator[Any]:
         yield from NO_CHOICE
     elif name == "layout":
         yield from (None, [[3, 2, 4]], torch.tensor([[3, 2, 4]]), appo_kernels.GroupLayout([3], [[2]]))
+    elif name == "plan":
+        # The last is a plan beside the frame ids that it stands for.
+        yield from ("plan", 1, {}, torch.ones(2), appo_kernels.FramePlan.build(torch.zeros(B, 5, dtype=torch.int64), 1))
     elif name == "num_frames":
         yield from NO_COUNT
     else:
