@@ -91,7 +91,7 @@ def train(
     }
     records = load_records(settings.data, **source)
     held_out = load_records(settings.eval_data, **source) if settings.eval_data else []
-    for part in (records, held_out):
+    for part in (records, held_out) if settings.on_broken == "stop" else ():
         check_media(part)
     model, processor = load_model(settings)
     output = Trainer(model, processor, records, config=settings, eval_dataset=held_out).train()
@@ -107,8 +107,11 @@ def evaluate_model(
     output: Annotated[Path | None, typer.Option(help="Write every answer to this .jsonl file.")] = None,
     overrides: Overrides = None,
 ) -> None:
-    """Answer records greedily and print accuracy, format and temporal IoU."""
-    import json
+    """Answer records greedily and print accuracy, format and temporal IoU.
+
+    Each answer is in the file as soon as there is one; the same command goes on where it was interrupted.
+    """
+    from contextlib import nullcontext
 
     from appo.config import APPOConfig
     from appo.output_paths import check_output_file
@@ -120,14 +123,16 @@ def evaluate_model(
     from rich.progress import Progress
 
     from appo.data.load import check_media, load_records
+    from appo.train.answers import AnswerFile
     from appo.train.evaluate import evaluate
     from appo.train.setup import load_model
 
     records = load_records(data, data_root=data_root, limit=limit, allow_outside=settings.allow_outside)
-    check_media(records)
-    loaded, processor = load_model(settings)
-    answers: list[dict] = []
-    with Progress() as progress:
+    if settings.on_broken == "stop":
+        check_media(records)
+    answers = None if output is None else AnswerFile(output, records, settings)
+    loaded, processor = load_model(settings, trained=False)
+    with answers or nullcontext(), Progress() as progress:
         task = progress.add_task("records", total=len(records))
         values = evaluate(
             loaded,
@@ -135,10 +140,9 @@ def evaluate_model(
             records,
             settings,
             show=lambda done: progress.update(task, completed=done),
-            keep=answers,
+            keep=None if answers is None else answers.write,
+            known=None if answers is None else answers.known,
         )
-    if output is not None:
-        output.write_text("".join(json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers))
     for name, value in values.items():
         typer.echo(f"{name:24} {value:.4g}")
 

@@ -25,6 +25,8 @@ def guarded(run: Callable[..., None]) -> Callable[..., None]:
         except Exception as error:
             if _names_the_data(error):
                 _stop(error, WRONG_INPUT)
+            if _ends_a_run(error):
+                _stop(error, FAILED)
             if isinstance(error, OSError) and error.filename is not None and not isinstance(error, BrokenPipeError):
                 _stop(f"{error.filename}: {error.strerror}", FAILED)
             raise
@@ -39,6 +41,14 @@ def _names_the_data(error: Exception) -> bool:
     from appo.reports.runs import ReportError
 
     return isinstance(error, (DataError, ReportError, VideoError))
+
+
+def _ends_a_run(error: Exception) -> bool:
+    """True for what a run says when it cannot go on; its modules are loaded only once there is an error."""
+    from appo.train.checkpoints import CheckpointError
+    from appo.train.updates import NonFiniteError
+
+    return isinstance(error, (CheckpointError, NonFiniteError))
 
 
 def _stop(message: object, code: int) -> None:

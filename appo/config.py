@@ -52,6 +52,7 @@ class APPOConfig:
 
     # Rollouts.
     group_size: int = setting(8, at_least=2)  # G
+    rollout_tokens: int = setting(262_144, at_least=1)  # of prompts and responses that are sampled at a time
     prompts_per_step: int = setting(16, at_least=1)  # over all processes
     max_new_tokens: int = setting(384, at_least=1)
     temperature: float = setting(1.0, at_least=0.01, at_most=100)
@@ -140,6 +141,13 @@ class APPOConfig:
     heads_every: int = setting(0, at_least=0)  # steps between records of which heads look, in heads.jsonl; 0: never
     eval_looking: bool = setting(False)  # record what evaluated answers looked at: one more forward
     tensorboard: bool = setting(True)
+
+    # Going on after what goes wrong.
+    # A run in `output` goes on when its settings are the same; "force": whatever they are.
+    resume: str = setting("same", choices=("same", "force"))
+    # A record whose media cannot be read: "skip" counts and logs it, and takes another.
+    on_broken: str = setting("stop", choices=("stop", "skip"))
+    max_skipped: int = setting(5, at_least=1)  # updates in a row that are not finite, before the run stops
 
     def __post_init__(self) -> None:
         self.check()

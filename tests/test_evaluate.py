@@ -13,7 +13,7 @@ def test_greedy_answers_do_not_depend_on_the_batch_and_are_kept(tmp_path):
     for size in (2, 5):
         answers: list = []
         settings = training.config(tmp_path, eval_batch=size)
-        found.append(evaluate(model, processor, records, settings, keep=answers))
+        found.append(evaluate(model, processor, records, settings, keep=answers.append))
         kept.append(answers)
     assert kept[0] == kept[1]
     assert found[0] == pytest.approx(found[1])
@@ -27,6 +27,6 @@ def test_samples_are_several_per_record_and_seeded(tmp_path):
     settings = training.config(tmp_path, eval_samples=3)
     kept: list[list] = [[], []]
     for answers in kept:
-        evaluate(model, processor, training.records()[:2], settings, keep=answers)
+        evaluate(model, processor, training.records()[:2], settings, keep=answers.append)
     assert kept[0] == kept[1] and len(kept[0]) == 6
     assert len({answer["text"] for answer in kept[0]}) > 1

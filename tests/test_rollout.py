@@ -13,7 +13,8 @@ from appo.models.loaded import (
     prompt_positions,
     vision_token_ids,
 )
-from appo.rollout.engine import Completion, Sampling, TransformersRollout, checked, draw_token
+from appo.rollout.engine import Completion, Sampling, checked
+from appo.rollout.model_engine import TransformersRollout, draw_token
 from appo.tasks.tiny import build_tiny
 
 FAMILIES = {"qwen2_5_vl": 28, "qwen3_vl": 32}  # side of a frame in pixels

@@ -19,12 +19,14 @@ from appo.data.load import load_records
 from appo.data.prompts import PromptBuilder, collate
 from appo.data.records import Record
 from appo.demo import SETTINGS
-from appo.rollout.engine import TransformersRollout
+from appo.rollout.engine import Sampling
+from appo.rollout.model_engine import TransformersRollout
 from appo.rollout.rewards import combine
 from appo.tasks import KINDS, Difficulty, make_task, response_text, think_text
 from appo.tasks.questions import NUMBERS
 from appo.tasks.tiny import build_tiny, build_tokenizer
 from appo.tasks.warmup import target, time_marked, warm_up, words_seen
+from appo.train.grade import texts_of
 from appo.train.groups import whole_groups
 from appo.train.logs import Meter
 from appo.train.metrics import measure_frames
@@ -212,14 +214,11 @@ def test_warm_start_leaves_something_to_learn(tmp_path):
     splits = {name: [build(record) for record in load_records(path)] for name, path in paths.items()}
     warm_up(model, processor, splits["warmup"])
     held_out = splits["validation"]
-    inputs = collate(held_out, processor.tokenizer.pad_token_id).inputs
 
     def answers(size, temperature):
-        sampler = TransformersRollout(model, processor, group_size=size, max_new_tokens=32, temperature=temperature)
-        done = sampler.generate(inputs, torch.Generator().manual_seed(0))
-        texts = [
-            processor.tokenizer.decode(i[m], skip_special_tokens=True) for i, m in zip(done.ids, done.mask, strict=True)
-        ]
+        sampling = Sampling(group_size=size, max_new_tokens=32, temperature=temperature)
+        done = TransformersRollout(model, processor).generate(held_out, sampling, range(len(held_out)))
+        texts = [text for group in done for text in texts_of(group, processor.tokenizer)]
         records = [prompt.record for prompt in held_out for _ in range(size)]
         scores = combine({"accuracy": 1.0, "format": 1.0}, texts, records).by_name
         return scores["accuracy"].view(-1, size), scores["format"]

@@ -9,6 +9,7 @@ import torch
 import training
 
 from appo.train.groups import whole_groups
+from appo.train.interrupt import Stopped
 from appo.train.trainer import Trainer
 
 
@@ -128,7 +129,8 @@ def test_a_run_repeats_and_a_stopped_one_goes_on_as_if_it_had_not_stopped(tmp_pa
         return step(number)
 
     first.step = interrupted
-    first.train()
+    with pytest.raises(Stopped):
+        first.train()
     assert [record["step"] for record in lines(tmp_path / "parts")] == [1, 2]
     assert not (tmp_path / "parts" / "final").exists()
     model, processor = training.tiny(seed=9)  # other weights: those of the checkpoint must replace them
@@ -174,7 +176,7 @@ def test_groups_without_signal_are_not_scored_but_count_in_the_mean(tmp_path):
         trainer.reward, trainer.score = without_signal, record
         if score_all:
             trainer.update = update_all
-        trainer.optimizer.step = lambda: gradients.extend(p.grad.clone() for p in trainer.policy.parameters())
+        trainer.updates.optimizer.step = lambda: gradients.extend(p.grad.clone() for p in trainer.policy.parameters())
         trainer.step(2)
         assert len(scored) == 2 and all(group.informative for group in scored)
         return torch.cat([part.flatten() for part in gradients])

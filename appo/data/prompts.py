@@ -89,6 +89,7 @@ class Prompt:
     num_frames: int = 0  # F
     text: str = ""  # the rendered chat, as the processor got it
     builder: "PromptBuilder | None" = field(default=None, repr=False)
+    positions: Tensor | None = None  # (3, P) or (P,) int64 as the model counts, once they were asked for
     frame_times: list[tuple[float, float]] = field(default_factory=list)  # F spans (first, last sample) in seconds
 
     def __len__(self) -> int:

@@ -18,7 +18,7 @@ def merge_adapters(adapters: Path, output: Path, *, model: str | None = None) ->
     The weights keep the dtype that the model was saved in. model: the model the adapters belong to (default: the one
     that they name). Raises ConfigError for folders that cannot be read or written, or do not fit together.
     """
-    named = _base_model(adapters)
+    named = base_model(adapters)
     name = model or named
     if not name:
         raise ConfigError(
@@ -30,7 +30,7 @@ def merge_adapters(adapters: Path, output: Path, *, model: str | None = None) ->
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    processor = from_pretrained(AutoProcessor, str(adapters if _has_processor(adapters) else name))
+    processor = from_pretrained(AutoProcessor, str(adapters if has_processor(adapters) else name))
     base = from_pretrained(AutoModelForImageTextToText, name, dtype="auto")
     try:
         merged: Any = PeftModel.from_pretrained(base, str(adapters)).merge_and_unload(safe_merge=True)
@@ -46,7 +46,7 @@ def merge_adapters(adapters: Path, output: Path, *, model: str | None = None) ->
     return partial.rename(output)
 
 
-def _base_model(adapters: Path) -> str:
+def base_model(adapters: Path) -> str:
     """The model that a folder of adapters names; empty where it names none."""
     if not (adapters / CONFIG).is_file() or not (adapters / ADAPTERS).is_file():
         raise ConfigError(
@@ -61,5 +61,5 @@ def _base_model(adapters: Path) -> str:
     return name if isinstance(name, str) else ""
 
 
-def _has_processor(folder: Path) -> bool:
+def has_processor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))

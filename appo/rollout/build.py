@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from appo.config import APPOConfig
-from appo.rollout.engine import Rollout, TransformersRollout
+from appo.rollout.engine import Rollout
+from appo.rollout.model_engine import TransformersRollout
 
 # Log-probabilities at another temperature than 1 are those of the distribution that was sampled from.
 LOGPROBS_MODES = {True: "raw_logprobs", False: "processed_logprobs"}
@@ -20,7 +21,7 @@ def build_engine(config: APPOConfig, model: Any, processor: Any) -> Rollout:
     and is not installed.
     """
     if config.engine == "transformers":
-        return TransformersRollout(model, processor)
+        return TransformersRollout(model, processor, batch_tokens=config.rollout_tokens)
     arguments = {"dtype": config.dtype, "max_model_len": None} | json.loads(config.vllm_arguments)
     arguments = {name: value for name, value in arguments.items() if value is not None}
     # What is handed over is what the trainer's forward computes in.

@@ -54,6 +54,14 @@ class Group:
     def scored(self) -> bool:
         return self.old_logprobs is not None
 
+    def drop_score_unless_finite(self) -> bool:
+        """Whether what scoring filled in is finite at every token; all of it is taken back where it is not."""
+        values = [self.old_logprobs, self.entropy, self.ref_logprobs, self.mass]
+        finite = all(bool(value[self.mask].isfinite().all()) for value in values if value is not None)
+        if not finite:
+            self.old_logprobs = self.entropy = self.ref_logprobs = self.mass = self.hidden = self.lse = None
+        return finite
+
     @property
     def tokens(self) -> int:
         return int(self.mask.sum())

@@ -2,6 +2,9 @@
 
 import json
 import math
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "heads.jsonl")
+FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "heads.jsonl", "broken.jsonl")
 
 
 class Meter:
@@ -34,6 +37,18 @@ class Meter:
 
     def maximum(self, name: str, value: float | Tensor) -> None:
         self._maxima[name] = max(float(value), self._maxima.get(name, -math.inf))
+
+    @contextmanager
+    def timed(self, name: str, device: torch.device) -> Iterator[None]:
+        """Enter the seconds that the body takes into a sum, the work it leaves to the device included."""
+        waits = device.type == "cuda"
+        if waits:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        yield
+        if waits:
+            torch.cuda.synchronize()
+        self.total(name, time.perf_counter() - start)
 
     def means(self) -> dict[str, float]:
         """The numbers of this process."""
@@ -82,13 +97,18 @@ class RunLog:
     def heads(self, step: int, value: dict[str, Any]) -> None:
         self._write("heads.jsonl", {"step": step} | value)
 
+    def broken(self, step: int, records: Iterable[dict[str, Any]]) -> None:
+        """Records that were skipped because their media cannot be read (`on_broken: skip`)."""
+        for record in records:
+            self._write("broken.jsonl", {"step": step} | record)
+
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         if self.enabled:
-            with open(self.folder / name, "a") as file:
+            with open(self.folder / name, "a", encoding="utf-8") as file:
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def _scalars(self, prefix: str, step: int, values: dict[str, float]) -> None:
@@ -103,14 +123,16 @@ def _truncate(path: Path, step: int) -> None:
     if not path.is_file():
         return
     kept = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             break
         if record["step"] <= step:
             kept.append(line)
-    path.write_text("".join(line + "\n" for line in kept))
+    partial = path.with_name("." + path.name)
+    partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    partial.replace(path)
 
 
 def peak_memory_gib(device: torch.device) -> float:

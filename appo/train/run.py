@@ -1,14 +1,20 @@
 """A run: steps from the newest checkpoint to the last, with evaluations, checkpoints and logs in one folder."""
 
+import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import gather_object
+from torch import Tensor
 
+from appo.config import ConfigError
 from appo.train import checkpoints
+from appo.train.collective import from_main, is_of_all
 from appo.train.engine_difference import warn_of_drift
 from appo.train.evaluate import evaluate
-from appo.train.interrupt import StopFlag
+from appo.train.folder import check_same_settings, locked
+from appo.train.interrupt import StopFlag, Stopped
 from appo.train.logs import RunLog
 from appo.train.looking import head_shares
 from appo.train.metrics import sample_record
@@ -20,40 +26,119 @@ if TYPE_CHECKING:
 
 
 def run(trainer: "Trainer") -> Path:
-    """Train to ``max_steps`` (or to Ctrl-C) and return the run folder; the trained model is in ``final/`` there."""
+    """Train to ``max_steps`` and return the run folder; the trained model is in ``final/`` there.
+
+    Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint of the step it was in. When a step fails, the last one
+    that was finished is saved before the exception goes on.
+    """
+    output = Path(trainer.config.output)
+    with locked(trainer.accelerator, output):
+        from_main(trainer.accelerator, lambda: check_same_settings(trainer.config, output))
+        start = _restore(trainer, output)
+        log = RunLog(
+            output,
+            tensorboard=trainer.config.tensorboard,
+            enabled=trainer.accelerator.is_main_process,
+            resume_step=start,
+        )
+        try:
+            _steps(trainer, output, log, start)
+        finally:
+            log.close()
+    return output
+
+
+def _steps(trainer: "Trainer", output: Path, log: RunLog, start: int) -> None:
     config, accelerator = trainer.config, trainer.accelerator
-    output = Path(config.output)
-    state = checkpoints.load_newest(trainer.unwrapped, trainer.optimizer, output / "checkpoints") or {"step": 0}
-    start = step = trainer.version = state["step"]
-    trainer.sampler.load_state_dict(state.get("samplers", []))
-    main = accelerator.is_main_process
-    log = RunLog(output, tensorboard=config.tensorboard, enabled=main, resume_step=start)
-    if main:
+    if accelerator.is_main_process:
         config.save(output / "config.yaml")
     if start == 0:
         _evaluate(trainer, log, 0)
-    with StopFlag() as stop, training_progress(config.max_steps, start, enabled=main) as show:
+    saved, state = start, _state(trainer, start)
+    with (
+        StopFlag() as stop,
+        training_progress(config.max_steps, start, enabled=accelerator.is_main_process) as show,
+    ):
         for step in range(start + 1, config.max_steps + 1):
-            metrics = trainer.step(step)
+            try:
+                metrics = trainer.step(step)
+            except Exception as error:
+                # The sampler's place and the weights are those of the step before, unless it came to an update. Saving
+                # takes all processes: they are here when the error is of all.
+                if saved < step - 1 and trainer.version < step and is_of_all(accelerator, error):
+                    _save(trainer, output, state)
+                raise
+            state = _state(trainer, step)
+            broken = gather_object(trainer.broken)
+            if broken:
+                metrics["records/broken"] = len(broken)
             log.metrics(step, metrics)
-            if main:
+            log.broken(step, broken)
+            if accelerator.is_main_process:
                 warn_of_drift(step, metrics, config.engine)
             if step == 1 or _due(step, config.sample_every):
                 log.sample(step, sample_record(trainer.groups[0], trainer.processor))
             if _due(step, config.heads_every):
                 _record_heads(trainer, log, step)
             show(step, metrics)
-            last = step == config.max_steps or stop.requested(accelerator)
+            last = step == config.max_steps
             if last or _due(step, config.save_every):
-                _save(trainer, step)
-            if step == config.max_steps or _due(step, config.eval_every):
+                _save(trainer, output, state)
+                saved = step
+            if last or (_due(step, config.eval_every) and stop.requested(accelerator) is None):
                 _evaluate(trainer, log, step)
-            if last:
-                break
-    if step == config.max_steps:
-        save_model(trainer, output / "final")
-    log.close()
-    return output
+            signal = stop.requested(accelerator)
+            if signal is not None and not last:
+                if saved < step:
+                    _save(trainer, output, state)
+                stopped = Stopped(signal, step, config.max_steps)
+                if accelerator.is_main_process:
+                    print(f"{stopped}; the same command goes on from there.", file=sys.stderr)
+                raise stopped
+    save_model(trainer, output / "final")
+
+
+def _restore(trainer: "Trainer", output: Path) -> int:
+    """Go on from the newest checkpoint, and return its step; 0 where there is none."""
+    state = checkpoints.load_newest(
+        trainer.accelerator, trainer.unwrapped, trainer.updates.optimizer, output / "checkpoints"
+    )
+    if state is None:
+        return 0
+    records = len(trainer.sampler.records)
+    if state["records"] != records and trainer.config.resume != "force":
+        raise ConfigError(
+            f"`data`: {output} holds a run on {state['records']} records, got {records}. Pass the same, choose another "
+            "`output`, or go on with the new ones with resume=force."
+        )
+    trainer.version = state["version"]
+    trainer.sampler.load_state_dict(state["samplers"])
+    if state["scaler"]:
+        trainer.updates.scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def _state(trainer: "Trainer", step: int) -> dict[str, Any]:
+    """What a checkpoint of ``step`` has to say beside weights and optimizer; every process calls it."""
+    return {
+        "step": step,
+        "version": trainer.version,
+        "records": len(trainer.sampler.records),
+        "samplers": gather_object([trainer.sampler.state_dict()]),
+        "scaler": trainer.updates.scaler.state_dict(),
+    }
+
+
+def _save(trainer: "Trainer", output: Path, state: dict[str, Any]) -> None:
+    trainer.updates.check_weights(f"after step {trainer.version}")
+    checkpoints.save(
+        trainer.accelerator,
+        trainer.unwrapped,
+        trainer.updates.optimizer,
+        output / "checkpoints",
+        state,
+        trainer.config.keep_checkpoints,
+    )
 
 
 def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> None:
@@ -85,25 +170,19 @@ def _record_heads(trainer: "Trainer", log: RunLog, step: int) -> None:
         log.heads(step, shares.as_json())
 
 
-def _save(trainer: "Trainer", step: int) -> None:
-    samplers = gather_object([trainer.sampler.state_dict()])
-    folder = Path(trainer.config.output) / "checkpoints"
-    checkpoints.save(
-        trainer.accelerator,
-        trainer.unwrapped,
-        trainer.optimizer,
-        folder,
-        {"step": step, "samplers": samplers},
-        trainer.config.keep_checkpoints,
-    )
-
-
 def save_model(trainer: "Trainer", folder: Path) -> None:
-    """The model (or its adapters) and the processor, as ``from_pretrained`` loads them."""
+    """The model (or its adapters) and the processor, as ``from_pretrained`` loads them; complete or not there."""
+    trainer.updates.check_weights(f"after step {trainer.version}")
     weights = full_weights(trainer.unwrapped)
-    if trainer.accelerator.is_main_process:
-        trainer.model.save_pretrained(folder, state_dict=weights)
-        trainer.processor.save_pretrained(folder)
+    from_main(trainer.accelerator, lambda: _write_model(trainer, folder, weights))
+
+
+def _write_model(trainer: "Trainer", folder: Path, weights: dict[str, Tensor] | None) -> None:
+    partial = folder.with_name("." + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    trainer.model.save_pretrained(partial, state_dict=weights)
+    trainer.processor.save_pretrained(partial)
+    checkpoints.put_in_place(partial, folder)
 
 
 def _due(step: int, every: int) -> bool:

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +14,21 @@ from torch import nn
 from appo.config import APPOConfig, ConfigError
 from appo.models.layouts import layout_of
 from appo.models.load import check_fits, from_pretrained
-from appo.models.loaded import enable_checkpointing
+from appo.models.loaded import enable_checkpointing, unwrapped
+from appo.models.merge import CONFIG as ADAPTER_CONFIG
+from appo.models.merge import base_model, has_processor
 from appo.train.policy import Policy
 from appo.train.sharding import place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def load_model(config: APPOConfig) -> tuple[nn.Module, Any]:
-    """The model and processor of ``config.model``.
+def load_model(config: APPOConfig, *, trained: bool = True) -> tuple[nn.Module, Any]:
+    """The model and processor of ``config.model``: a model, or a folder of LoRA adapters such as ``final/`` of a run.
 
     Trained weights are kept in fp32, since a learning rate of 1e-6 is lost in bf16; ``config.dtype`` is what the
-    forward computes in. With LoRA the frozen model is loaded in that dtype.
+    forward computes in. With LoRA, and where nothing is ``trained``, the model is loaded in that dtype. Adapters go on
+    with ``lora_rank``, their own; without it they are merged into the model. Raises ConfigError.
     """
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -32,26 +36,60 @@ def load_model(config: APPOConfig) -> tuple[nn.Module, Any]:
         raise ConfigError(
             "`model`: expected a folder or hub name, got nothing. For example Qwen/Qwen2.5-VL-7B-Instruct."
         )
-    layout_of(from_pretrained(AutoConfig, config.model))  # before gigabytes are read
-    processor = from_pretrained(AutoProcessor, config.model)
+    folder = Path(config.model)
+    adapters = folder if (folder / ADAPTER_CONFIG).is_file() else None
+    name = config.model if adapters is None else base_model(adapters)
+    if not name:
+        raise ConfigError(
+            f"`model`: {folder / ADAPTER_CONFIG}: expected the name of the model they belong to, got none."
+        )
+    layout_of(from_pretrained(AutoConfig, name))  # before gigabytes are read
+    processor = from_pretrained(AutoProcessor, config.model if adapters is None or has_processor(adapters) else name)
     model = from_pretrained(
         AutoModelForImageTextToText,
-        config.model,
-        dtype=DTYPES[config.dtype] if config.lora_rank else torch.float32,
+        name,
+        dtype=torch.float32 if trained and not config.lora_rank else DTYPES[config.dtype],
         attn_implementation=config.attn_implementation,
     )
     check_fits(config, model, processor)
-    return model, processor
+    return (model if adapters is None else _with_adapters(model, adapters, config)), processor
 
 
-def prepare_model(model: nn.Module, config: APPOConfig) -> nn.Module:
+def _with_adapters(model: nn.Module, folder: Path, config: APPOConfig) -> nn.Module:
+    """``model`` with the adapters of a folder to go on with; without ``lora_rank`` merged into it."""
+    from peft import PeftConfig, PeftModel
+
+    rank = PeftConfig.from_pretrained(str(folder)).r
+    if config.lora_rank not in (0, rank):
+        raise ConfigError(
+            f"`lora_rank`: expected {rank}, that of the adapters in {folder}, got {config.lora_rank}. Take it, or make "
+            "a model of them with appo merge first."
+        )
+    try:
+        found: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=bool(config.lora_rank))
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:  # peft's errors for adapters of another model
+        raise ConfigError(f"`model`: {folder}: adapters that do not fit their model: {error}") from error
+    return found if config.lora_rank else found.merge_and_unload()
+
+
+def autocast(config: APPOConfig, device: torch.device) -> AbstractContextManager[Any]:
+    """Forwards compute in ``config.dtype``; weights that are trained stay in fp32."""
+    dtype = DTYPES[config.dtype]
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def prepare_model(model: Any, config: APPOConfig) -> nn.Module:
     """Freeze the vision tower, add LoRA adapters and gradient checkpointing, as configured."""
+    if not config.lora_rank and hasattr(model, "peft_config"):
+        raise ConfigError(
+            f"`lora_rank`: expected {model.peft_config['default'].r}, that of the model's adapters, got 0."
+        )
     if config.freeze_vision:
         for parameter in vision_tower(model).parameters():
             parameter.requires_grad_(False)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
-    if config.lora_rank:
+    if config.lora_rank and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model
 
         tower = vision_tower(model)
@@ -67,12 +105,13 @@ def prepare_model(model: nn.Module, config: APPOConfig) -> nn.Module:
         with torch.random.fork_rng():  # adapters start at random: by the seed of the run
             torch.manual_seed(config.seed)
             model = get_peft_model(model, lora)
+    if config.lora_rank:
         model.enable_input_require_grads()  # checkpointed blocks need an input that requires a gradient
     return model
 
 
 def vision_tower(model: Any) -> nn.Module:
-    base = model.base_model
+    base = unwrapped(model).base_model
     for name in ("visual", "vision_tower", "vision_model"):
         if isinstance(getattr(base, name, None), nn.Module):
             return getattr(base, name)
@@ -109,6 +148,11 @@ def reference_policy(
     """
     if config.beta == 0:
         return None
+    if any("lora_B" in name and bool(p.any()) for name, p in policy.named_parameters()):
+        raise ConfigError(
+            "`beta`: expected 0 for a model with trained adapters: without them it is not the one the run starts from. "
+            "Make a model of them with appo merge first."
+        )
     frozen: nn.Module = policy
     if not config.lora_rank:
         frozen = place(copy.deepcopy(policy).eval().requires_grad_(False), config, accelerator, frozen=True)

@@ -170,6 +170,12 @@ def whole(value: Any) -> Tensor:
     return full
 
 
+def own(value: Any) -> Tensor:
+    """The shard of a tensor that this process has; all of one that is not sharded."""
+    local: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return local
+
+
 def full_weights(policy: Policy) -> dict[str, Tensor] | None:
     """State dict of ``policy.model`` for ``save_pretrained``: whole, on the CPU of the first process; {} in the others.
 

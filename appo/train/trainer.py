@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from appo.data.sampler import RecordSampler
 from appo.method.advantages import group_advantages
 from appo.models.load import check_fits
 from appo.rollout.build import build_engine
-from appo.rollout.engine import Completion, Rollout, Sampling, checked, seed_of
+from appo.rollout.engine import Completion, Rollout, Sampling, checked
+from appo.train.collective import together
+from appo.train.drawing import draw_prompts
 from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
 from appo.train.groups import Group, Part, batch_parts, loss_operands, token_weights_of, whole_groups
@@ -28,8 +30,9 @@ from appo.train.policy import Policy
 from appo.train.rules import ChooseFrames, WeighTokens, choose_frames, weigh_tokens
 from appo.train.run import run
 from appo.train.scoring import score_parts, score_reference, weigh_groups
-from appo.train.setup import DTYPES, build_optimizer, learning_rate, prepare_model, reference_policy
-from appo.train.sharding import check_launch, gathered, idle_group, missing, no_loss, place, reshard, whole
+from appo.train.setup import autocast, learning_rate, prepare_model, reference_policy
+from appo.train.sharding import check_launch, gathered, idle_group, missing, no_loss, place, reshard
+from appo.train.updates import Updates
 from appo_kernels import SurrogateOutput, linear_weighted_surrogate
 
 
@@ -49,7 +52,7 @@ class Trainer:
         weigh_tokens: (group, divergence, config) -> weights (G, N) fp32; ``divergence(slots)`` is (K, J).
         surrogate: called as `appo_kernels.linear_weighted_surrogate` is, and returns what it does.
 
-    A run lives in ``config.output``; ``train()`` goes on from its newest checkpoint, and Ctrl-C saves one and returns.
+    A run lives in ``config.output``; ``train()`` goes on from its newest checkpoint.
     """
 
     def __init__(
@@ -88,8 +91,7 @@ class Trainer:
         self.reference = reference_policy(policy, config, self.accelerator)
         self.model: Any = policy.model
         self.policy = place(policy, config, self.accelerator)
-        self.optimizer = build_optimizer(policy, config)
-        self.scaler = torch.amp.GradScaler(self.accelerator.device.type, enabled=config.dtype == "float16")
+        self.updates = Updates(policy, self.policy, self.accelerator, config)
         self.build_prompt = PromptBuilder(processor, policy.causal.config, config)
         self.sampler = RecordSampler(
             dataset, seed=config.seed, rank=self.accelerator.process_index, world=self.accelerator.num_processes
@@ -98,9 +100,13 @@ class Trainer:
         self.version = 0  # of the weights: the step that made them
         self._engine_version: int | None = None  # of the weights that the engine has
         self.groups: list[Group] = []  # of the last step
+        self.broken: list[dict[str, Any]] = []  # records skipped in it
 
     def train(self) -> Path:
-        """Run to ``max_steps`` (or to Ctrl-C) and return the run folder; the trained model is in ``final/`` there."""
+        """Run to ``max_steps`` and return the run folder; the trained model is in ``final/`` there.
+
+        Ctrl-C or SIGTERM ends it after the step it is in, with a checkpoint and `Stopped`, an exit of 130 or 143.
+        """
         return run(self)
 
     def step(self, number: int) -> dict[str, float]:
@@ -108,11 +114,11 @@ class Trainer:
 
         Returns the numbers of the step, over all processes; ``groups`` are this process's.
         """
-        config, self.meter, started = self.config, Meter(), time.perf_counter()
+        config, self.meter, self.broken, started = self.config, Meter(), [], time.perf_counter()
         wanted, groups = config.prompts_per_step // self.accelerator.num_processes, list[Group]()
         self.policy.eval()
         self.sync_engine()
-        with self.timed("rollout"), self.whole_weights():
+        with self.timed("rollout"), together(self.accelerator), self.whole_weights():
             # With dynamic sampling, groups without signal give way to new prompts.
             for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
                 sampled = self.reward(self.rollout(wanted - len(groups)))
@@ -146,12 +152,9 @@ class Trainer:
 
     def rollout(self, count: int) -> list[tuple[Prompt, Sequence[Completion]]]:
         """G responses to each of the next ``count`` records."""
-        config, drawn = self.config, self.sampler.take(count)
         with self.timed("decode"):
-            self.build_prompt.prefetch(record for _, record in drawn)
-            prompts = [self.build_prompt(record) for _, record in drawn]
-        # What is sampled depends on the place in the order of records, not on processes, steps or resumption.
-        return self.sample(prompts, [seed_of(config.seed, position) for position, _ in drawn])
+            prompts, seeds = draw_prompts(self.sampler, self.build_prompt, count, self.config, self.broken)
+        return self.sample(prompts, seeds)
 
     def sample(self, prompts: Sequence[Prompt], seeds: Sequence[int]) -> list[tuple[Prompt, Sequence[Completion]]]:
         """G responses to each prompt."""
@@ -180,6 +183,9 @@ class Trainer:
             score_parts(parts, batch, self.policy, self.unwrapped, self.config)
             if self.reference is not None:
                 score_reference(parts, batch, self.reference, self.config)
+        for part in parts:
+            if part.last and not part.group.drop_score_unless_finite():
+                self.meter.total("groups/nonfinite", 1.0)
 
     def select(self, groups: Sequence[Group]) -> None:
         """The frames that matter for each group (docs/method.md 4); a group without frames has none."""
@@ -207,30 +213,27 @@ class Trainer:
         if self.total(sum(group.informative for group in groups)) < config.min_groups:
             self.meter.add("updates/skipped", 1.0)
             return
-        rate = learning_rate(number, config)
-        for settings in self.optimizer.param_groups:
-            settings["lr"] = rate
-        scored = self.tensor([sum(group.scored for group in groups)])
-        updates = min(config.updates_per_step, int(accelerator.gather(scored).min()))
+        self.updates.set_rate(rate := learning_rate(number, config))
+        groups = sorted(groups, key=lambda group: group.scored, reverse=True)
+        scored = accelerator.gather(self.tensor([sum(group.scored for group in groups)]))
+        updates = min(config.updates_per_step, int(scored.min()))
+        if updates == 0:
+            self.updates.skip(f"step {number}: no group has finite scores", self.meter)
         for index in range(updates):
             share = groups[index::updates]
             tokens, responses = self.total(sum(g.tokens for g in share)), self.total(len(share) * config.group_size)
             batches = list(self.micro_batches([g for g in share if g.scored]))
             idle = missing(self.policy, len(batches), accelerator.device)
+            total = 0.0
             for parts in batches:
                 with self.timed("loss"), nullcontext() if parts is batches[-1] else accelerator.no_sync(self.policy):
                     loss = self.loss(parts, tokens, responses)
-                    # Processes are averaged, shares are summed.
-                    accelerator.backward(self.scaler.scale(loss * accelerator.num_processes))
+                    self.updates.backward(loss * accelerator.num_processes)  # processes are averaged, shares summed
+                    total += float(loss.detach())
             for _ in range(idle):
                 self.idle_backward(groups[0])
-            self.scaler.unscale_(self.optimizer)
-            norm = accelerator.clip_grad_norm_(self.policy.parameters(), config.max_grad_norm)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-            self.version = number
-            self.meter.add("grad_norm", whole(norm))
+            if self.updates.apply(number, self.total(total), self.meter):
+                self.version = number
         self.meter.add("lr", rate)
 
     def loss(self, parts: Sequence[Part], tokens: float, responses: float) -> Tensor:
@@ -274,9 +277,7 @@ class Trainer:
         return gathered(self.policy) if self.config.engine == "transformers" else nullcontext()
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Forwards compute in ``config.dtype``; trained weights stay in fp32."""
-        dtype = DTYPES[self.config.dtype]
-        return torch.autocast(self.accelerator.device.type, dtype, enabled=dtype != torch.float32)
+        return autocast(self.config, self.accelerator.device)
 
     def micro_batches(self, groups: Sequence[Group]) -> Iterator[list[Part]]:
         """What one forward and backward computes together: whole groups, or some responses of one."""
@@ -290,12 +291,5 @@ class Trainer:
         """The sum over all processes."""
         return float(self.accelerator.reduce(self.tensor([float(value)]), "sum"))
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        yield
-        if self.accelerator.device.type == "cuda":
-            torch.cuda.synchronize()
-        self.meter.total(f"time/{phase}", time.perf_counter() - start)
+    def timed(self, phase: str) -> AbstractContextManager[None]:
+        return self.meter.timed(f"time/{phase}", self.accelerator.device)

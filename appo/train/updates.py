@@ -1,0 +1,83 @@
+"""Optimizer steps on gradients that are finite; the others change nothing and are counted."""
+
+import logging
+import math
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from appo.config import APPOConfig
+from appo.train.logs import Meter
+from appo.train.setup import build_optimizer
+from appo.train.sharding import own, whole
+
+logger = logging.getLogger("appo")
+
+
+class NonFiniteError(RuntimeError):
+    """Numbers of the training that are not finite: the message says which, and what the steps before were."""
+
+
+class Updates:
+    """The optimizer of a policy. ``wrapped``: the policy as it is called, inside what synchronises or shards it."""
+
+    def __init__(self, policy: nn.Module, wrapped: nn.Module, accelerator: Accelerator, config: APPOConfig) -> None:
+        self.policy, self.wrapped, self.accelerator, self.config = policy, wrapped, accelerator, config
+        self.optimizer = build_optimizer(policy, config)
+        # fp16 gradients are scaled up, or small ones would be 0.
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.dtype == "float16")
+        self._skipped: list[str] = []  # those in a row
+
+    def set_rate(self, rate: float) -> None:
+        for settings in self.optimizer.param_groups:
+            settings["lr"] = rate
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(self.scaler.scale(loss))
+
+    def apply(self, step: int, loss: float, meter: Meter) -> bool:
+        """An optimizer step on the gradients there are, clipped; whether it was made.
+
+        loss: that of all processes. Raises NonFiniteError when it was not made ``max_skipped`` times in a row, and when
+        the weights are not finite after it.
+        """
+        self.scaler.unscale_(self.optimizer)
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)))
+        finite = math.isfinite(norm) and math.isfinite(loss)
+        if finite:
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if not finite:
+            self.skip(f"step {step}: loss {loss:g}, gradient norm {norm:g}", meter)
+            return False
+        self._skipped.clear()
+        meter.add("grad_norm", norm)
+        self.check_weights(f"after step {step}")
+        return True
+
+    def skip(self, what: str, meter: Meter) -> None:
+        """Count an update that was not finite. Raises NonFiniteError after ``max_skipped`` in a row."""
+        self._skipped.append(what)
+        meter.total("updates/nonfinite", 1.0)
+        logger.warning("update skipped: %s", what)
+        if len(self._skipped) >= self.config.max_skipped:
+            raise NonFiniteError(
+                f"{len(self._skipped)} updates in a row were not finite, and were skipped: {'; '.join(self._skipped)}. "
+                "The weights are those before them. Lower `learning_rate`, set `delta`, or look at samples.jsonl for "
+                "what the model writes; `max_skipped` sets how many are borne."
+            )
+
+    def check_weights(self, when: str) -> None:
+        """Raise NonFiniteError, in all processes, when a trained weight is not finite in any."""
+        trained = {
+            name: own(parameter) for name, parameter in self.policy.named_parameters() if parameter.requires_grad
+        }
+        finite = torch.stack([value.isfinite().all() for value in trained.values()])
+        if float(self.accelerator.reduce((~finite).any().float(), "sum")) > 0:
+            found = [name for name, ok in zip(trained, finite.tolist(), strict=True) if not ok] or ["another process's"]
+            raise NonFiniteError(
+                f"{found[0]} is not finite {when}. It is not saved; older checkpoints are as they were. Lower "
+                "`learning_rate`, or look at the weights the run started from."
+            )
