@@ -1,6 +1,7 @@
 """Before the first step: loading the model, what of it is trained, the optimizer, the reference policy."""
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -57,9 +58,9 @@ def load_model(config: APPOConfig, *, trained: bool = True) -> tuple[nn.Module, 
 
 def _with_adapters(model: nn.Module, folder: Path, config: APPOConfig) -> nn.Module:
     """``model`` with the adapters of a folder to go on with; without ``lora_rank`` merged into it."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    rank = PeftConfig.from_pretrained(str(folder)).r
+    rank = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r")
     if config.lora_rank not in (0, rank):
         raise ConfigError(
             f"`lora_rank`: expected {rank}, that of the adapters in {folder}, got {config.lora_rank}. Take it, or make "
