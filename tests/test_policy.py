@@ -9,6 +9,7 @@ from appo.models.loaded import refuse_dense_mask
 from appo.recording.recorder import record_frame_mass
 from appo.train.groups import Group, batch_parts, whole_groups
 from appo.train.policy import Policy
+from appo.train.scoring import score_parts
 
 
 def make_groups(builder, count, size, lengths, vocab):
@@ -139,3 +140,32 @@ def test_under_autocast_the_head_gets_the_dtype_of_the_forward(tmp_path):
     with torch.autocast("cpu", torch.bfloat16):
         dtypes = Policy(model)(batch, lambda hidden, weight, bias: (hidden.dtype, weight.dtype))
     assert dtypes == (torch.bfloat16, torch.bfloat16)
+
+
+# One group alone in its micro-batch, with columns that are all padding, and with none at all; and beside another group.
+@pytest.mark.parametrize("columns", [0, 3])
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("share_prompt", ["on", "off"])
+def test_a_group_whose_responses_are_all_empty_is_scored(share_prompt, beside, columns, tmp_path):
+    model, processor = training.tiny()
+    config = training.config(tmp_path)
+    builder = PromptBuilder(processor, model.config, config)
+    groups = make_groups(builder, 2, 2, [4, 3], 50)
+    empty, other = groups
+    for name in ("completion_ids", "mask", "rollout_logprobs"):
+        setattr(empty, name, getattr(empty, name)[:, :columns])
+    empty.mask = torch.zeros_like(empty.mask)
+    parts = whole_groups(groups if beside else [empty])
+    batch = batch_parts(parts, processor.tokenizer.pad_token_id, "cpu")
+    policy = Policy(model, share_prompt)
+    score_parts(parts, batch, policy, policy, config)
+    assert empty.mass.shape == (2, columns, empty.prompt.num_frames)
+    for values in (empty.old_logprobs, empty.entropy, empty.lse, empty.hidden):
+        assert values.shape[:2] == (2, columns) and bool(values.isfinite().all())
+    if beside:
+        alone = whole_groups([other])
+        found = other.mass, other.old_logprobs
+        score_parts(alone, batch_parts(alone, processor.tokenizer.pad_token_id, "cpu"), policy, policy, config)
+        for row, mask in enumerate(other.mask):
+            torch.testing.assert_close(found[0][row, mask], other.mass[row, mask], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[1], other.old_logprobs, rtol=1e-4, atol=1e-5)

@@ -1,11 +1,14 @@
 """Sampling against transformers' own generate and against a full forward, on left-padded prompts with videos."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers.video_utils import VideoMetadata
 
 from appo.data.prompts import Prompt, collate
 from appo.data.records import Record
+from appo.models import loaded
 from appo.models.loaded import (
     cache_argument,
     disable_checkpointing,
@@ -13,6 +16,7 @@ from appo.models.loaded import (
     prompt_positions,
     vision_token_ids,
 )
+from appo.rollout import model_engine
 from appo.rollout.engine import Completion, Sampling, checked
 from appo.rollout.model_engine import TransformersRollout, draw_token
 from appo.tasks.tiny import build_tiny
@@ -84,6 +88,19 @@ def rollout(tiny, seed=0, only=None, suppress_ids=None, **options):
     engine = TransformersRollout(model, processor, suppress_ids=suppress_ids)
     groups = checked(engine.generate(chosen, sampling, seeds), engine, chosen, sampling)
     return [completion for group in groups for completion in group]
+
+
+def test_padding_that_torch_masks_wrongly_is_refused_before_sampling(tiny, monkeypatch):
+    """As on CUDA, with a bound between the lengths of the prompts alone and with their responses."""
+    longest = tiny[2]["attention_mask"].shape[1]
+    monkeypatch.setattr(loaded, "MOST_MASKED_TOKENS", longest + 11)
+    monkeypatch.setattr(model_engine, "refuse_dense_mask", partial(loaded.refuse_dense_mask, device_type="cuda"))
+    monkeypatch.setattr(model_engine, "cache_argument", lambda model: pytest.fail("sampled"))
+    with pytest.raises(ValueError, match=rf"`share_prompt`: .* padded batch of {longest + 12} tokens .* one prompt at"):
+        rollout(tiny, max_new_tokens=12)
+    for allowed in ({"max_new_tokens": 11}, {"max_new_tokens": 12, "only": [0]}):
+        with pytest.raises(pytest.fail.Exception, match="sampled"):
+            rollout(tiny, **allowed)
 
 
 def test_greedy_equals_generate(tiny):

@@ -70,8 +70,15 @@ def unwrapped(model: Any) -> Any:
 MOST_MASKED_TOKENS = 65_536
 
 
-def refuse_dense_mask(model: Any, attention_mask: Tensor, device_type: str | None = None) -> None:
+def refuse_dense_mask(
+    model: Any,
+    attention_mask: Tensor,
+    device_type: str | None = None,
+    remedy: str = "Use a model that allows share_prompt: on, or flash attention.",
+) -> None:
     """Refuse a padded batch (B, L) for which attention would need a dense L x L mask that CUDA computes wrongly.
+
+    remedy: the advice that ends the message.
 
     Raises ValueError for padding beyond 65,536 tokens on CUDA with an implementation that takes such a mask.
     """
@@ -81,5 +88,5 @@ def refuse_dense_mask(model: Any, attention_mask: Tensor, device_type: str | Non
         raise ValueError(
             f"`share_prompt`: expected rows without padding beyond {MOST_MASKED_TOKENS:,} tokens on CUDA, got a padded "
             f"batch of {length:,} tokens with attention {name!r}: torch's attention with a mask is wrong there. "
-            "Use a model that allows share_prompt: on, or flash attention."
+            + remedy
         )

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache
 
 from appo.data.prompts import Prompt, collate
-from appo.models.loaded import cache_argument, end_ids, prompt_positions, vision_token_ids
+from appo.models.loaded import cache_argument, end_ids, prompt_positions, refuse_dense_mask, vision_token_ids
 from appo.rollout.engine import Completion, Sampling
 
 CHECK_EVERY = 16  # tokens between two looks at which responses have ended, on a GPU
@@ -45,7 +46,8 @@ class TransformersRollout:
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[list[Completion]]:
         """See ``Rollout``. Vision tower and prompt run once per prompt; stops when every response has ended.
 
-        The model's training mode is set aside while sampling. Raises RuntimeError when logits are not finite.
+        The model's training mode is set aside while sampling. Raises RuntimeError when logits are not finite,
+        ValueError for padding beyond 65,536 tokens on CUDA, where attention needs a mask.
         """
         # One number in [0, 1) for each token to come, drawn by prompt and response: what is sampled does not depend on
         # the rest of the batch, and nothing is drawn or uploaded per token.
@@ -67,6 +69,8 @@ class TransformersRollout:
         """``counts`` responses to each prompt, one after another. draws: (B, max_new_tokens), B their number."""
         device, limit = next(self.model.parameters()).device, sampling.max_new_tokens
         inputs = collate(prompts, self.pad_id, device).inputs
+        whole = functional.pad(inputs["attention_mask"], (0, limit), value=1)
+        refuse_dense_mask(self.model, whole, remedy="Sample one prompt at a time, or with flash attention.")
         positions = self._positions(prompts).to(device)  # (3, P, L) or (P, L)
         cache = DynamicCache(config=self.model.config.get_text_config())
         caching = {cache_argument(self.model): cache, "use_cache": True}

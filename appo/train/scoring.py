@@ -25,7 +25,8 @@ def score_parts(
     """
     sequences = policy.sequences(batch)
     recorder: Any = None
-    if config.method == "appo" and batch.prompts.num_frames > 0:
+    recorded = config.method == "appo" and batch.prompts.num_frames > 0
+    if recorded and sequences.rows.numel():  # responses that are all empty have no row to record
         recorder = record_frame_mass(
             policy.model,
             sequences.frame_ids,
@@ -40,7 +41,11 @@ def score_parts(
 
     with recorder or nullcontext():
         hidden, (logprobs, entropy, lse) = wrapped(batch, head, sequences)
-    mass = None if recorder is None else sequences.per_response(recorder.mass).cpu()
+    mass = None
+    if recorder is not None:
+        mass = sequences.per_response(recorder.mass).cpu()
+    elif recorded:
+        mass = torch.zeros(*batch.mask.shape, batch.prompts.num_frames)
     for part, *found in zip(parts, *map(batch.split, (logprobs, entropy, lse, hidden)), strict=True):
         group = part.group
         group.old_logprobs = _filled(group.old_logprobs, part, found[0].cpu())
