@@ -247,7 +247,9 @@ def plan(
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the backward.")] = False,
     micro_groups: Annotated[int, typer.Option(help="Groups in one forward and backward.")] = 1,
     train_vision: Annotated[bool, typer.Option(help="Train the vision tower as well.")] = False,
-    share_prompt: Annotated[bool, typer.Option(help="A group behind one prompt (sdpa, eager).")] = False,
+    share_prompt: Annotated[
+        bool, typer.Option(help="A group behind one prompt, in a packed row without a mask.")
+    ] = False,
     lora_rank: Annotated[int, typer.Option(help="Adapters on a frozen model; 0: all weights.")] = 0,
     fit: Annotated[bool, typer.Option("--fit", help="Look for options with which it fits.")] = False,
     rate: Annotated[float, typer.Option(help="Rate that products reach, TFLOP/s; 400 of an H100's 989.")] = 400.0,

@@ -1,7 +1,8 @@
 """Memory and work of a training step, before anything is loaded: `appo plan`. docs/performance.md has the model.
 
 Everything follows from the sizes of a model (`Architecture`) and of the work (`Workload`). FLOPs are counted as
-torch.utils.flop_counter does: two per multiply-add of matrix products, attention as the full square. Memory is that of
+torch.utils.flop_counter does: two per multiply-add of matrix products, attention as the full square of a
+padded sequence, or as the pairs that a group behind one prompt has. Memory is that of
 `Trainer`: fp32 master weights, AdamW, autocast to bf16, attention that keeps no matrix, no logits of whole responses.
 Times are no measurements: FLOPs over a rate and bytes over a bandwidth that the user states.
 """
@@ -49,9 +50,18 @@ class Plan:
         return work.responses * self.sequence
 
     @property
-    def keys(self) -> int:
-        """Keys of a token in scoring and update; attention computes the full square."""
-        return self.group_tokens if self.work.share_prompt else self.sequence
+    def pairs(self) -> int:
+        """Query-key pairs of a group in scoring and update: of packed groups those that are seen
+        (`appo_kernels.GroupLayout.pairs`), of separate sequences, whose padding needs a mask, the full square."""
+        work, P, N = self.work, self.prompt_tokens, self.work.response
+        if work.share_prompt:
+            return P * (P + 1) // 2 + work.responses * (P * N + N * (N + 1) // 2)
+        return work.responses * self.sequence**2
+
+    @property
+    def keys(self) -> float:
+        """Keys of a token in scoring and update, on average."""
+        return self.pairs / self.group_tokens
 
     # FLOPs
 
@@ -141,8 +151,10 @@ class Plan:
             inputs = (3 * 2 * m.hidden + 2 * m.query_width if self.work.mixed else 4 * m.hidden) + 4 * lora * w
         else:
             inputs = (5 * 2 if self.work.mixed else 2 * 4) * m.hidden
-        # Query, output, and key and value repeated for the query heads, since a padding mask rules out grouped kernels.
-        attention = 4 * m.query_width * w + 4 * m.heads + self.keys * w
+        if self.work.share_prompt:  # query, output, and key and value as they are
+            attention = 2 * (m.query_width + m.key_width) * w + 4 * m.heads
+        else:  # key and value repeated for the query heads, since a mask rules out grouped kernels, and the mask itself
+            attention = 4 * m.query_width * w + 4 * m.heads + self.sequence * w
         if m.query_norm:  # what the norms of query and key normalised, and what they multiplied
             attention += (4 if lora else 8) * (m.query_width + m.key_width)
         # Gate, its activation, up, and the product that a trained matrix reads.

@@ -23,7 +23,7 @@ class Workload:
     mixed: bool = setting(True)  # bf16 autocast; False: fp32
     checkpointing: bool = setting(False)
     freeze_vision: bool = setting(True)
-    share_prompt: bool = setting(False)  # a group behind one prompt, under a mask of its own
+    share_prompt: bool = setting(False)  # a group behind one prompt, in a packed row without a mask
     lora_rank: int = setting(0, at_least=0)  # adapters on query, key, value and output; 0: all weights are trained
     foreach: bool = setting(True)  # how AdamW runs on a GPU: one more copy of the gradients during its step
 

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from appo.config import ConfigError
 from appo.models.architectures import ARCHITECTURES, Architecture, find_architecture, from_config
 from appo.plan import GIB, Machine, Plan, Workload, fit
-from appo_kernels import frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
+from appo_kernels import GroupLayout, frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
 from appo_kernels.ops.frame_mass import op as frame_mass_op
 from appo_kernels.ops.group_divergence import op as group_divergence_op
 from appo_kernels.ops.token_logprobs import op as token_logprobs_op
@@ -240,9 +240,10 @@ def test_activations_that_a_layer_keeps(name: str, mixed: bool, lora_rank: int) 
 
 MEASURE = """
 import gc, json, sys, torch
-from appo_kernels import linear_weighted_surrogate
+from appo_kernels import GroupLayout, linear_weighted_surrogate
 from appo_kernels.testing import peak_extra_bytes
-from appo.models.loaded import enable_checkpointing
+from appo.models.loaded import enable_checkpointing, unwrapped
+from appo.models.packed_attention import packed_mask, use_packed_attention
 from tests.test_plan import adapted, build, medium
 name, checkpointing, rank, shared = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), sys.argv[4] == "True"
 torch.set_num_threads(1)
@@ -261,16 +262,16 @@ B, P, N = 8, 96, 160
 ids = torch.randint(sizes.vocabulary, (B, P + N))
 mask = torch.ones(B, P + N, dtype=torch.long)
 mask[:, :3] = 0
-own = torch.arange(B * N) // N
-everyone = torch.zeros(P + B * N, P + B * N, dtype=torch.bool)
-everyone[:, :P] = everyone[P:, P:] = True
-everyone[P:, P:] &= own[:, None] == own
-everyone.tril_()
+layout = GroupLayout([P], [[N] * B])
+if shared:
+    use_packed_attention(unwrapped(model))
+places = torch.cat([torch.arange(P), P + torch.arange(N).repeat(B)])
 def forward():
     if not shared:
         return model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, P - 1 : P - 1 + N]
     row = torch.cat([ids[:1, :P], ids[:, P:].reshape(1, -1)], 1)
-    found = model(input_ids=row, attention_mask=everyone[None, None], use_cache=False).last_hidden_state
+    found = model(input_ids=row, attention_mask=packed_mask("cpu"), position_ids=places.expand(3, 1, -1),
+                  group_layout=layout, use_cache=False).last_hidden_state
     return found[:, P:].view(B, N, -1)
 def step():
     hidden = forward()
@@ -297,7 +298,7 @@ def medium(name: str) -> Architecture:
 
 
 # Both families as they come; gradient checkpointing, whose peak is of another kind; adapters, whose frozen layers keep
-# less; a group behind one prompt, with as many tokens less and a mask that is larger; and all of it together.
+# less; a group behind one prompt, with as many tokens less and no mask; and all of it together.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "checkpointing", "lora_rank", "shared"),
@@ -364,6 +365,19 @@ def test_what_each_setting_brings() -> None:
     shared = Plan(base.model, replace(base.work, share_prompt=True))
     assert shared.group_tokens == 1150 + 8 * 384 and base.group_tokens == 8 * (1150 + 384)
     assert shared.activations() < base.activations() and shared.score_flop() < base.score_flop()
+
+
+# Single tokens, one response, and a video's prompt; G, N and P unequal, so that none stands for another.
+@pytest.mark.parametrize(("text", "responses", "response"), [(1, 1, 1), (5, 1, 7), (3, 6, 1), (1024, 8, 384)])
+def test_a_shared_prompt_costs_the_pairs_of_its_layout(text: int, responses: int, response: int) -> None:
+    work = Workload(frames=1, frame_tokens=1, text=text, responses=responses, response=response, share_prompt=True)
+    plan = Plan(ARCHITECTURES["Qwen2.5-VL-7B"], work)
+    layout = GroupLayout([plan.prompt_tokens], [[response] * responses])
+    assert (plan.pairs, plan.group_tokens) == (layout.pairs, layout.tokens)
+    attention = plan.layers_flop(plan.group_tokens, plan.keys)[1]
+    assert attention == pytest.approx(4 * plan.model.layers * plan.model.query_width * layout.pairs)
+    longer = Plan(plan.model, replace(work, text=4 * text + 1000))
+    assert longer.layer_activations() == plan.layer_activations()  # of a token: no mask that grows with the keys
 
 
 def test_a_fit_is_the_first_that_fits() -> None:
