@@ -48,8 +48,8 @@ number of the forward (2 under bf16 autocast):
 
 Weights, gradients and optimizer are divided by the number of GPUs (FSDP, full shard), activations are not. Not counted
 yet: what `shard: fsdp` has whole, which is the model in bf16 during rollouts (2 bytes a parameter) and embedding, head
-and tower during an update. Tests compare parameters (exactly), FLOPs, activations and peak memory with those of small models, within 10%
-(`tests/test_plan.py`). Sharding and time have not been compared with a machine.
+and tower during an update. Tests compare parameters (exactly), FLOPs, activations and peak memory with those of small
+models, within 10% (`tests/test_plan.py`). Sharding and time have not been compared with a machine.
 """
 
 
