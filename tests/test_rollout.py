@@ -18,7 +18,7 @@ from appo.models.loaded import (
 )
 from appo.rollout import model_engine
 from appo.rollout.engine import Completion, Sampling, checked
-from appo.rollout.model_engine import TransformersRollout, draw_token
+from appo.rollout.model_engine import TransformersRollout, batches, draw_token
 from appo.tasks.tiny import build_tiny
 
 FAMILIES = {"qwen2_5_vl": 28, "qwen3_vl": 32}  # side of a frame in pixels
@@ -321,3 +321,46 @@ def test_collated_prompts_are_padded_as_the_processor_pads(tiny):
     again = collate(as_prompts(inputs), processor.tokenizer.pad_token_id).inputs
     for name, value in inputs.items():
         torch.testing.assert_close(again[name], value, check_dtype=False)
+
+
+# Budgets in tokens of two prompts of 5 and 4 tokens, groups of 3 responses of at most 3: all in one batch; a group a
+# batch; a group in parts; less than a row.
+@pytest.mark.parametrize(
+    ("budget", "expected"),
+    [
+        (48, [[(0, 0, 3), (1, 0, 3)]]),
+        (47, [[(0, 0, 3)], [(1, 0, 3)]]),
+        (16, [[(0, 0, 2)], [(0, 2, 3), (1, 0, 1)], [(1, 1, 3)]]),
+        (1, [[(i, j, j + 1)] for i in range(2) for j in range(3)]),
+    ],
+)
+def test_prompts_are_sampled_in_batches_of_tokens(budget, expected):
+    found = batches([5, 4], Sampling(group_size=3, max_new_tokens=3), budget)
+    assert [[(index, rows.start, rows.stop) for index, rows in batch] for batch in found] == expected
+
+
+def test_samples_do_not_depend_on_how_they_are_batched(tiny):
+    """Split groups, prompts by themselves, and rows that leave when they have ended: the same responses, in order."""
+    model, processor, inputs = tiny
+    sampling, prompts = Sampling(group_size=8, max_new_tokens=60, temperature=20.0), as_prompts(inputs)
+    whole = TransformersRollout(model, processor).generate(prompts, sampling, [1, 2, 3])
+    assert sum(completion.finish_reason == "stop" for group in whole for completion in group) > 3, "some end early"
+    for budget in (1, 5 * (len(prompts[0]) + 60)):
+        parts = TransformersRollout(model, processor, batch_tokens=budget).generate(prompts, sampling, [1, 2, 3])
+        for first, second in zip(whole, parts, strict=True):
+            for a, b in zip(first, second, strict=True):
+                assert torch.equal(a.ids, b.ids) and a.finish_reason == b.finish_reason
+                torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+
+
+def test_logits_that_are_not_finite_are_an_error(tiny):
+    model, processor, inputs = tiny
+    saved = model.lm_head.weight.detach().clone()
+    try:
+        with torch.no_grad():
+            model.lm_head.weight[3] = float("nan")
+        with pytest.raises(RuntimeError, match="logits are not finite"):
+            TransformersRollout(model, processor).generate(as_prompts(inputs), Sampling(2, 4), [1, 2, 3])
+    finally:
+        with torch.no_grad():
+            model.lm_head.weight.copy_(saved)
