@@ -21,7 +21,7 @@ import training
 from appo.data.records import Record
 from appo.data.sampler import RecordSampler
 from appo.rollout import rewards
-from appo.rollout.engine import TransformersRollout
+from appo.rollout.model_engine import TransformersRollout
 from appo.rollout.weight_files import weights_of
 from appo.train.sharding import full_weights
 from appo.train.trainer import Trainer

@@ -16,11 +16,11 @@ import torch
 import training
 from accelerate import Accelerator
 
-from appo.config import ConfigError
+from appo.config import APPOConfig, ConfigError
 from appo.data.records import DataError
 from appo.train import checkpoints
 from appo.train.evaluate import evaluate
-from appo.train.folder import locked
+from appo.train.folder import FREE, locked
 from appo.train.interrupt import Stopped
 from appo.train.trainer import Trainer
 from appo.train.updates import NonFiniteError
@@ -179,6 +179,10 @@ def test_a_run_does_not_go_on_with_other_settings(finished, changes, named):
         make(finished, records=training.records()[:7], max_steps=1).train()
 
 
+def test_every_setting_that_may_change_is_one():
+    assert {field.name for field in dataclasses.fields(APPOConfig)} >= FREE
+
+
 def test_more_steps_and_forced_settings_go_on(finished, tmp_path):
     trainer = make(finished, max_steps=2, micro_groups=1, save_every=1)
     trainer.train()
@@ -205,7 +209,7 @@ def test_one_run_at_a_time_in_a_folder(tmp_path):
 
 def test_the_lock_of_a_process_that_died_is_released(tmp_path):
     script = (
-        "import os, pathlib, sys; from accelerate import Accelerator; from appo.train.folder import locked\n"
+        "import os, pathlib, sys; from accelerate import Accelerator; from appo.train.folder import FREE, locked\n"
         "with locked(Accelerator(), pathlib.Path(sys.argv[1])):\n    os.kill(os.getpid(), 9)"
     )
     ended = subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=200, cwd=Path(__file__).parents[1])
