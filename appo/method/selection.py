@@ -64,6 +64,7 @@ def select_frames(
     if strategy not in STRATEGIES:
         checks.fail(op, "strategy", f"one of {', '.join(STRATEGIES)}", repr(strategy), "Pass one of these.")
     _check_positive(op, top_tokens=top_tokens, top_frames=top_frames)
+    checks.number(op, "threshold", threshold, "a finite number", "The reward from which a response is right; 0.5.")
     if checks.values_enabled() and rewards.is_floating_point() and not bool(rewards.isfinite().all()):
         checks.fail(op, "rewards", "finite values", rewards.tolist(), "Give a response without a reward 0.")
 
@@ -114,6 +115,8 @@ def perception_slots(mass: Tensor, mask: Tensor, frames: Tensor, *, top_tokens: 
     N, F = mass.shape[1:]
     if checks.values_enabled() and bool(((frames < 0) | (frames >= F)).any()):
         checks.fail(op, "frames", f"indices in 0..{F - 1}", frames.tolist(), "Pass what select_frames returned.")
+    if checks.values_enabled() and len(set(frames.tolist())) < len(frames):
+        checks.fail(op, "frames", "each frame once", frames.tolist(), "Pass what select_frames returned.")
 
     looked_KGN = mass.detach()[:, :, frames.long()].permute(2, 0, 1).masked_fill(~mask, -torch.inf)
     # A stable sort, because topk leaves the order of ties open.

@@ -3,8 +3,6 @@
 This is where a perception token's disagreement becomes its weight: equations 13 to 15 of docs/method.md.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -50,8 +48,7 @@ def token_weights(
     N = mask.shape[1]
     check_mask(op, mask, torch.Size((G, N)))
     checks.same_device(op, "divergence", divergence, slots=slots, mask=mask)
-    if not (math.isfinite(alpha) and alpha >= 0):
-        checks.fail(op, "alpha", "a finite number of at least 0", repr(alpha), "The paper takes 1.7.")
+    checks.number(op, "alpha", alpha, "a finite number of at least 0", "The paper takes 1.7.", least=0.0)
     if average not in AVERAGES:
         checks.fail(op, "average", f"one of {', '.join(AVERAGES)}", repr(average), "Pass one of these.")
     divergence_KJ = divergence.detach().to(torch.promote_types(divergence.dtype, torch.float32))

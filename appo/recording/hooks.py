@@ -137,7 +137,8 @@ def attention_layers(model: nn.Module, layers: int | Sequence[int]) -> tuple[nn.
     """The text decoder inside any wrapper, and its chosen attention modules by layer number."""
     from transformers import PreTrainedModel
 
-    base = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    base = next((module for module in modules if isinstance(module, PreTrainedModel)), None)
     if base is None:
         checks.fail(
             OP, "model", "a transformers model, or a module around one", type(model).__name__, "Pass such a model."

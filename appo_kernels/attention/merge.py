@@ -47,6 +47,13 @@ def merge_attention(
     Raises:
         ValueError: no parts, shapes or devices that differ, a mass in some parts only.
     """
+    remedy = "Pass a list of (out, lse) or (out, lse, mass), one for each part of the keys."
+    if not isinstance(parts, Sequence) or isinstance(parts, str):
+        checks.fail(OP, "parts", "a sequence of parts", type(parts).__name__, remedy)
+    for number, part in enumerate(parts):
+        if not isinstance(part, tuple | list) or len(part) not in (2, 3):
+            got = f"{type(part).__name__} of {len(part)}" if isinstance(part, tuple | list) else type(part).__name__
+            checks.fail(OP, f"parts[{number}]", "(out, lse) or (out, lse, mass)", got, remedy)
     whole = [_Part(*part) for part in parts]
     _check(whole)
     first = whole[0]
@@ -89,7 +96,7 @@ def _check(parts: Sequence[_Part]) -> None:
     shapes = {"out": tuple(first.out.shape), "lse": rows, "mass": (*rows, frames)}
     for number, part in enumerate(parts):
         for name, tensor in zip(("out", "lse", "mass"), part, strict=True):
-            if tensor is None:
+            if tensor is None and name == "mass":
                 continue
             argument = f"parts[{number}].{name}"
             remedy = "All parts are of the same rows and heads; a mass is per head."
