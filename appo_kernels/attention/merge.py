@@ -100,6 +100,7 @@ def _check(parts: Sequence[_Part]) -> None:
                 continue
             argument = f"parts[{number}].{name}"
             remedy = "All parts are of the same rows and heads; a mass is per head."
-            checks.shape(OP, argument, tensor, shapes[name], LEGENDS[name], remedy)
-            checks.dtype(OP, argument, tensor, checks.FLOATS)
-            checks.same_device(OP, "parts[0].out", first.out, **{argument: tensor})
+            value = cast(Tensor, tensor)  # no tensor is an error of its shape
+            checks.shape(OP, argument, value, shapes[name], LEGENDS[name], remedy)
+            checks.dtype(OP, argument, value, checks.FLOATS)
+            checks.same_device(OP, "parts[0].out", first.out, **{argument: value})
