@@ -69,9 +69,11 @@ def test_a_run_goes_on_in_other_numbers_of_processes(tmp_path):
     assert sorted(positions) == list(range(18))
     (alone,) = processes.train_together(1, tmp_path / "whole", settings | {"max_steps": 3})
     for first, second in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
-        for name in ("reward", "loss", "entropy", "grad_norm", "length/mean"):
+        shown = {"reward", "loss", "entropy", "grad_norm", "length/mean"}
+        assert shown & first.keys() == shown & second.keys()
+        for name in shown & first.keys():
             assert second[name] == pytest.approx(first[name], rel=5e-3, abs=1e-4), (first["step"], name)
-    assert alone["updates"] == 3
+    assert alone["updates"] == sum("grad_norm" in record for record in lines(tmp_path / "parts")) > 0
 
 
 @pytest.mark.slow
