@@ -35,13 +35,15 @@ number of the forward (2 under bf16 autocast):
 
 | What | Cost |
 |---|---|
-| decoder layer, forward | 2 (2hq + 2hk + 3hI) FLOPs a token, and 4 q S for attention (the full square) |
+| decoder layer, forward | 2 (2hq + 2hk + 3hI) FLOPs a token, and 4 q for each query-key pair: \
+S^2 of a sequence (the full square), P (P + 1) / 2 + G (P N + N (N + 1) / 2) of a group behind one prompt |
 | backward | 2 x the matrices, 2.5 x attention; 1 x both again with gradient checkpointing |
 | head | 2hV a response token: one product to sample, one to score, three in the loss, one more for the rows in slots |
 | frame mass | 2 q S a response token and tapped layer |
 | weights, gradients, AdamW | 4 + 4 + 8 bytes a trained parameter, 4 more in the optimizer step; 4 a frozen one |
 | bf16 copies of weights | 2 bytes a parameter of the decoder layers, kept by autocast |
-| activations of a layer | 16h + 10h (8h in fp32) + 4qc + Sc + 4 heads + 4Ic bytes a token; Qwen3: 8 (q + k) more |
+| activations of a layer | 16h + 10h (8h in fp32) + 4qc + Sc + 4 heads + 4Ic bytes a token, \
+2(q + k)c in the place of 4qc + Sc behind one prompt (no mask); Qwen3: 8 (q + k) more |
 | with checkpointing | 4h bytes a token and layer, and one layer in full |
 | at work | the larger of 2Ic bytes a token, and 4hV + a tile of logits of at most 256 MiB |
 | cache while sampling | k (4 + c) bytes a token and layer: keys are fp32, as rotary positions are |
