@@ -1,0 +1,74 @@
+"""Whole training steps on the pretended GPU: nothing a GPU refuses, nothing uploaded for each token."""
+
+import collections
+
+import pytest
+import torch
+import training
+import transformers
+from accelerate.state import AcceleratorState, PartialState
+
+import gpu_rehearsal
+from appo.train.trainer import Trainer
+from gpu_rehearsal import budgets
+from gpu_rehearsal.recording import SYNC, UPLOAD, Recording
+from gpu_rehearsal.tensors import DEVICE
+
+LINE = f"Trainer.step, transformers {transformers.__version__.rsplit('.', 1)[0]}"
+
+
+@pytest.fixture
+def on_gpu():
+    """accelerate keeps its device for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState().device = DEVICE
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def second_step(folder, **changes) -> tuple[Recording, dict]:
+    torch.manual_seed(0)
+    model, processor = training.tiny()
+    settings = {"max_steps": 2, "dtype": "bfloat16", "temperature": 1.0} | changes
+    with gpu_rehearsal.rehearse() as recording:
+        trainer = Trainer(model, processor, training.records(), config=training.config(folder, **settings))
+        assert trainer.accelerator.device == DEVICE
+        for number in (1, 2):
+            recording.clear()
+            metrics = trainer.step(number)
+    return recording, metrics
+
+
+def test_a_step(tmp_path, on_gpu):
+    recording, metrics = second_step(tmp_path)
+    cost = budgets.Cost(
+        len(recording.of_kind(SYNC)), 0, recording.operations, recording.products, len(recording.launches),
+        len(recording.of_kind(UPLOAD)),
+    )  # fmt: skip
+    assert not budgets.refused([recording]), recording.report()
+    assert metrics["grad_norm"] > 0 and metrics["weight/max"] > 1 and 0 < metrics["mass/frames"] < 1
+    # Two engines agree: sampling attends through torch's SDPA, scoring through the stand-in of flash attention.
+    assert metrics["engine/logprob_diff"] < 0.02
+    kernels = {launch.kernel for launch in recording.launches}
+    assert kernels, "the step launched no kernel of ours"
+    table = budgets.read()
+    if LINE not in table:
+        pytest.skip(f"budgets.txt has no line for this transformers: {budgets.line(LINE, cost)}")
+    risen = [f"{a} -> {b}" for a, b in zip(table[LINE].numbers, cost.numbers, strict=True) if b > a]
+    assert not risen, f"{budgets.line(LINE, cost)}\n{recording.report()}"
+
+
+def test_tokens_cost_no_upload_and_no_wait(tmp_path, on_gpu):
+    """Twenty tokens more in each response: not one upload more, and at most a wait for each."""
+    found = []
+    for tokens in (12, 32):
+        recording, _ = second_step(tmp_path / str(tokens), max_new_tokens=tokens, prompts_per_step=1)
+        found.append(recording)
+    short, long = (
+        [collections.Counter(event.where for event in recording.of_kind(kind)) for kind in (UPLOAD, SYNC)]
+        for recording in found
+    )
+    more = {where: (short[0][where], n) for where, n in long[0].items() if n > short[0][where]}
+    assert not more, f"uploaded for each token: {more}"
+    waits = sum(max(0, n - short[1][where]) for where, n in long[1].items())
+    assert waits <= 22, {where: (short[1][where], n) for where, n in long[1].items() if n > short[1][where]}
