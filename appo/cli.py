@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from appo_kernels.pipes import quiet_on_closed_pipe
 
@@ -13,10 +13,8 @@ except ModuleNotFoundError:
     sys.exit("appo: the command line needs the training packages. Install them with: pip install 'appo[train]'")
 
 from appo.cli_data import data_app
-from appo.cli_errors import guarded
-
-if TYPE_CHECKING:
-    from appo.config import APPOConfig
+from appo.cli_errors import check_given, guarded
+from appo.cli_eval import evaluate_model
 
 app = typer.Typer(
     help="Train video models on what they look at: attention-guided policy optimisation (arXiv 2602.23823).",
@@ -76,7 +74,7 @@ def train(
     settings = APPOConfig.load(config, overrides)
     check_output_folder("output", settings.output)
     for name in ("model", "data"):
-        _required(settings, name)
+        check_given(settings, name)
     from appo.data.load import check_media, load_records
     from appo.train.setup import load_model
     from appo.train.sharding import check_launch
@@ -98,53 +96,7 @@ def train(
     typer.echo(f"Run folder: {output}    Curves: appo report {output}")
 
 
-@command("eval")
-def evaluate_model(
-    model: Model,
-    data: Annotated[Path, typer.Option(help="Records, .json or .jsonl.")],
-    data_root: Annotated[str | None, typer.Option(help="Folder that media paths start from.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write every answer to this .jsonl file.")] = None,
-    overrides: Overrides = None,
-) -> None:
-    """Answer records greedily and print accuracy, format and temporal IoU.
-
-    Each answer is in the file as soon as there is one; the same command goes on where it was interrupted.
-    """
-    from contextlib import nullcontext
-
-    from appo.config import APPOConfig
-    from appo.output_paths import check_output_file
-
-    settings = APPOConfig.from_dict({"model": model}, overrides)
-    _required(settings, "model")
-    if output is not None:
-        check_output_file("output", output, [".jsonl"])
-    from rich.progress import Progress
-
-    from appo.data.load import check_media, load_records
-    from appo.train.answers import AnswerFile
-    from appo.train.evaluate import evaluate
-    from appo.train.setup import load_model
-
-    records = load_records(data, data_root=data_root, limit=limit, allow_outside=settings.allow_outside)
-    if settings.on_broken == "stop":
-        check_media(records)
-    answers = None if output is None else AnswerFile(output, records, settings)
-    loaded, processor = load_model(settings, trained=False)
-    with answers or nullcontext(), Progress() as progress:
-        task = progress.add_task("records", total=len(records))
-        values = evaluate(
-            loaded,
-            processor,
-            records,
-            settings,
-            show=lambda done: progress.update(task, completed=done),
-            keep=None if answers is None else answers.write,
-            known=None if answers is None else answers.known,
-        )
-    for name, value in values.items():
-        typer.echo(f"{name:24} {value:.4g}")
+command("eval")(evaluate_model)
 
 
 @command()
@@ -202,7 +154,7 @@ def parity(
         settings = APPOConfig.from_dict(
             {"model": model, "engine": engine, "output": folder, "group_size": 2, "max_new_tokens": 16}, overrides
         )
-        _required(settings, "model")
+        check_given(settings, "model")
         records = load_records(data, data_root=data_root, limit=limit)
         check_media(records)
         loaded, processor = load_model(settings)
@@ -298,14 +250,6 @@ def merge(
     from appo.models.merge import merge_adapters
 
     typer.echo(merge_adapters(adapters, output, model=model))
-
-
-def _required(settings: "APPOConfig", name: str) -> None:
-    from appo.config import ConfigError
-
-    if not getattr(settings, name):
-        example = {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "data": "train.json"}[name]
-        raise ConfigError(f"`{name}`: expected a value, got nothing. Set it in the file or pass {name}={example}.")
 
 
 @quiet_on_closed_pipe()

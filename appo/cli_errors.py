@@ -2,9 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from appo.config import APPOConfig
 
 WRONG_INPUT, FAILED, INTERRUPTED = 2, 1, 130
 
@@ -32,6 +35,15 @@ def guarded(run: Callable[..., None]) -> Callable[..., None]:
             raise
 
     return guarding
+
+
+def check_given(settings: "APPOConfig", name: str) -> None:
+    """Raise ConfigError where the setting ``name``, model or data, is empty."""
+    from appo.constraints import ConfigError
+
+    if not getattr(settings, name):
+        example = {"model": "Qwen/Qwen2.5-VL-7B-Instruct", "data": "train.json"}[name]
+        raise ConfigError(f"`{name}`: expected a value, got nothing. Set it in the file or pass {name}={example}.")
 
 
 def _names_the_data(error: Exception) -> bool:

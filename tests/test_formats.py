@@ -96,6 +96,22 @@ LONG_TABLE = {k: LONG[k] for k in LONG if k not in ("candidates", "video_path")}
 }
 TEMP_CHOICE = {"video_id": "1005", "dim": "action", "question": "What?\nA. running\nB. sitting", "answer": "B. sitting"}
 TEMP_YES = {"video_id": "1005", "dim": "speed", "question": "Is it faster?", "answer": "yes"}
+TEMP_CAPTION = {
+    "video_id": "1005",
+    "dim": "order",
+    "question": "Which sentence better captures the essence of the video?\nSentence A: It opens.\nSentence B: It shuts.",
+    "answer": "Sentence B: It shuts.",
+}
+PERCEPTION = {
+    "video_name": "video_10",
+    "question": "How many cups?",
+    "question_id": "3",
+    "options": ["one", "two", "none"],
+    "answer_id": "1",
+    "area": "memory",
+    "reasoning": "descriptive",
+    "tag": ["counting"],
+}
 PLAIN = {"question": "What is 2 + 2?", "answer": 4}
 IMAGES = {"question": "Compare <image> and <image>.", "answer": "the same", "images": ["1.png", "2.png"]}
 FRAMES = {"question": "What?", "answer": "a cup", "frames": ["f/1.jpg", "f/2.jpg"], "fps": 2}
@@ -126,6 +142,8 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, str, str, tuple[str, ...], lis
     "LongVideoBench table": (LONG_TABLE, ("Which?", "B", "multiple choice", ("A. one", "B. two"), [("video", "86CxyhFV9MI.mp4")])),
     "TempCompass": (TEMP_CHOICE, ("What?", "B", "multiple choice", ("A. running", "B. sitting"), [("video", "1005.mp4")])),
     "TempCompass yes": (TEMP_YES, ("Is it faster?", "A", "multiple choice", ("A. yes", "B. no"), [("video", "1005.mp4")])),
+    "TempCompass captions": (TEMP_CAPTION, ("Which sentence better captures the essence of the video?", "B", "multiple choice", ("A. It opens.", "B. It shuts."), [("video", "1005.mp4")])),
+    "Perception Test raw": (PERCEPTION, ("How many cups?", "B", "multiple choice", ("A. one", "B. two", "C. none"), [("video", "video_10.mp4")])),
     "text": (PLAIN, ("What is 2 + 2?", "4", "numerical", (), [])),
     "Video-R1 text": (TEXT_R1, ("1+1?", "2", "numerical", (), [])),
     "images": (IMAGES, (IMAGES["question"], "the same", "free-form", (), [("image", "1.png"), ("image", "2.png")])),
@@ -204,6 +222,44 @@ def test_the_file_of_tempcompass_as_it_is_published(tmp_path: Path) -> None:
     assert (record.answer, record.meta["task"], record.media[0].path.name) == ("B", "action", "1005.mp4")
 
 
+def test_the_file_of_perception_test_as_it_is_published(tmp_path: Path) -> None:
+    question = {"id": 4, "question": "How many cups?", "options": ["one", "two"], "answer_id": 1, "area": "memory"}
+    videos = {"video_10": {"metadata": {"split": "valid"}, "object_tracking": [], "mc_question": [question]}}
+    (tmp_path / "mc_question_valid.json").write_text(json.dumps(videos))
+    (record,) = load_records(tmp_path / "mc_question_valid.json")
+    assert (record.id, record.answer, record.meta["task"]) == ("video_10_4", "B", "memory")
+    assert record.media[0].path.name == "video_10.mp4"
+
+
+def test_a_published_file_of_mvbench_names_its_task_and_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "star/Charades_v1_480").mkdir(parents=True)
+    (tmp_path / "star/Charades_v1_480/v.mp4").write_bytes(b"")
+    (tmp_path / "tvqa/frames_fps3_hq/clip").mkdir(parents=True)
+    for name, video in (("action_sequence", "v.mp4"), ("episodic_reasoning", "clip")):
+        (tmp_path / f"{name}.json").write_text(json.dumps([MVBENCH | {"video": video}]))
+        (record,) = load_records(tmp_path / f"{name}.json")
+        assert record.meta["task"] == name and record.media[0].path.exists()
+
+
+def test_seed_bench_shows_no_video_before_anything_has_happened(tmp_path: Path) -> None:
+    row = {
+        "sample_id": 1,
+        "question": "What next?",
+        "golden_choice_idx": "C",
+        **{f"choice_{letter}": f"step {letter}" for letter in "abcd"},
+        "video_source": "Ego4D",
+        "video_basename": "v.mp4",
+        "current_observation_basename": "v.png",
+        "dataset_name": "seed_bench_r1",
+    }
+    kinds = []
+    for done in ([], [{"start_frame": 1}]):
+        (tmp_path / "validation_L1.jsonl").write_text(json.dumps(row | {"task_progress_metadata": done}))
+        (record,) = load_records(tmp_path / "validation_L1.jsonl")
+        kinds.append([medium.kind for medium in record.media])
+    assert kinds == [["image"], ["video", "image"]]
+
+
 def test_images_that_a_table_holds_itself(tmp_path: Path) -> None:
     arrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet
@@ -244,6 +300,9 @@ BROKEN = {
     "VSI's scene elsewhere": (VSI | {"scene_name": "../../x"}, "scene_name"),
     "Video-MME's options": (VIDEO_MME | {"options": ["A. x", "C. y"]}, "options"),
     "LongVideoBench's choice": (LONG | {"correct_choice": 3}, "correct_choice"),
+    "Perception Test's answer": (PERCEPTION | {"answer_id": "3"}, "answer_id"),
+    "Perception Test's video": (PERCEPTION | {"video_name": ""}, "video_name"),
+    "TempCompass's caption": (TEMP_CAPTION | {"answer": "Sentence C: It is."}, "answer"),
     "TempCompass's answer": (TEMP_CHOICE | {"answer": "C. flying"}, "answer"),
     "no question": ({"question": " ", "answer": "x"}, "question"),
     "an answer that is an object": (PLAIN | {"answer": {"a": 1}}, "answer"),

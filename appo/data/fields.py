@@ -100,9 +100,9 @@ class Fields:
         """Two or more options, lettered "A. text" whether they came as "A. text", "(A) text" or "text"."""
         return self.lettered(name, self.texts(name))
 
-    def lettered(self, name: str, texts: tuple[str, ...]) -> tuple[str, ...]:
+    def lettered(self, name: str, texts: tuple[str, ...], *, distinct: bool = True) -> tuple[str, ...]:
         try:
-            return letter_options(texts)
+            return letter_options(texts, distinct=distinct)
         except LabelError as error:
             self.fail(name, str(error), list(texts))
 
@@ -172,7 +172,7 @@ class Fields:
         duration = self.seconds("duration") if is_real(self._number(self.raw.get("duration"))) else None
         if duration is not None and any(end > duration + SLACK for _, end in value):
             self.fail(name, f"spans within the duration of {duration:g} s", value)
-        return tuple(sorted((float(start), float(end)) for start, end in value))
+        return tuple(sorted((float(start) + 0.0, float(end)) for start, end in value))  # 0, not -0
 
     def segment(self) -> tuple[float | None, float | None]:
         """The (start, end) seconds of the file that the record is about; None where it begins or ends with the file."""
@@ -260,7 +260,7 @@ class Fields:
         if folders == (".",):
             return self.root / text
         places = [self.root / folder / text for folder in folders]
-        return next((place for place in places if place.is_file()), places[0])
+        return next((place for place in places if place.exists()), places[0])
 
     def record(self, *, id_field: str, meta: dict[str, Any], id: str | None = None, **values: Any) -> Record:
         """A Record with the fields that every format shares."""

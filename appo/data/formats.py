@@ -108,7 +108,9 @@ def _seed_bench(fields: Fields, seed: int) -> Record:
     source = fields.text("video_source")
     fields.path("video_source", source)
     folders = (source, ".") if (fields.root / source).is_dir() else (".", source)
-    names = (("video", "video_basename"), ("image", "current_observation_basename"))
+    names = [("video", "video_basename"), ("image", "current_observation_basename")]
+    if fields.listed("task_progress_metadata") == []:  # nothing has happened yet
+        names = names[1:]
     media = tuple(fields.media(kind, name, folders) for kind, name in names)
     extra = ("task_goal", "task_progress_metadata", "video_source")
     return fields.record(
@@ -226,6 +228,12 @@ FORMATS = (
     Format("Video-MME", "videoID, options", _has("videoID", "question"), formats_benchmarks.video_mme),
     Format("MVBench", "video, candidates", _has("video", "candidates"), formats_benchmarks.mv_bench),
     Format("TempCompass", "video_id, dim", _has("video_id", "dim"), formats_benchmarks.temp_compass),
+    Format(
+        "Perception Test, raw",
+        "video_name, answer_id",
+        _has("video_name", "answer_id"),
+        formats_benchmarks.perception_test,
+    ),
     Format("LLaVA", "conversations", _has("conversations"), formats_chat.llava),
     Format("ms-swift", "messages", _has("messages"), formats_chat.ms_swift),
     Format("verl", "prompt, reward_model", _has("prompt", "reward_model"), formats_chat.verl),

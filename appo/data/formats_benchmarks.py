@@ -2,7 +2,7 @@
 
 Field names: doc-doc/NExT-QA and NExT-GQA (`datasets/nextgqa/README.md`), OpenGVLab/MVBench (`json/`),
 nyu-visionx/VSI-Bench, lmms-lab/Video-MME, longvideobench/LongVideoBench (`lvb_val.json` and its Parquet form),
-llyx97/TempCompass.
+llyx97/TempCompass (`questions/`), lmms-lab/PerceptionTest_Val.
 """
 
 import functools
@@ -11,22 +11,47 @@ from pathlib import Path
 from typing import Any
 
 from appo.data import strict_json
-from appo.data.fields import Fields
+from appo.data.fields import Fields, is_real
 from appo.data.options import split_options
 from appo.data.records import DataError, Record
 
 VIDEO_FOLDERS = (".", "videos", "video", "data")
+# Where OpenGVLab/MVBench keeps the videos of each task, named as its files in `json/`.
+MVBENCH_FOLDERS = {
+    "action_antonym": "ssv2_video",
+    "action_count": "perception/videos",
+    "action_localization": "sta/sta_video",
+    "action_prediction": "star/Charades_v1_480",
+    "action_sequence": "star/Charades_v1_480",
+    "character_order": "perception/videos",
+    "counterfactual_inference": "clevrer/video_validation",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/frames_fps3_hq",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "fine_grained_pose": "nturgbd",
+    "moving_attribute": "clevrer/video_validation",
+    "moving_count": "clevrer/video_validation",
+    "moving_direction": "clevrer/video_validation",
+    "object_existence": "clevrer/video_validation",
+    "object_interaction": "star/Charades_v1_480",
+    "object_shuffle": "perception/videos",
+    "scene_transition": "scene_qa/video",
+    "state_change": "perception/videos",
+    "unexpected_action": "FunQA_test/test",
+}
 
 
 def next_table(fields: Fields, seed: int) -> Record:
     """A row of NExT-QA's tables (video, answer an index) or of NExT-GQA's (video_id, answer a text).
 
     Beside the table are looked for: map_vid_vidorID.json, the folder and file of each video, and gsub_SPLIT.json, the
-    spans of NExT-GQA.
+    spans of NExT-GQA. Four published questions have two equal options, of which the first is meant, as in the released
+    loaders. Spans that begin tenths of a second before the video begin with it; ``location`` keeps them for scoring.
     """
     name = "video_id" if "video_id" in fields.raw else "video"
     video, question_id = fields.scalar(name), fields.id("qid")
-    options = fields.lettered("a0", tuple(fields.scalar(f"a{i}") for i in range(5) if f"a{i}" in fields.raw))
+    texts = tuple(fields.scalar(f"a{i}") for i in range(5) if f"a{i}" in fields.raw)
+    options = fields.lettered("a0", texts, distinct=False)
     given_as_text = name == "video_id"
     answer = (
         fields.letter("answer", fields.scalar("answer"), options)
@@ -37,10 +62,13 @@ def next_table(fields: Fields, seed: int) -> Record:
     place = _beside(fields.file, "map_vid_vidorID.json").get(video, video)
     known = _beside(fields.file, f"gsub_{stem}.json").get(video, {})
     path = f"{place}.mp4"
-    spans = known.get("location", {}).get(question_id)
-    found = Fields(fields.raw | {name: path, "duration": known.get("duration"), "location": spans}, *_where(fields))
+    published = known.get("location", {}).get(question_id)
+    usable = [_from_beginning(span) for span in published] if isinstance(published, list) else published
+    found = Fields(fields.raw | {name: path, "duration": known.get("duration"), "location": usable}, *_where(fields))
     spans = found.spans("location")
     meta: dict[str, Any] = {"qtype": fields.text("type")} if "type" in fields.raw else {}
+    if usable != published:
+        meta["location"] = published
     return found.record(
         id_field="qid",
         id=f"{video}_{question_id}",
@@ -56,17 +84,24 @@ def next_table(fields: Fields, seed: int) -> Record:
 
 
 def mv_bench(fields: Fields, seed: int) -> Record:
-    """video (a file or a folder of frames), question, candidates, answer (the text of one), start and end for some."""
+    """video (a file or a folder of frames), question, candidates, answer (the text of one), start and end for some.
+
+    The published files are named after their tasks, and so are the folders of videos.
+    """
     options = fields.options("candidates")
+    stem = fields.file.name.partition(".")[0]
+    task = fields.text("task_type") if "task_type" in fields.raw else stem if stem in MVBENCH_FOLDERS else None
+    own = MVBENCH_FOLDERS.get(stem)
+    folders = VIDEO_FOLDERS if own is None else (*VIDEO_FOLDERS, own, f"video/{own}", f"videos/{own}")
     return fields.record(
         id_field="id",
         question=fields.text("question"),
         answer=fields.letter("answer", fields.scalar("answer"), options),
         kind="multiple choice",
         options=options,
-        media=(fields.media("video", "video", VIDEO_FOLDERS),),
+        media=(fields.media("video", "video", folders),),
         source="MVBench",
-        meta={"task": fields.text("task_type")} if "task_type" in fields.raw else {},
+        meta={} if task is None else {"task": task},
     )
 
 
@@ -104,7 +139,7 @@ def video_mme(fields: Fields, seed: int) -> Record:
         media=(path.media("video", "videoID", VIDEO_FOLDERS),),
         source="Video-MME",
         duration=None,
-        meta={"task": fields.text("task_type")} if "task_type" in fields.raw else {},
+        meta=_kept(fields, {"task_type": "task", "duration": "length", "domain": "domain"}),
     )
 
 
@@ -127,17 +162,22 @@ def long_video_bench(fields: Fields, seed: int) -> Record:
         options=options,
         media=(path.media("video", name, VIDEO_FOLDERS),),
         source="LongVideoBench",
-        meta={"task": fields.text("question_category")} if "question_category" in fields.raw else {},
+        meta=_kept(fields, {"question_category": "task", "duration_group": "length"}),
     )
 
 
 def temp_compass(fields: Fields, seed: int) -> Record:
-    """video_id, question, answer, dim; options stand in the question ("A. ..."), or the answer is yes or no."""
-    question, texts = split_options(fields.text("question"))
-    answer = fields.text("answer")
+    """video_id, question, answer, dim; options stand in the question ("A. ...", "Caption A: ..."), or the answer is
+    yes or no. Without any (caption generation) the answer is a text."""
+    asked, answer = fields.text("question"), fields.text("answer")
+    question, texts = split_options(asked)
+    form = "multi-choice" if texts else "captioning"
+    if not texts and (captions := _captions(asked)):
+        form, (question, texts) = "caption_matching", captions
+        answer = answer.partition(": ")[2] or answer
     options = fields.lettered("question", texts) if texts else ()
     if not options and re.fullmatch(r"(?:yes|no)\.?", answer, re.IGNORECASE):
-        options = ("A. yes", "B. no")
+        form, options = "yes_no", ("A. yes", "B. no")
     path = Fields(fields.raw | {"video_id": fields.scalar("video_id") + ".mp4"}, *_where(fields))
     return fields.record(
         id_field="id",
@@ -147,8 +187,46 @@ def temp_compass(fields: Fields, seed: int) -> Record:
         options=options,
         media=(path.media("video", "video_id", VIDEO_FOLDERS),),
         source="TempCompass",
-        meta={"task": fields.text("dim")},
+        meta={"task": fields.text("dim"), "form": form, "asked": asked},
     )
+
+
+def perception_test(fields: Fields, seed: int) -> Record:
+    """video_name, question, options, answer_id (an index), area, reasoning, question_id."""
+    options = fields.options("options")
+    path = Fields(fields.raw | {"video_name": fields.scalar("video_name") + ".mp4"}, *_where(fields))
+    number = fields.raw.get("question_id", fields.raw.get("id", fields.index))
+    return fields.record(
+        id_field="question_id" if "question_id" in fields.raw else "id",
+        id=f"{fields.scalar('video_name')}_{number}",
+        question=fields.text("question"),
+        answer=fields.position("answer_id", len(options)),
+        kind="multiple choice",
+        options=options,
+        media=(path.media("video", "video_name", VIDEO_FOLDERS),),
+        source="Perception Test",
+        meta=_kept(fields, {"area": "task", "reasoning": "reasoning"}),
+    )
+
+
+def _from_beginning(span: Any) -> Any:
+    """A span that begins up to half a second before the video as one that begins with it; others as they are."""
+    early = isinstance(span, list) and len(span) == 2 and is_real(span[0]) and -0.5 <= span[0] < 0
+    return [0.0, span[1]] if early else span
+
+
+def _captions(asked: str) -> tuple[str, tuple[str, ...]] | None:
+    """A question and the texts of the "Caption A: ...", "Sentence A: ..." or "Option 1: ..." lines below it."""
+    first, *lines = asked.split("\n")
+    found = [re.fullmatch(r"(?:Caption|Sentence|Option) [A-Z1-9]: (.+)", line.strip()) for line in lines]
+    if len(found) < 2 or not all(found):
+        return None
+    return first, tuple(match[1] for match in found if match)
+
+
+def _kept(fields: Fields, names: dict[str, str]) -> dict[str, str]:
+    """Those of the fields ``names`` that a row has, as texts under the names that they are counted by."""
+    return {kept: fields.scalar(name) for name, kept in names.items() if name in fields.raw}
 
 
 def _where(fields: Fields) -> tuple[Any, ...]:

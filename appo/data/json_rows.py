@@ -106,12 +106,16 @@ _QUESTIONS = frozenset({"problem", "question", "messages", "conversations", "pro
 
 
 def _inside(value: Any) -> list[Any] | None:
-    """The records within one JSON object: the only list of objects in it, or those per video and dimension."""
+    """The records within one JSON object: the only list of objects in it, those per video and dimension (TempCompass),
+    or the questions per video (Perception Test)."""
     if not isinstance(value, dict) or value.keys() & _QUESTIONS:
         return None
     lists = [part for part in value.values() if isinstance(part, list) and part and isinstance(part[0], dict)]
     if len(lists) == 1:
         return list(lists[0])
+    if value and all(isinstance(part, dict) and isinstance(part.get("mc_question"), list) for part in value.values()):
+        asked = ((video, row) for video, part in value.items() for row in part["mc_question"])
+        return [{"video_name": video, **row} if isinstance(row, dict) else row for video, row in asked]
     nested = []
     for video, dimensions in value.items():
         if not isinstance(dimensions, dict) or not all(isinstance(rows, list) for rows in dimensions.values()):

@@ -15,10 +15,11 @@ class LabelError(ValueError):
     """Options or a label that cannot be understood; the text is what was expected."""
 
 
-def letter_options(texts: tuple[str, ...]) -> tuple[str, ...]:
+def letter_options(texts: tuple[str, ...], *, distinct: bool = True) -> tuple[str, ...]:
     """Options lettered "A. text", whether they came as "A. text", "(A) text", "a) text" or "text".
 
-    Raises LabelError for another number of options than 2 to 26, letters in another order, two options of one text.
+    Raises LabelError for another number of options than 2 to 26, letters in another order, two options of one text
+    where they are to be ``distinct``.
     """
     if not 2 <= len(texts) <= len(LETTERS):
         raise LabelError(f"2 to {len(LETTERS)} options")
@@ -37,7 +38,7 @@ def letter_options(texts: tuple[str, ...]) -> tuple[str, ...]:
     if not all(texts):
         raise LabelError("a text behind each letter")
     plain = [same_text(text) for text in texts]
-    if len(set(plain)) < len(plain):
+    if distinct and len(set(plain)) < len(plain):
         raise LabelError("options of different texts")
     return tuple(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
 

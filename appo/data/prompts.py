@@ -7,7 +7,7 @@ the vision tower runs once per prompt, not once per response.
 import re
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,12 +45,14 @@ ANSWER_PROMPTS = {
 }
 
 
-def prompt_messages(record: Record, *, instructions: bool = True) -> list[dict[str, Any]]:
+def prompt_messages(record: Record, *, instructions: bool = True, text: str | None = None) -> list[dict[str, Any]]:
     """The chat messages that ask a record's question: the format to answer in, the media, the question, its options.
 
     ``instructions=False`` leaves out the system message and the line on how to answer, for a model that was trained on
-    the format.
+    the format. text: what stands beside the media instead of all that, such as a benchmark's own prompt.
     """
+    if text is not None:
+        return [{"role": "user", "content": _placed(record, text)}]
     text = "\n".join((record.question, *record.options, *([ANSWER_PROMPTS[record.kind]] if instructions else [])))
     user = {"role": "user", "content": _placed(record, text)}
     if not instructions:
@@ -136,11 +138,14 @@ class PromptBuilder:
     """Decodes and tokenises records, and keeps the latest prompts up to ``config.prompt_cache_gib``.
 
     It can do so ahead of time in a thread of its own, which waits while prompts that nobody has taken yet fill the
-    cache. Prompts are known by `Record.key`, never by id alone.
+    cache. Prompts are known by `Record.key`, never by id alone. ask: the text beside a record's media, where it is not
+    that of training.
     """
 
-    def __init__(self, processor: Any, model_config: Any, config: APPOConfig) -> None:
-        self.processor, self.model_config, self.config = processor, model_config, config
+    def __init__(
+        self, processor: Any, model_config: Any, config: APPOConfig, *, ask: Callable[[Record], str] | None = None
+    ) -> None:
+        self.processor, self.model_config, self.config, self._ask = processor, model_config, config, ask
         self._limit = int(config.prompt_cache_gib * 2**30)
         self._clips = None
         if config.frame_cache is not None:
@@ -246,9 +251,9 @@ class PromptBuilder:
         self._check_text(record)
         images, clips = self.images(record), self.clips(record)
         check_spans(record, [clip.duration for clip in clips])
-        text = self.processor.apply_chat_template(
-            prompt_messages(record, instructions=self.config.instructions), add_generation_prompt=True, tokenize=False
-        )
+        asked = None if self._ask is None else self._ask(record)
+        messages = prompt_messages(record, instructions=self.config.instructions, text=asked)
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         options: dict[str, Any] = {}
         if images:
             options["images"] = images

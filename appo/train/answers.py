@@ -28,9 +28,10 @@ class AnswerFile:
     model, other settings or other records.
     """
 
-    def __init__(self, path: Path, records: Sequence[Record], config: APPOConfig) -> None:
+    def __init__(self, path: Path, records: Sequence[Record], config: APPOConfig, *, benchmark: str = "") -> None:
         self.path, self.known = path, dict[int, list[Answer]]()
         decides = {name: getattr(config, name) for name in SETTINGS if hasattr(config, name)}
+        decides |= {"benchmark": benchmark} if benchmark else {}  # whose prompts are asked
         self._run = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
         try:
             before = path.read_bytes() if path.exists() else b""
