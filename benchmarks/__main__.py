@@ -17,6 +17,7 @@ from benchmarks.shapes import DEFAULT_ATTENTION, DEFAULT_VOCABULARY
 OPERATORS = {
     "frame_mass": "bench_frame_mass",
     "frame_attention": "bench_frame_attention",
+    "group_attention": "bench_group_attention",
     "token_logprobs": "bench_token_logprobs",
     "group_divergence": "bench_group_divergence",
     "weighted_surrogate": "bench_weighted_surrogate",

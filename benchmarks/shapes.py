@@ -68,6 +68,26 @@ class AttentionShape:
 
 
 @dataclass(frozen=True)
+class GroupShape:
+    """A prompt of P tokens and G responses of N tokens; heads of one key head group of Qwen2.5-VL-7B."""
+
+    name: str
+    prompt: int
+    responses: int
+    length: int
+    heads: int = 7
+    key_heads: int = 1
+    head_dim: int = 128
+
+    def on_cpu(self) -> "GroupShape":
+        return self
+
+    def describe(self) -> str:
+        heads = f"{self.heads}/{self.key_heads}"
+        return f"P {self.prompt:,}, G {self.responses}, N {self.length}, heads {heads}, d {self.head_dim}"
+
+
+@dataclass(frozen=True)
 class VocabularyShape:
     """G responses of N tokens, hidden size D, vocabulary V; K target frames with J slots each."""
 
@@ -120,6 +140,12 @@ def attention_shapes() -> dict[str, AttentionShape]:
     return shapes
 
 
+def group_shapes() -> dict[str, GroupShape]:
+    """The released trainer's setting, a shorter response, and a video four times as long."""
+    sizes = {"16x64": (1150, 8, 384), "16x64, short": (1150, 8, 250), "64x64": (4096, 8, 256)}
+    return {name: GroupShape(name, *size) for name, size in sizes.items()}
+
+
 def vocabulary_shapes() -> dict[str, VocabularyShape]:
     """By name of the model; G = 8 responses of N = 384 tokens (docs/training.md)."""
     return {
@@ -139,3 +165,4 @@ DEFAULT_ATTENTION = (
     "Qwen2.5-VL-7B/768x256",
 )
 DEFAULT_VOCABULARY = ("Qwen2.5-VL-7B",)
+DEFAULT_GROUPS = ("16x64", "64x64")
