@@ -211,6 +211,7 @@ def plans() -> list[str]:
 def text() -> str:
     lines = [INTRODUCTION]
     lines += section("Operators", "operators", contest)
+    lines += section("A group behind one prompt", "group-attention", contest)
     lines += section("Whole models: what recording costs", "whole-model", contest)
     lines += section("A training step: where the time goes", "training-step", training_step)
     lines += section("Growth", "growth", growth)
