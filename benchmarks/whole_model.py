@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from appo.recording.recorder import record_frame_mass, response_rows
+from appo.recording.arguments import response_rows
+from appo.recording.recorder import record_frame_mass
 from appo_kernels.testing import max_error
 from benchmarks import harness
 

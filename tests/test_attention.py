@@ -14,9 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from appo import frame_ids, record_frame_mass
 from appo.models.loaded import cache_argument, disable_checkpointing, enable_checkpointing
+from appo.recording.arguments import response_rows
 from appo.recording.frame_ids import FrameIds
 from appo.recording.hooks import _TAPS, NAME
-from appo.recording.recorder import response_rows
 from appo_kernels.testing import assert_as_good_as
 
 RESPONSE = 9

@@ -11,8 +11,8 @@ import training
 from torch import Tensor
 
 from appo import frame_ids
+from appo.recording.arguments import response_rows
 from appo.recording.heads import record_head_mass
-from appo.recording.recorder import response_rows
 from appo.reports.inspect_clip import draw_heads
 from appo.train.evaluate import evaluate
 from appo.train.groups import Group

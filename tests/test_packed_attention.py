@@ -227,7 +227,7 @@ def test_frames_in_a_response_are_refused() -> None:
     use_packed_attention(built)
     inputs.frame_ids[0, -1] = 0
     with (
-        pytest.raises(ValueError, match="record_frame_mass: `frame_ids`: expected frames in prompts only"),
+        pytest.raises(ValueError, match="FramePlan: `frame_ids`: expected frames in prompts only"),
         record_frame_mass(built, inputs.frame_ids, rows=inputs.rows[None]),
     ):
         built.model(

@@ -19,8 +19,9 @@ from appo.integrations.response_head import add_response_head
 from appo.integrations.trl_loss import check_layout, fused_loss, log_mean, loss_mask, why_not_fused
 from appo.integrations.weights import GroupWeights, group_weights
 from appo.models.loaded import vision_token_ids
+from appo.recording.arguments import response_rows
 from appo.recording.frame_ids import frame_ids
-from appo.recording.recorder import record_frame_mass, response_rows
+from appo.recording.recorder import record_frame_mass
 
 logger = logging.getLogger("appo")
 

@@ -62,8 +62,8 @@ class HeadMassRecorder(FrameMassRecorder):
     ) -> None:
         super().__init__(model, frame_ids, rows, layers, "sum")
         if valid is None:
-            valid = torch.ones(self._rows.shape, dtype=torch.bool)
-        shape = tuple(self._rows.shape)
+            valid = torch.ones(self._rows.positions.shape, dtype=torch.bool)
+        shape = tuple(self._rows.positions.shape)
         checks.shape(OP, "valid", valid, shape, "(B, R)", "Pass the mask of the rows to record.")
         self._valid = valid
         self._heads: dict[int, Tensor] = {}  # by layer: (B, Hq, F), sum over valid rows and passes
@@ -89,10 +89,8 @@ class HeadMassRecorder(FrameMassRecorder):
         super()._reset()
         self._heads = {}
 
-    def _add(self, layer: int, place: Tensor | None, **operands: Any) -> None:
-        mass = frame_mass(**operands, num_frames=self._num_frames, reduction="sum", per_head=True)  # (B, Hq, R, F)
-        valid = self._valid.to(mass.device)
-        valid = valid if place is None else valid[:, place]
+    def _add(self, layer: int, query: Tensor, key: Tensor, **operands: Any) -> None:
+        mass = frame_mass(query, key, **operands, reduction="sum", per_head=True)  # (B, Hq, R, F)
         # A row that does not count is left out, not multiplied by 0: it may hold anything.
-        total = torch.where(valid[:, None, :, None], mass, 0).sum(2)
+        total = torch.where(self._valid.to(mass.device)[:, None, :, None], mass, 0).sum(2)
         self._heads[layer] = self._heads[layer] + total if layer in self._heads else total

@@ -16,27 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from appo.recording.arguments import check_frame_ids, check_rows
 from appo.recording.frame_ids import FrameIds
 from appo.recording.hooks import OP, attention_layers, tap_module, untap_module
-from appo.recording.mask_bounds import Visibility, visible_keys
-from appo.recording.packed_rows import RowsOfGroup, rows_by_group
-from appo_kernels import GroupLayout, checks, frame_mass
+from appo.recording.mask_bounds import visible_keys
+from appo_kernels import FramePlan, checks, frame_mass
 
 # Arguments that change the softmax itself: with one of them the mass would not be the layer's.
 UNSUPPORTED = ("softcap", "s_aux", "position_bias", "cache", "block_table")
-
-
-def response_rows(prompt_length: int, response_length: int) -> slice:
-    """Rows of the response's tokens: token t is predicted at position prompt_length - 1 + t (docs/method.md 2)."""
-    if prompt_length < 1 or response_length < 1:
-        checks.fail(
-            "response_rows",
-            "prompt_length, response_length",
-            "at least one token each",
-            (prompt_length, response_length),
-            "Count padding in: both are lengths of the padded tensors.",
-        )
-    return slice(prompt_length - 1, prompt_length - 1 + response_length)
 
 
 def record_frame_mass(
@@ -91,8 +78,8 @@ class FrameMassRecorder:
     ) -> None:
         if reduction not in ("mean", "sum"):
             checks.fail(OP, "reduction", '"mean" or "sum"', repr(reduction), "Pass one of these.")
-        self._frame_ids, self._num_frames = _check_frame_ids(frame_ids)
-        self._rows = _check_rows(rows, *self._frame_ids.shape)
+        self._frame_ids, self._num_frames = check_frame_ids(frame_ids)
+        self._rows = check_rows(rows, *self._frame_ids.shape)
         self._decoder, self._layers = attention_layers(model, layers)
         self._reduction = reduction
         self._hooks: list[Any] = []
@@ -100,9 +87,8 @@ class FrameMassRecorder:
         self._in_forward = False
         self._total: Tensor | None = None  # (B, R, F): sum over the layers recorded so far; fp64 in fp64 models
         self._recorded: list[int] = []  # their numbers, once for each pass (some models run a layer several times)
-        # Layers share their mask tensor, and its intervals are found once a forward: (mask, window, result)
-        self._visibility: tuple[Any, Any, Visibility] | None = None
-        self._packed: tuple[GroupLayout, list[RowsOfGroup]] | None = None  # rows of each group, found once a forward
+        # Layers share a mask tensor or layout, and with it a plan: by its id and the window, and it itself
+        self._plans: dict[tuple[int, Any], tuple[Any, FramePlan]] = {}
 
     @property
     def layers(self) -> list[int]:
@@ -144,14 +130,14 @@ class FrameMassRecorder:
             self._close()
 
     def _close(self) -> None:
-        self._depth, self._in_forward, self._visibility, self._packed = 0, False, None, None
+        self._depth, self._in_forward, self._plans = 0, False, {}
         for module in self._layers.values():
             untap_module(module, self)
         while self._hooks:
             self._hooks.pop().remove()
 
     def _reset(self) -> None:
-        self._total, self._recorded, self._visibility, self._packed = None, [], None, None
+        self._total, self._recorded, self._plans = None, [], {}
 
     def _begin_forward(self, decoder: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         self._reset()
@@ -168,7 +154,7 @@ class FrameMassRecorder:
         self._in_forward = True
 
     def _end_forward(self, decoder: nn.Module, arguments: Any, output: Any) -> None:
-        self._in_forward, self._visibility = False, None
+        self._in_forward, self._plans = False, {}
 
     def record(
         self,
@@ -201,76 +187,45 @@ class FrameMassRecorder:
             )
         self._move_to(query.device)
         first_row = length - query.shape[2]  # position of the forward's first query
-        if first_row and int(self._rows.min()) < first_row:
+        if self._rows.lowest < first_row:
             checks.fail(
                 OP,
                 "rows",
                 f"positions {first_row} to {length - 1}, which this forward computes",
-                int(self._rows.min()),
+                self._rows.lowest,
                 "Positions before these are in the KV cache; record the forward that computed them.",
             )
-        if self._total is None:
-            dtype = torch.promote_types(query.dtype, torch.float32)
-            self._total = torch.zeros(batch, self._rows.shape[1], self._num_frames, dtype=dtype, device=query.device)
-        query, key, scale = query.detach(), key.detach().to(query.dtype), options.get("scaling")
-        if options.get("group_layout") is not None:
-            self._record_groups(layer, query, key, lse, options["group_layout"], scale)
-            return
-        visibility = self._visible(query, key, mask, implementation, is_causal, options)
-        rows = self._rows - first_row
+        if options.get("group_layout") is not None and lse is None:
+            remedy = 'Use attn_implementation "appo" for the text layers.'
+            checks.fail(OP, "model", "attention that returns the lse of a packed row", f"none in layer {layer}", remedy)
+        query, key = query.detach(), key.detach().to(query.dtype)
         self._add(
             layer,
-            None,
-            query=_select(query, rows),
-            key=key,
-            frame_ids=self._frame_ids,
-            lse=None if lse is None else _select(lse[..., None], rows)[..., 0],
-            first_key=visibility.first_key,
-            last_key=visibility.last_key,
-            prefix_keys=visibility.prefix_keys,
-            scale=scale,
+            self._rows.of(query, first_row),
+            key,
+            plan=self._plan_of(query, key, mask, implementation, is_causal, options),
+            lse=None if lse is None else self._rows.of(lse[..., None], first_row)[..., 0],
+            scale=options.get("scaling"),
         )
         self._recorded.append(layer)
 
-    def _add(self, layer: int, place: Tensor | None, **operands: Any) -> None:
-        """Add the mass of one layer to the total: of the rows at ``place``, or of all where that is None."""
-        assert self._total is not None
-        settings = operands | {"num_frames": self._num_frames, "reduction": self._reduction}
-        if place is None:
-            frame_mass(**settings, out=self._total)
-        else:
-            self._total[:, place] += frame_mass(**settings)
-
-    def _record_groups(
-        self, layer: int, query: Tensor, key: Tensor, lse: Tensor | None, layout: GroupLayout, scale: float | None
-    ) -> None:
-        """Of a packed row: each group's rows on the frames of its own prompt."""
-        if lse is None:
-            remedy = 'Use attn_implementation "appo" for the text layers.'
-            checks.fail(OP, "model", "attention that returns the lse of a packed row", f"none in layer {layer}", remedy)
-        if self._packed is None or self._packed[0] is not layout:
-            self._packed = layout, rows_by_group(self._rows, self._frame_ids, layout)
-        for group in self._packed[1]:
-            self._add(
-                layer,
-                group.place,
-                query=query[:, :, group.rows],
-                key=key[:, :, group.prompt],
-                frame_ids=self._frame_ids[:, group.prompt],
-                lse=lse[:, :, group.rows],
-                last_key=group.last_key,
-                scale=scale,
-            )
-        self._recorded.append(layer)
+    def _add(self, layer: int, query: Tensor, key: Tensor, **operands: Any) -> None:
+        """Adds the mass of the rows of one layer to the total."""
+        if self._total is None:
+            dtype = torch.promote_types(query.dtype, torch.float32)
+            shape = (*self._rows.positions.shape, self._num_frames)
+            self._total = torch.zeros(shape, dtype=dtype, device=query.device)
+        frame_mass(query, key, **operands, reduction=self._reduction, out=self._total)
 
     def _move_to(self, device: torch.device) -> None:
         """Layers of one model may lie on several devices; the recorder follows them."""
-        if self._rows.device != device:
-            self._rows, self._frame_ids = self._rows.to(device), self._frame_ids.to(device)
+        if self._frame_ids.device != device:
+            self._frame_ids, self._rows.positions = self._frame_ids.to(device), self._rows.positions.to(device)
+            self._plans = {}
         if self._total is not None and self._total.device != device:
-            self._total, self._visibility, self._packed = self._total.to(device), None, None
+            self._total = self._total.to(device)
 
-    def _visible(
+    def _plan_of(
         self,
         query: Tensor,
         key: Tensor,
@@ -278,11 +233,18 @@ class FrameMassRecorder:
         implementation: str | None,
         is_causal: bool,
         options: dict[str, Any],
-    ) -> Visibility:
-        window = options.get("sliding_window")
-        if self._visibility is None or self._visibility[0] is not mask or self._visibility[1] != window:
-            found = visible_keys(
-                self._rows,
+    ) -> FramePlan:
+        """Frames and visibility of the rows to record, worked out once for the layers that share a mask or layout."""
+        layout, window = options.get("group_layout"), options.get("sliding_window")
+        shared = mask if layout is None else layout
+        if (known := self._plans.get((id(shared), window))) is not None:
+            return known[1]
+        rows = self._rows.positions
+        if layout is not None:
+            plan = FramePlan.of_layout(self._frame_ids, self._num_frames, layout, rows=rows)
+        else:
+            seen = visible_keys(
+                rows,
                 mask,
                 num_queries=query.shape[2],
                 num_keys=key.shape[2],
@@ -290,59 +252,6 @@ class FrameMassRecorder:
                 is_causal=is_causal,
                 options=options,
             )
-            self._visibility = (mask, window, found)
-        return self._visibility[2]
-
-
-def _select(query: Tensor, rows: Tensor) -> Tensor:
-    """(B, Hq, L, d) and (B, R) -> (B, Hq, R, d)."""
-    batch = torch.arange(len(rows), device=rows.device)[:, None]
-    return query.transpose(1, 2)[batch, rows].transpose(1, 2)
-
-
-def _check_frame_ids(frame_ids: FrameIds | Tensor) -> tuple[Tensor, int]:
-    """(B, S) int32 and the largest number of frames."""
-    if isinstance(frame_ids, FrameIds):
-        ids, num_frames = frame_ids.ids, int(frame_ids.num_frames.max())
-    else:
-        ids, num_frames = frame_ids, -1
-    checks.rank(OP, "frame_ids", ids, 2, "(B, S)")
-    checks.dtype(OP, "frame_ids", ids, checks.INTS)
-    if not ids.numel():
-        checks.fail(
-            OP, "frame_ids", "at least one token", f"shape {tuple(ids.shape)}", "Pass a batch that is not empty."
-        )
-    most = int(ids.max()) + 1
-    if num_frames >= 0 and most > num_frames:
-        checks.fail(
-            OP, "frame_ids", f"ids below num_frames = {num_frames}", most - 1, "Pass what frame_ids() returned."
-        )
-    return checks.narrowed(ids), max(most, num_frames)
-
-
-def _check_rows(rows: slice | Tensor, batch: int, length: int) -> Tensor:
-    """(B, R) int64 positions within the sequences."""
-    if isinstance(rows, slice):
-        for bound in (rows.start, rows.stop):
-            if bound is not None and not -length <= bound <= length:
-                checks.fail(
-                    OP, "rows", f"a slice within the {length} tokens of `frame_ids`", rows, "Slices are not clipped."
-                )
-        positions = torch.arange(length)[rows].expand(batch, -1)
-    else:
-        checks.rank(OP, "rows", rows, 2, "(B, R)")
-        checks.dtype(OP, "rows", rows, checks.INTS)
-        checks.shape(OP, "rows", rows, (batch, rows.shape[1]), "(B, R)", "Pass one row of positions per sequence.")
-        positions = rows.long()
-    if not positions.numel():
-        checks.fail(OP, "rows", "at least one position", rows, "Use response_rows(prompt_length, response_length).")
-    low, high = int(positions.min()), int(positions.max())
-    if low < 0 or high >= length:
-        checks.fail(
-            OP,
-            "rows",
-            f"positions 0 to {length - 1} (the tokens of `frame_ids`)",
-            f"{low} to {high}",
-            "Use response_rows(prompt_length, response_length), with padding counted.",
-        )
-    return positions
+            plan = FramePlan.build(self._frame_ids, self._num_frames, **seen._asdict())
+        self._plans[id(shared), window] = shared, plan
+        return plan

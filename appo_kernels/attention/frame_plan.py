@@ -34,7 +34,7 @@ def kept(frame_ids: Tensor, name: Hashable, make: Callable[[], T]) -> T:
 class GroupRows(NamedTuple):
     """One group of a packed row, as a problem of its own."""
 
-    rows: Tensor  # (R_g,) int64: which of the rows of the call
+    rows: Tensor | slice  # which of the rows of the call, (R_g,) int64 where they are not neighbours
     keys: slice  # its tokens among the keys
     plan: "FramePlan"
 
@@ -57,6 +57,7 @@ class FramePlan:
         self.frame_ids, self.num_frames, self.bounds = frame_ids, num_frames, bounds
         self.groups = tuple(groups)  # of a packed row; the call is then one for each
         self.rows_and_keys = shape  # of a packed row
+        self.order: Tensor | None = None  # (R,) int64: of the call's rows, those of the groups one after another
         _KEPT[frame_ids] = {}
 
     @classmethod
@@ -102,7 +103,7 @@ class FramePlan:
         if places.numel() and (int(places.min()) < 0 or int(places.max()) >= layout.tokens):
             got = f"{int(places.min())} to {int(places.max())}"
             checks.fail(OP, "rows", f"places 0 to {layout.tokens - 1}", got, "Pass places of the packed row.")
-        on_host, found = frame_ids[0].cpu(), []
+        on_host, found, order = frame_ids[0].cpu(), [], []
         for group in layout.groups:
             whole, answers = group.whole, group.answers
             if bool((on_host[answers] >= 0).any()):
@@ -113,9 +114,21 @@ class FramePlan:
                 own = (places[chosen] - whole.start).to(device)
                 first, last, prefix = (bound[:, own] for bound in bounds(group, device))
                 plan = cls.build(frame_ids[:, whole], num_frames, first_key=first, last_key=last, prefix_keys=prefix)
-                found.append(GroupRows(chosen.to(device), whole, plan))
+                start, stop = int(chosen[0]), int(chosen[-1]) + 1
+                neighbours = stop - start == len(chosen)
+                found.append(GroupRows(slice(start, stop) if neighbours else chosen.to(device), whole, plan))
+                order.append(chosen)
         shape = (len(places), layout.tokens)
-        return cls(checks.narrowed(frame_ids).clone(), num_frames, (None, None, None), found, shape)
+        made = cls(checks.narrowed(frame_ids).clone(), num_frames, (None, None, None), found, shape)
+        ordered = torch.cat(order) if order else places
+        if bool((ordered.diff() < 0).any()):
+            made.order = ordered.argsort().to(device)
+        return made
+
+    def joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:
+        """Results of the groups, which lie along ``dim``, as those of the call's rows."""
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+        return whole if self.order is None else whole.index_select(dim, self.order)
 
     def check_call(self, op: str, query: Tensor, key: Tensor) -> None:
         """That a call with groups has their rows and tokens; shapes of the others are checked with their tensors."""

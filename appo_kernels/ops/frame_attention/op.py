@@ -83,17 +83,16 @@ def frame_attention(
     frame_ids, num_frames, bounds = planned(OP, plan, frame_ids, num_frames, (first_key, last_key, prefix_keys))
     if plan is not None and plan.groups:
         plan.check_call(OP, query, key)
-        dtype = compute_dtype(query.dtype)
-        out, lse = torch.zeros_like(query), query.new_zeros(query.shape[:3], dtype=dtype)
-        mass = query.new_zeros((1, query.shape[2], num_frames), dtype=dtype)
-        for chosen, keys, own in plan.groups:
-            part = frame_attention(
+        parts = [
+            frame_attention(
                 query[:, :, chosen], key[:, :, keys], value[:, :, keys], scale=scale, reduction=reduction, plan=own,
                 backend=backend,
-            )  # fmt: skip
-            out, lse = out.index_copy(2, chosen, part.out), lse.index_copy(2, chosen, part.lse)
-            mass = mass.index_copy(1, chosen, part.mass)
-        return FrameAttentionOutput(out, lse, mass)
+            )
+            for chosen, keys, own in plan.groups
+        ]  # fmt: skip
+        return FrameAttentionOutput(
+            *(plan.joined(x, d) for x, d in zip(zip(*parts, strict=True), (2, 2, 1), strict=True))
+        )
     first_key, last_key, prefix_keys = bounds
     layout = arguments.prepare(
         OP, query, key, frame_ids, num_frames=num_frames, first_key=first_key, last_key=last_key,

@@ -91,14 +91,14 @@ def frame_mass(
     frame_ids, num_frames, bounds = planned(OP, plan, frame_ids, num_frames, (first_key, last_key, prefix_keys))
     if plan is not None and plan.groups:
         plan.check_call(OP, query, key)
-        shape = (1, *query.shape[1:3], num_frames) if per_head else (1, query.shape[2], num_frames)
-        total = query.new_zeros(shape, dtype=compute_dtype(query.dtype))
-        for chosen, keys, own in plan.groups:
-            part = frame_mass(
+        parts = [
+            frame_mass(
                 query[:, :, chosen], key[:, :, keys], lse=None if lse is None else lse[:, :, chosen], scale=scale,
                 reduction=reduction, per_head=per_head, plan=own, backend=backend,
-            )  # fmt: skip
-            total = total.index_copy(-2, chosen, part)
+            )
+            for chosen, keys, own in plan.groups
+        ]  # fmt: skip
+        total = plan.joined(parts, -2)
         return total if out is None else out.add_(total)
     first_key, last_key, prefix_keys = bounds
     layout = arguments.prepare(
