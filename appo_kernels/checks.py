@@ -151,5 +151,10 @@ def _addresses(value: Tensor) -> tuple[int, int]:
     return value.data_ptr(), value.data_ptr() + (reach + 1) * value.element_size()
 
 
+def on_host(*numbers: Tensor) -> list[int]:
+    """Whole numbers and flags, () each, brought to the host together: one synchronisation."""
+    return torch.stack([number.long() for number in numbers]).tolist() if numbers else []
+
+
 def values_enabled() -> bool:
     return os.environ.get("APPO_CHECK_VALUES", "1") != "0"

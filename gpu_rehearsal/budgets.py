@@ -61,7 +61,8 @@ def costs(call: Call) -> Iterator[tuple[str, Cost, list[Recording]]]:
 
 def refused(recordings: list[Recording]) -> list[str]:
     """What a GPU would refuse."""
-    return [str(event) for found in recordings for kind in (MIXED, REFUSED) for event in found.of_kind(kind)]
+    kinds = (MIXED, REFUSED)
+    return [str(event) for found in recordings for kind in kinds for event in found.of_kind(kind)]
 
 
 def line(name: str, cost: Cost) -> str:

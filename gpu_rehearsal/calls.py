@@ -66,7 +66,7 @@ def frame_attention(backend: str, *, grad: bool = False) -> Run:
     return run
 
 
-G, N, D, V, K, J = 4, 12, 32, 700, 2, 5  # responses, tokens, hidden size, vocabulary, slots' frames and tokens
+G, N, D, V, K, J = 4, 12, 32, 704, 2, 5  # responses, tokens, hidden size, vocabulary, slots' frames and tokens
 
 
 def head_inputs(*, grad: bool, bias: bool = False) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-SYNC, UPLOAD, MIXED, REFUSED = "sync", "upload", "mixed", "refused"
+SYNC, UPLOAD, MIXED, REFUSED, MISALIGNED = "sync", "upload", "mixed", "refused", "misaligned"
 MOST_GRID = (2**31 - 1, 65_535, 65_535)
 PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 
@@ -17,7 +17,8 @@ PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_"}
 @dataclass(frozen=True)
 class Event:
     """kind "sync": the host waits; "upload": host memory goes to the GPU; "mixed": operands of both devices, which a
-    GPU refuses; "refused": a launch that a GPU refuses."""
+    GPU refuses; "refused": a launch that a GPU refuses; "misaligned": a matrix product that the vendor's fast kernels,
+    which read 16 bytes at a time, do not take."""
 
     kind: str
     what: str

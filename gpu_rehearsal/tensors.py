@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map
 
 from gpu_rehearsal import vendor
-from gpu_rehearsal.recording import MIXED, SYNC, UPLOAD, Recording
+from gpu_rehearsal.recording import MISALIGNED, MIXED, PRODUCTS, SYNC, UPLOAD, Recording
 
 DEVICE, HOST = torch.device("cuda:0"), torch.device("cpu")
 # The host must know a value, or how many there are.
@@ -157,6 +157,8 @@ def _note(name: str, args: Any, tensors: list[Tensor], ours: list[Any], device: 
         return
     if name in SYNCS:
         found.note(SYNC, name)
+    if name in PRODUCTS and not all(_aligned(x) for x in ours if x.dim() > 1):
+        found.note(MISALIGNED, name)
     if name == "repeat_interleave" and len(tensors) > 0 and not _has_output_size(args):
         found.note(SYNC, name)
     strangers = [x for x in tensors if x.dim() and not isinstance(x, GpuTensor)]
@@ -170,6 +172,13 @@ def _note(name: str, args: Any, tensors: list[Tensor], ours: list[Any], device: 
         strangers = [x for x in strangers if not any(x is index for index in on_host)]
     if strangers:
         found.note(MIXED, name)
+
+
+def _aligned(matrix: GpuTensor) -> bool:
+    """Whether it, and each of its rows or columns, starts at a multiple of 16 bytes."""
+    inner = matrix.inner
+    steps = [inner.storage_offset(), *(s for s, n in zip(inner.stride(), inner.shape, strict=True) if s != 1 and n > 1)]
+    return all(step * inner.itemsize % 16 == 0 for step in steps)
 
 
 def _has_output_size(args: Any) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks, dispatch
-from appo_kernels.attention.frame_plan import kept
+from appo_kernels.attention.frame_plan import is_kept, kept
 from appo_kernels.dtypes import compute_dtype
 
 REDUCTIONS = ("sum", "mean")
@@ -114,27 +114,52 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def check_values(op: str, keys: int, num_frames: int, layout: Layout) -> None:
-    """ValueError unless frame ids, ``last_key`` and ``prefix_keys`` are in range.
+def check_values(op: str, keys: int, num_frames: int, layout: Layout, lse: Tensor | None = None) -> None:
+    """ValueError unless frame ids, ``last_key`` and ``prefix_keys`` are in range, and a given ``lse`` (B, Hq, R) is
+    finite in rows that see keys; with one synchronisation.
 
-    ``first_key`` needs no check: below 0 is as 0, beyond ``last_key`` is an empty interval. Once for a plan.
+    ``first_key`` needs no check: below 0 is as 0, beyond ``last_key`` is an empty interval. Those of a plan once.
     """
-    kept(layout.frame_ids, "values", lambda: _check_values(op, keys, num_frames, layout))
+    ranges = [] if is_kept(layout.frame_ids, "values") else _ranges(keys, num_frames, layout)
+    found = [extreme for _, tensor, *_ in ranges for extreme in tensor.aminmax()]
+    wrong = None if lse is None or not lse.numel() else _wrong_lse(lse, sees_any(keys, layout))
+    found += [] if wrong is None else [wrong.any()]
+    numbers = checks.on_host(*found)
+    for (name, _, least, most, remedy), low, high in zip(ranges, numbers[::2], numbers[1::2], strict=False):
+        if high > most or (least is not None and low < least):
+            expected = f"numbers up to {most}" if least is None else f"numbers in [{least}, {most}]"
+            checks.fail(op, name, expected, checks.span(low, high), remedy)
+    kept(layout.frame_ids, "values", lambda: True)
+    if wrong is not None and lse is not None and numbers[-1]:
+        sequence, head, row = wrong.nonzero()[0].tolist()
+        value = float(lse[sequence, head, row])
+        remedy = (
+            "Pass the natural-log lse that the attention of these very scores returned, -inf for a row without keys."
+        )
+        checks.fail(op, "lse", "finite numbers in rows that see keys", f"{value} at {(sequence, head, row)}", remedy)
 
 
-def _check_values(op: str, keys: int, num_frames: int, layout: Layout) -> None:
+def _ranges(keys: int, num_frames: int, layout: Layout) -> list[tuple[str, Tensor, int | None, int, str]]:
+    """(argument, its values, least, most, remedy) of those that are there."""
     ranges = (
         ("frame_ids", layout.frame_ids, -1, num_frames - 1, "Raise `num_frames`, or mark keys of no frame with -1."),
         ("last_key", layout.last_key, None, keys - 1, "last_key is inclusive: the last key is S - 1."),
         ("prefix_keys", layout.prefix_keys, 0, keys, "Pass the number of keys at the start that the row sees."),
     )
-    for name, tensor, least, most, remedy in ranges:
-        if tensor is None or not tensor.numel():
-            continue
-        low, high = (int(x) for x in tensor.aminmax())
-        if high > most or (least is not None and low < least):
-            expected = f"numbers up to {most}" if least is None else f"numbers in [{least}, {most}]"
-            checks.fail(op, name, expected, checks.span(low, high), remedy)
+    return [
+        (name, tensor, least, most, remedy)
+        for name, tensor, least, most, remedy in ranges
+        if tensor is not None and tensor.numel()
+    ]
+
+
+def _wrong_lse(lse: Tensor, sees: Tensor | bool) -> Tensor:
+    """Some attention backends mark a row that sees no key by +inf, so there it is allowed."""
+    wrong = torch.isnan(lse)
+    if sees is not False:
+        infinite = torch.isposinf(lse)
+        wrong |= infinite if sees is True else infinite & torch.as_tensor(sees)[:, None, :]
+    return wrong
 
 
 def sees_any(keys: int, layout: Layout) -> Tensor | bool:

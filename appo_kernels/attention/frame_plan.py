@@ -31,6 +31,11 @@ def kept(frame_ids: Tensor, name: Hashable, make: Callable[[], T]) -> T:
     return results[name]
 
 
+def is_kept(frame_ids: Tensor, name: Hashable) -> bool:
+    results = None if torch.compiler.is_compiling() else _KEPT.get(frame_ids)
+    return results is not None and name in results
+
+
 class GroupRows(NamedTuple):
     """One group of a packed row, as a problem of its own."""
 

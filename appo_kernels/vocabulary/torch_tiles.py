@@ -40,9 +40,9 @@ def product(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """total += a @ b with ``total`` in fp32 or fp64."""
+    """total += a @ b with ``total`` in fp32 or fp64, added where the product is made: no other tensor of its size."""
     if a.dtype in HALVES:
-        return total.add_(torch.mm(a, b, out_dtype=total.dtype))
+        return torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     return total.addmm_(a, b)
 
 

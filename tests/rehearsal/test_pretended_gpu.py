@@ -37,7 +37,7 @@ EVENTS = {
     "copy_ to the GPU": (lambda x: x.copy_(torch.ones(3, 4)), [UPLOAD]),
     "an index on the host": (lambda x: x[torch.tensor([0, 2])], [UPLOAD]),
     "operands of two devices": (lambda x: x + torch.ones(3, 4), [MIXED]),
-    "a product of two devices": (lambda x: x @ torch.ones(4, 2), [MIXED]),
+    "a product of two devices": (lambda x: x[:, None] @ torch.ones(4, 8), [MIXED]),
     "arithmetic": (lambda x: (x * 2 + 1).sum(1).softmax(0), []),
     "a number from the host": (lambda x: x + torch.tensor(2.0), []),
     "a counted repetition": (lambda x: x.repeat_interleave(2, 0), []),
@@ -98,7 +98,7 @@ def test_backward_stays_on_the_gpu():
             return gradient
 
     with gpu_rehearsal.rehearse() as recording:
-        x = torch.randn(3, 4, device="cuda", requires_grad=True)
+        x = torch.randn(8, 8, device="cuda", requires_grad=True)
         y = Look.apply(x * 2).bfloat16()
         (y.float().sum() + (y.t() @ y).float().sum()).backward()
         assert seen[0].is_cuda and x.grad.is_cuda

@@ -208,26 +208,9 @@ def forward_op(
     """Adds to ``mass``, (B, R, F) or per head (B, Hq, R, F), and writes ``new_lse`` where there is no ``lse``."""
     layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     if checks.values_enabled():
-        arguments.check_values(OP, key.shape[2], mass.shape[-1], layout)
-        if lse is not None:
-            _check_lse(lse, arguments.sees_any(key.shape[2], layout))
+        arguments.check_values(OP, key.shape[2], mass.shape[-1], layout, lse)
     mass_BHRF = mass if per_head else mass[:, None]
     dispatch.backend_module(OP, backend).forward(query, key, layout, lse, mass_BHRF, new_lse, per_head)
-
-
-def _check_lse(lse: Tensor, sees: Tensor | bool) -> None:
-    """Some attention backends mark a row that sees no key by +inf, so there it is allowed."""
-    wrong = torch.isnan(lse)
-    if sees is not False:
-        infinite = torch.isposinf(lse)
-        wrong |= infinite if sees is True else infinite & torch.as_tensor(sees)[:, None, :]
-    if bool(wrong.any()):
-        sequence, head, row = (int(i) for i in wrong.nonzero()[0])
-        value = float(lse[sequence, head, row])
-        remedy = (
-            "Pass the natural-log lse that the attention of these very scores returned, -inf for a row without keys."
-        )
-        checks.fail(OP, "lse", "finite numbers in rows that see keys", f"{value} at {(sequence, head, row)}", remedy)
 
 
 @dispatch.out_variant("frame_mass_backward", mutates=("grad_query", "grad_key"))

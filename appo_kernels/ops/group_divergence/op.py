@@ -3,12 +3,13 @@
 The rows of ``hidden`` that some slot refers to are multiplied with the weight once each, tile by tile of the
 vocabulary; the lse is given, so one pass over the vocabulary does. A backend has
 
-    forward(hidden, weight, lse, slots, kind, bias, temperature, softcap, divergence)
+    forward(hidden, weight, lse, selection, kind, bias, temperature, softcap, divergence)
     forward_from_logits(logits, lse, slots, kind, temperature, divergence)
 
-which write ``divergence`` (K, J), fp32 (fp64 for fp64 inputs), whatever was in it before. ``streaming.select`` finds
-the unique rows and ``streaming.accumulate`` walks over the tiles; ``streaming.fold_kl`` and ``streaming.fold_k3`` are
-the pass over one tile of logits that follows the vendor library's matrix product, for another backend to replace.
+which write ``divergence`` (K, J), fp32 (fp64 for fp64 inputs), whatever was in it before. ``selection.select`` finds
+the unique rows, of which there is at least one. ``streaming.accumulate`` walks over the tiles; ``streaming.fold_kl``
+and ``streaming.fold_k3`` are the pass over one tile of logits that follows the vendor library's matrix product, for
+another backend to replace.
 """
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from appo_kernels import checks, dispatch
 from appo_kernels.dtypes import compute_dtype
+from appo_kernels.ops.group_divergence.selection import mark, select
 from appo_kernels.vocabulary.arguments import check_projection, check_temperature
 
 OP, OP_LOGITS = "group_divergence", "group_divergence_from_logits"
@@ -117,22 +119,21 @@ def _check_group(op: str, name: str, group: Tensor, lse: Tensor, slots: Tensor, 
     checks.same_device(op, name, group, lse=lse, slots=slots)
 
 
-def _check_slots(op: str, lse: Tensor, slots: Tensor) -> None:
+def _check_slots(op: str, lse: Tensor, slots: Tensor, *others: Tensor) -> list[int]:
+    """The check of values, and whole numbers () that are wanted on the host: one synchronisation for all."""
     if not checks.values_enabled() or not slots.numel():
-        return
+        return checks.on_host(*others)
     positions = lse.shape[1]
-    low, high = (int(x) for x in slots.aminmax())
+    used = lse.expand(slots.shape[0], -1, -1).gather(2, slots.clamp(0, positions - 1).long())
+    low, high, bad, *numbers = checks.on_host(*slots.aminmax(), ((slots >= 0) & ~used.isfinite()).sum(), *others)
     if low < -1 or high >= positions:
         expected = f"positions in [0, {positions}), or -1 for a missing member"
         remedy = "Positions count response tokens from 0, without the prompt."
         checks.fail(op, "slots", expected, f"values from {low} to {high}", remedy)
-    if high < 0:
-        return
-    used = lse.expand(slots.shape[0], -1, -1).gather(2, slots.clamp(min=0).long())
-    bad = int(((slots >= 0) & ~used.isfinite()).sum())
     if bad:
         remedy = "Compute the lse of the same hidden states or logits; select only valid tokens."
         checks.fail(op, "lse", "finite values at the positions in `slots`", f"{bad} that are not finite", remedy)
+    return numbers
 
 
 @dispatch.out_variant("group_divergence_forward", mutates=("divergence",))
@@ -148,9 +149,14 @@ def forward_op(
     divergence: Tensor,
     backend: str,
 ) -> None:
-    _check_slots(OP, lse, slots)
+    marked = mark(slots, lse.shape[1])
+    (count,) = _check_slots(OP, lse, slots, marked.unique)
+    if not count:
+        divergence.zero_()  # no slot has a member: nothing to disagree (kl), all uniform (k3)
+        return
+    selection = select(marked, lse.shape[1], count)
     dispatch.backend_module(OP, backend).forward(
-        hidden, weight, lse, slots, kind, bias, temperature, softcap, divergence
+        hidden, weight, lse, selection, kind, bias, temperature, softcap, divergence
     )
 
 

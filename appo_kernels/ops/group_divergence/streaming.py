@@ -5,12 +5,12 @@ Shapes: U unique (response, position) rows, v vocabulary columns of a tile, S = 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
+from appo_kernels.ops.group_divergence.selection import Selection, mark, select
 from appo_kernels.vocabulary.torch_tiles import convertible_columns, logits_tile, operand, tiles
 
 # Bytes of a tile (unique rows x columns), of which there are two, and of a copy of the members of a chunk of slots
@@ -27,15 +27,6 @@ LOG_ZERO = -1e4
 CLAMP = 11.0
 
 
-class Selection(NamedTuple):
-    """What the slots refer to."""
-
-    response: Tensor  # (U,) response of each unique row
-    position: Tensor  # (U,) its token position
-    members: Tensor  # (S, G) unique row of each member; U, one past the last, for a missing one
-    present: Tensor  # (S,) members that are there
-
-
 def unsupported(problem: Problem) -> str | None:
     return None
 
@@ -44,14 +35,13 @@ def forward(
     hidden: Tensor,
     weight: Tensor,
     lse: Tensor,
-    slots: Tensor,
+    selection: Selection,
     kind: str,
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
     divergence: Tensor,
 ) -> None:
-    selection = select(slots, hidden.shape[1])
     rows = operand(hidden[selection.response, selection.position])  # (U, D)
 
     def tile(columns: slice, scratch: Tensor) -> Tensor:
@@ -64,7 +54,8 @@ def forward(
 def forward_from_logits(
     logits: Tensor, lse: Tensor, slots: Tensor, kind: str, temperature: float, divergence: Tensor
 ) -> None:
-    selection = select(slots, logits.shape[1])
+    marked = mark(slots, logits.shape[1])
+    selection = select(marked, logits.shape[1], int(marked.unique))
 
     def tile(columns: slice, scratch: Tensor) -> Tensor:
         U, v = len(selection.response), columns.stop - columns.start
@@ -72,17 +63,6 @@ def forward_from_logits(
         return scratch[: U * v].view(U, v).copy_(rows).div_(temperature)
 
     accumulate(tile, logits.shape[2], logits.shape[2], selection, lse, kind, divergence)
-
-
-def select(slots: Tensor, positions: int) -> Selection:
-    """The unique rows among slots (K, G, J) and, per slot, which of them its members are."""
-    _, G, _ = slots.shape
-    response = torch.arange(G, device=slots.device)[None, :, None]
-    missing = G * positions
-    flat = torch.where(slots >= 0, response * positions + slots, missing).transpose(1, 2).reshape(-1, G)  # (S, G)
-    rows, members = torch.unique(flat, return_inverse=True)
-    rows = rows[rows < missing]  # sorted, so that only the last can go and `members` stay valid
-    return Selection(rows // positions, rows % positions, members, (flat < missing).sum(1))
 
 
 def accumulate(

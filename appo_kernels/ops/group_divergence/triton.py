@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
-from appo_kernels.ops.group_divergence.streaming import Selection, select
+from appo_kernels.ops.group_divergence.selection import Selection
 from appo_kernels.ops.group_divergence.triton_fold import slots_kernel
 from appo_kernels.triton_launch import on_its_device
 from appo_kernels.triton_launch import unsupported as _unsupported
@@ -16,6 +16,7 @@ from appo_kernels.vocabulary.triton_rows import row_layout
 
 TILE_BYTES = 64 << 20  # fp32 logits of the unique rows: few launches, and products that fill a GPU
 COLUMNS = 512  # of a slot's members that a program holds at a time
+CHUNK = 2048  # columns of a program: few slots still fill a GPU
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -26,30 +27,23 @@ def forward(
     hidden: Tensor,
     weight: Tensor,
     lse: Tensor,
-    slots: Tensor,
+    selection: Selection,
     kind: str,
     bias: Tensor | None,
     temperature: float,
     softcap: float | None,
     divergence: Tensor,
 ) -> None:
-    selection = select(slots, hidden.shape[1])
     U, V = len(selection.response), weight.shape[0]
-    if not U:
-        divergence.zero_()
-        return
     rows = operand(hidden[selection.response, selection.position])  # (U, D)
     wide = whole_lines(V, min(convertible_columns(weight), max(256, TILE_BYTES // (U * 4))))
     tile = torch.empty(U, wide, dtype=torch.float32, device=hidden.device)
     row_lse = lse[selection.response, selection.position].float()
-    total = torch.zeros(len(selection.members), dtype=torch.float32, device=hidden.device)
+    terms = _Terms(selection.members, V, wide, kind, temperature, softcap)
     for columns in tiles(V, wide):
         logits = product(rows, operand(weight[columns]).t(), out=tile[:, : columns.stop - columns.start])
-        _fold(
-            logits, None if bias is None else bias[columns], row_lse, selection.members, U, kind, V, total,
-            temperature, softcap,
-        )  # fmt: skip
-    _finish(total, selection, kind, divergence)
+        terms.fold(logits, None if bias is None else bias[columns], row_lse, U)
+    terms.write(divergence, selection.present)
 
 
 def forward_from_logits(
@@ -59,44 +53,50 @@ def forward_from_logits(
     G, N, V = logits.shape
     if logits.stride(2) != 1 or logits.dtype == torch.float64:
         logits = logits.float().contiguous()
-    selection = select(slots, N)
     members = torch.where(slots >= 0, torch.arange(G, device=slots.device)[None, :, None] * N + slots, G * N)
     members = members.transpose(1, 2).reshape(-1, G).contiguous()  # (S, G)
-    total = torch.zeros(len(members), dtype=torch.float32, device=logits.device)
-    if not len(selection.response):
-        divergence.zero_()
-        return
-    _fold(logits, None, lse.float().contiguous(), members, G * N, kind, V, total, temperature, None)
-    _finish(total, selection, kind, divergence)
+    terms = _Terms(members, V, V, kind, temperature, None)
+    terms.fold(logits, None, lse.float().contiguous(), G * N)
+    terms.write(divergence, (members < G * N).sum(1))
+
+
+class _Terms:
+    """The sums of all slots (S, chunks of the vocabulary), filled tile by tile and added up in their order."""
+
+    def __init__(
+        self, members: Tensor, V: int, wide: int, kind: str, temperature: float, softcap: float | None
+    ) -> None:
+        """members: (S, G) rows of the logits; wide: columns of a tile."""
+        self.members, self.kind, self.V, self.temperature, self.softcap = (
+            members.contiguous(), kind, V, temperature, softcap,
+        )  # fmt: skip
+        chunks = sum(triton.cdiv(part.stop - part.start, CHUNK) for part in tiles(V, wide))
+        self.sums = torch.empty(len(members), chunks, dtype=torch.float32, device=members.device)
+        self.done = 0  # chunks
+
+    def fold(self, logits: Tensor, bias: Tensor | None, lse: Tensor, missing: int) -> None:
+        """The next tile: logits (B, T, v) or (m, v), any strides with a unit last one; lse of all rows; ``missing``
+        stands for no row."""
+        if len(self.members):
+            _launch(logits, self, bias, lse, missing)
+
+    def write(self, divergence: Tensor, present: Tensor) -> None:
+        """present: (S,) members that are there."""
+        total = self.sums.sum(1)
+        if self.kind == "kl":  # not negative; rounding may leave a trace of it where all members agree
+            total = total.clamp_(min=0.0).masked_fill_(present < 2, 0.0)
+        divergence.copy_(total.view_as(divergence))
 
 
 @on_its_device
-def _fold(
-    logits: Tensor,
-    bias: Tensor | None,
-    lse: Tensor,
-    members: Tensor,
-    missing: int,
-    kind: str,
-    V: int,
-    total: Tensor,
-    temperature: float,
-    softcap: float | None,
-) -> None:
-    """logits (B, T, v) or (m, v), any strides with a unit last one; lse of all rows; members (S, G) flat rows."""
-    S, G = members.shape
+def _launch(logits: Tensor, terms: _Terms, bias: Tensor | None, lse: Tensor, missing: int) -> None:
+    S, G = terms.members.shape
     stride_b, stride_t, T, v = row_layout(logits)
-    if not S:
-        return
-    slots_kernel[(S,)](
-        logits, members if bias is None else bias, lse, members.contiguous(), total, stride_b, stride_t,
-        T, missing, S, G, v, softcap or 1.0, temperature, -math.log(V),
-        KL=kind == "kl", CAP=softcap is not None, BIAS=bias is not None, GP=triton.next_power_of_2(G),
-        BLOCK=COLUMNS, num_warps=4,
+    chunks = triton.cdiv(v, CHUNK)
+    slots_kernel[(S, chunks)](
+        logits, terms.members if bias is None else bias, lse, terms.members, terms.sums, stride_b, stride_t,
+        T, missing, S, G, v, terms.done, terms.sums.shape[1], terms.softcap or 1.0, terms.temperature,
+        -math.log(terms.V), KL=terms.kind == "kl", CAP=terms.softcap is not None, BIAS=bias is not None,
+        GP=triton.next_power_of_2(G), BLOCK=COLUMNS, CHUNK=CHUNK, num_warps=4,
     )  # fmt: skip
-
-
-def _finish(total: Tensor, selection: Selection, kind: str, divergence: Tensor) -> None:
-    if kind == "kl":  # not negative; rounding may leave a trace of it where all members agree
-        total = total.clamp_(min=0.0).masked_fill_(selection.present < 2, 0.0)
-    divergence.copy_(total.view_as(divergence))
+    terms.done += chunks

@@ -15,15 +15,17 @@ def exp_minus_line(d):
     return tl.where(tl.abs(d) < 0.5, series, tl.exp(d) - d - 1.0)
 
 
-@triton.jit(do_not_specialize=["T", "missing", "S", "G", "v"])
+@triton.jit(do_not_specialize=["T", "missing", "S", "G", "v", "first_chunk", "chunks"])
 def slots_kernel(
-    p_logits, p_bias, p_lse, p_members, p_total, stride_b, stride_t, T, missing, S, G, v, cap, temperature, log_uniform,
-    KL: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr,
+    p_logits, p_bias, p_lse, p_members, p_sums, stride_b, stride_t, T, missing, S, G, v, first_chunk, chunks,
+    cap, temperature, log_uniform,
+    KL: tl.constexpr, CAP: tl.constexpr, BIAS: tl.constexpr, GP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """total[slot] += sum over the tile's columns of mean_i p_i (log p_i - log pbar), or of mean_i (exp d_i - d_i - 1).
+    """sums[slot, first_chunk + chunk] = sum over CHUNK of the tile's columns of mean_i p_i (log p_i - log pbar), or of
+    mean_i (exp d_i - d_i - 1).
 
-    One program per slot. p_members (S, G): where row b T + t of the (B, T, v) logits is a member, ``missing`` where
-    there is none; p_lse: of these rows. GP: G padded to a power of two.
+    One program per slot and chunk; sums (S, chunks). p_members (S, G): where row b T + t of the (B, T, v) logits is a
+    member, ``missing`` where there is none; p_lse: of these rows. GP: G padded to a power of two.
     """
     slot = tl.program_id(0)
     g = tl.arange(0, GP)
@@ -33,7 +35,8 @@ def slots_kernel(
     lse = tl.load(p_lse + member, mask=present, other=0.0)
     count = tl.sum(present.to(tl.float32), 0)
     total = 0.0
-    for start in range(0, v, BLOCK):
+    first = tl.program_id(1) * CHUNK
+    for start in range(first, tl.minimum(first + CHUNK, v), BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < v
         x = tl.load(row[:, None] + column[None, :], mask=present[:, None] & inside[None, :], other=0.0).to(tl.float32)
@@ -53,4 +56,4 @@ def slots_kernel(
             terms = tl.where((g < G)[:, None] & inside[None, :], exp_minus_line(d), 0.0)
         total += tl.sum(tl.sum(terms, 0), 0)
     total = total / (tl.maximum(count, 1.0) if KL else G)
-    tl.store(p_total + slot, tl.load(p_total + slot) + total)
+    tl.store(p_sums + slot.to(tl.int64) * chunks + first_chunk + tl.program_id(1), total)

@@ -125,7 +125,7 @@ def forward_op(
     backend: str,
 ) -> None:
     if checks.values_enabled() and targets.numel():
-        low, high = (int(x) for x in targets.aminmax())
+        low, high = checks.on_host(*targets.aminmax())
         if low < 0 or high >= weight.shape[0]:
             expected = f"token ids in [0, {weight.shape[0]}), the rows of `weight`"
             remedy = "Leave out the rows that have no target; padding ids such as -100 are not skipped here."
