@@ -3,7 +3,7 @@
 The library has a C interface (``csrc/launch.h``): a launcher takes a pointer to its params struct, its size and
 a stream. It knows nothing of torch, so one build serves every torch and Python version.
 
-``APPO_EMULATION_LIBRARY`` names a build of the same sources for the CPU (``tests/emulation``): backend "cuda" then
+``APPO_EMULATION_LIBRARY`` names a build of the same sources for the CPU (``python -m cudasim``): backend "cuda" then
 serves CPU tensors too, thread by thread on an emulated GPU. That is for testing, not for use: it is very slow.
 """
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks import sass, tile_path
+from benchmarks.inspection import bank_conflicts
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES, RESULT = ROOT / "csrc", Path(__file__).parent / "results" / "static_cuda.md"
@@ -125,10 +126,7 @@ def blocks(kernel: Kernel, shape: Shape) -> int:
 
 def conflicts() -> dict[tuple[str, str], int]:
     """(name, head size) -> bank conflicts of emulated launches."""
-    sys.path[:0] = [str(ROOT / "tests" / "emulation"), str(ROOT / "tests" / "kernels")]
-    import conflicts as emulated
-
-    return emulated.count()
+    return bank_conflicts.count()
 
 
 def table(found: list[Kernel], launch: dict[tuple[str, str], Shape], counted: dict[tuple[str, str], int]) -> str:

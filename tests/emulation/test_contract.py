@@ -1,17 +1,16 @@
 """Backend "cuda" takes exactly what the documentation says, and the operators' tests are run with it."""
 
-import importlib
 import itertools
 import types
 
 import pytest
 import torch
-from contract import may_refuse
+from backend_contract import may_refuse
+from backends import served
 
 from appo_kernels import cuda_library, dispatch, doctor
 
 CPU = torch.device("cpu")
-ROWS = ("test_group_divergence", "test_logits_weighted_surrogate", "test_linear_weighted_surrogate")
 
 
 @pytest.mark.parametrize("op", doctor.operators())
@@ -33,7 +32,7 @@ def test_what_has_no_cuda_kernel_is_tritons_on_a_gpu(op: str, monkeypatch: pytes
     assert cuda_library.next_best(op, torch.zeros(1)) is dispatch.implementation(op, "torch")
 
 
-@pytest.mark.parametrize("module", ROWS)
-def test_the_tests_of_rows_run_with_cuda(module: str) -> None:
+@pytest.mark.parametrize("op", ["group_divergence", "weighted_surrogate"])
+def test_the_tests_of_rows_run_with_cuda(op: str) -> None:
     """The attention operators' are in test_operator_matrix.py: theirs take fp32 and a head size that is not built."""
-    assert ("cuda", "cpu") in importlib.import_module(module).SERVED
+    assert ("cuda", "cpu") in served(op)

@@ -5,13 +5,13 @@ from typing import Any
 import pytest
 import torch
 from attention_cases import FRAMES, LAYOUTS, VISIBILITIES, Case, case
-from library import Emulator
 from torch import Tensor
 
 from appo_kernels import frame_attention, frame_mass
 from appo_kernels.ops.frame_attention import reference as attention_reference
 from appo_kernels.ops.frame_mass import reference as mass_reference
 from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as
+from cudasim import Emulator
 
 BF16, FP16 = torch.bfloat16, torch.float16
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import FRAMES, case
-from faults import FAULTS, Fault, planted
-from library import build
-from replay import Call, Outcome, play, record
+from planted_faults import FAULTS, Fault, planted
 
 from appo_kernels import frame_attention, frame_mass, group_divergence_from_logits, logits_weighted_surrogate
+from cudasim.library import build
+from cudasim.replay import Call, Outcome, play, record
 
 KERNELS = {
     "frame_attention": ("frame_attention.cu", "head_mean.cu", "library.cu"),

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 from attention_cases import FRAMES, case
-from faults import PTX_FAULTS, Fault, planted
-from library import Emulator, Launch
-from replay import Call, record
+from planted_faults import PTX_FAULTS, Fault, planted
 from test_faults import RUNS
 
 from appo_kernels import frame_attention
+from cudasim.replay import Call, record
+from cudasim.runtime import Emulator, Launch
 from ptxsim.machine import Machine, Statistics
 from ptxsim.memory import GLOBAL_BASE, GlobalMemory
 from ptxsim.parser import Program, parse

@@ -1,9 +1,8 @@
 """The Triton backends on a GPU: the layouts that the simulator runs, all head sizes, and sizes only a GPU reaches."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import attention_layouts as layouts
 import pytest
 import torch
 
@@ -11,9 +10,6 @@ import appo_kernels
 from appo_kernels import testing
 from appo_kernels.ops.group_divergence import reference as divergence_reference
 from appo_kernels.ops.token_logprobs import reference as logprobs_reference
-
-sys.path.append(str(Path(__file__).parents[1] / "ptx"))
-import attention_layouts as layouts
 
 pytestmark = [
     pytest.mark.gpu,

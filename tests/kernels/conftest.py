@@ -1,22 +1,24 @@
 """Where there is a C++ compiler, every operator's tests also run with backend "cuda", on the emulated GPU."""
 
-import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
+import backend_contract
 import pytest
 
+import cudasim
 from appo_kernels import dispatch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "emulation"))
 
-import contract
-import library
-
-if library.compiler() is not None:
-    os.environ["APPO_EMULATION_LIBRARY"] = str(library.build())
+@pytest.fixture(autouse=True)
+def emulated(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The emulated GPU, built when the first test with backend "cuda" on the CPU begins."""
+    parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if parameters.get("backend") != "cuda" or parameters.get("device") == "cuda":
+        yield
+    else:
+        with cudasim.serving():
+            yield
 
 
 @pytest.hookimpl(wrapper=True)
@@ -45,7 +47,7 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[Any]:
         except ValueError as error:
             if f"expected one that can serve this call, got '{backend}'" not in str(error):
                 raise
-            unexpected = [problem for problem in refused if not contract.may_refuse(problem, backend)]
+            unexpected = [problem for problem in refused if not backend_contract.may_refuse(problem, backend)]
             if unexpected or not refused:
                 pytest.fail(f"{backend} refused what it is made for: {unexpected}: {error}")
             pytest.skip(str(error))

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FRAMES, LAYOUTS, VISIBILITIES, Case, case, served, small_tiles
+from attention_cases import FRAMES, LAYOUTS, VISIBILITIES, Case, case, small_tiles
+from backends import served
 from torch import Tensor
 
 from appo_kernels import frame_attention, frame_mass
 from appo_kernels.ops.frame_attention import op, reference
 from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as, peak_extra_bytes
 
-SERVED = served(op.OP)
+SERVED = served(op.OP, head_dim=32)
 
 
 @pytest.fixture

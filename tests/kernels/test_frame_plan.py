@@ -4,14 +4,15 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FRAMES, VISIBILITIES, case, served, small_tiles
+from attention_cases import FRAMES, VISIBILITIES, case, small_tiles
+from backends import served
 from torch import Tensor
 
 from appo_kernels import FramePlan, GroupLayout, frame_attention, frame_mass, group_attention
 from appo_kernels.attention import torch_tiles
 from appo_kernels.ops.frame_mass.op import OP
 
-SERVED = served(OP)
+SERVED = served(OP, head_dim=32)
 GROUPS = GroupLayout([14, 9, 3], [[4, 0, 6], [5], []])
 
 

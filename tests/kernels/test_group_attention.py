@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from attention_cases import served
+from backends import served
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -16,7 +16,7 @@ from appo_kernels.attention.reference import attention_matrix, mass_of
 from appo_kernels.ops.group_attention import flash_cpu, op, reference
 from appo_kernels.testing import FORWARD_FACTOR, assert_as_good_as, peak_extra_bytes
 
-SERVED = served(op.OP)
+SERVED = served(op.OP, head_dim=32)
 
 # Equal responses; unequal with an empty one; none at all; one-token prompts and responses; several groups with another
 # number of responses each, one of them without; lengths around the 64 from which a response has a call of its own.

@@ -5,20 +5,15 @@ from typing import Any
 
 import pytest
 import torch
+from backends import served
 from torch import Tensor
 
 from appo_kernels import group_divergence, group_divergence_from_logits, token_logprobs
-from appo_kernels.dispatch import Problem, why_not
 from appo_kernels.ops.group_divergence import op, reference, streaming
 from appo_kernels.testing import assert_as_good_as, max_error, peak_extra_bytes
 
 INF = float("inf")
-SERVED = [
-    (backend, device)
-    for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    for backend in ("torch", "triton", "cuda")
-    if why_not(Problem(op.OP, torch.device(device), torch.float32), backend) is None
-]
+SERVED = served(op.OP, needs_grad=False)
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FRAMES, Case, case, served
+from attention_cases import FRAMES, Case, case
+from backends import served
 
 from appo_kernels import frame_attention, frame_mass
 from appo_kernels.ops.frame_attention import reference
@@ -34,7 +35,7 @@ def results(example: Case, function: Any, **options: Any) -> list[torch.Tensor]:
 # One key before a tile of 32, 64 or 128 keys ends, at its end, and one behind it.
 @pytest.mark.parametrize("at", [31, 32, 33, 63, 64, 65, 127, 128, 129])
 @pytest.mark.parametrize("kind", ["prefix", "last", "first", "gap"])
-@pytest.mark.parametrize(("backend", "device"), served("frame_attention"))
+@pytest.mark.parametrize(("backend", "device"), served("frame_attention", head_dim=32))
 def test_ends_of_tiles(backend: str, device: str, kind: str, at: int) -> None:
     example = case(keys=KEYS, rows=ROWS, heads=(2, 1), head_dim=64, layout="equal", device=device)
     limits = {name: bound.to(device) for name, bound in bounds(kind, at).items()}

@@ -4,21 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from backends import served
 from torch import Tensor
 
 from appo_kernels import token_logprobs
-from appo_kernels.dispatch import Problem, why_not
 from appo_kernels.ops.token_logprobs import op, reference
 from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as, peak_extra_bytes
 from appo_kernels.vocabulary import torch_tiles as tiling
 
 INF = float("inf")
-SERVED = [
-    (backend, device)
-    for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    for backend in ("torch", "triton", "cuda")
-    if why_not(Problem(op.OP, torch.device(device), torch.float32, 0, True), backend) is None
-]
+SERVED = served(op.OP)
 
 
 @pytest.fixture(autouse=True)

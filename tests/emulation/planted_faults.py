@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from library import SOURCES
+from cudasim import SOURCES
 
 FORWARD, BACKWARD, TILES = "attention_forward.cuh", "attention_backward.cuh", "attention_tiles.cuh"
 

@@ -5,23 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from appo_kernels.dispatch import Problem, why_not
 from appo_kernels.ops.frame_mass.reference import visible_keys
 
 FRAMES = 6
 LAYOUTS = ("equal", "unequal", "interleaved", "shuffled", "scattered", "none")
 VISIBILITIES = ("all", "causal", "left padding", "packed", "shared prefix", "blind rows")
-
-
-def served(op: str) -> list[tuple[str, str]]:
-    """(backend, device) pairs that this machine can run."""
-    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return [
-        (backend, device)
-        for device in devices
-        for backend in ("torch", "triton", "cuda")
-        if why_not(Problem(op, torch.device(device), torch.float32, 32, True), backend) is None
-    ]
 
 
 class Case(NamedTuple):

@@ -3,16 +3,10 @@
 from typing import Any
 
 import torch
+from backends import served
 from torch import Tensor
 
-from appo_kernels.dispatch import Problem, why_not
-
-SERVED = [
-    (backend, device)
-    for device in (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    for backend in ("torch", "triton", "cuda")
-    if why_not(Problem("weighted_surrogate", torch.device(device), torch.float32, 0, True), backend) is None
-]
+SERVED = served("weighted_surrogate")
 PER_TOKEN = ("old_logprobs", "token_weights", "ref_logprobs", "rollout_logprobs")
 
 

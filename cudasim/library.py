@@ -1,22 +1,20 @@
-"""Builds csrc/ as plain C++ with the emulated GPU, and speaks to its runtime.
+"""Builds of csrc/ as plain C++ with the emulated GPU.
 
 A build is kept in ``build/emulation`` under a hash of sources and flags: only the first run after a change compiles.
 """
 
 import concurrent.futures
 import contextlib
-import ctypes
-import dataclasses
 import fcntl
-import functools
 import hashlib
 import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
 BUILDS = ROOT / "build" / "emulation"
 # -O1 for the kernels: they are mostly calls of the runtime, and compile in half the time of -O2.
@@ -73,75 +71,8 @@ def _run(*command: str) -> None:
         raise RuntimeError(f"{' '.join(command)}\n{result.stderr[-4000:]}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One kernel launch: the mangled name, as nvcc gives it too, geometry, and the bytes of the params struct."""
-
-    kernel: str
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
-    params: bytes
-
-
-COUNTERS = (
-    "launches",
-    "blocks",
-    "barriers",
-    "shuffles",
-    "ldmatrix",
-    "mma",
-    "async_copies",
-    "shared_accesses",
-    "bank_conflicts",
-)
-
-
-class Emulator:
-    """The runtime of one emulated library."""
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = str(path)
-        self.library = ctypes.CDLL(self.path)
-        self.library.appo_error_text.restype = ctypes.c_char_p
-
-    @contextlib.contextmanager
-    def schedule(self, seed: int) -> Iterator[None]:
-        """A random schedule of threads; 0 is the regular one."""
-        self.library.appo_emulation_seed(ctypes.c_uint64(seed))
-        try:
-            yield
-        finally:
-            self.library.appo_emulation_seed(ctypes.c_uint64(0))
-
-    def counters(self) -> dict[str, int]:
-        """Events since the last call."""
-        values = (ctypes.c_uint64 * len(COUNTERS))()
-        self.library.appo_emulation_counters(values)
-        return dict(zip(COUNTERS, values, strict=True))
-
-    @contextlib.contextmanager
-    def record(self, *, run: bool = True) -> Iterator[list[Launch]]:
-        """The launches made inside the block, in the list when it ends; ``run=False``: they are not carried out."""
-        launches: list[Launch] = []
-        self.library.appo_emulation_record(1 if run else 2)
-        try:
-            yield launches
-            for i in range(self.library.appo_emulation_launches()):
-                launches.append(self._launch(i))
-        finally:
-            self.library.appo_emulation_record(0)
-
-    def _launch(self, index: int) -> Launch:
-        name, params, geometry = ctypes.c_char_p(), ctypes.c_void_p(), (ctypes.c_uint64 * 8)()
-        self.library.appo_emulation_launch(index, ctypes.byref(name), ctypes.byref(params), geometry)
-        g = [int(x) for x in geometry]
-        assert name.value is not None and params.value is not None
-        return Launch(
-            name.value.decode(), (g[0], g[1], g[2]), (g[3], g[4], g[5]), g[6], ctypes.string_at(params.value, g[7])
-        )
-
-
-@functools.cache
-def emulator() -> Emulator:
-    return Emulator(build())
+@contextlib.contextmanager
+def serving() -> Iterator[None]:
+    """Inside the block, backend "cuda" serves CPU tensors on the emulated GPU, which is built if it is not yet."""
+    with mock.patch.dict(os.environ, APPO_EMULATION_LIBRARY=str(build())):
+        yield

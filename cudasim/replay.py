@@ -1,8 +1,7 @@
 """Calls of launchers, recorded from an operator and played back against another build of the kernels.
 
-Played back in a process of its own that knows neither torch nor numpy, so that a build under ThreadSanitizer or
-AddressSanitizer, or one with a planted fault that crashes, can be run: ``python replay.py LIBRARY CALLS SEED...``.
-Every buffer is an allocation of its exact size, whose ends AddressSanitizer guards.
+Played back in a process of its own (``player.py``), so that a build under ThreadSanitizer or AddressSanitizer, or one
+with a planted fault that crashes, can be run.
 """
 
 import ctypes
@@ -15,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+PLAYER = Path(__file__).with_name("player.py")
 
 
 @dataclass
@@ -94,60 +95,9 @@ def play(
             [os.environ.get("CXX", "g++"), f"-print-file-name={preload}"], capture_output=True, text=True, check=True
         )
         environment["LD_PRELOAD"] = found.stdout.strip()
-    command = [sys.executable, "-S", __file__, str(library), str(file), *map(str, seeds)]
+    command = [sys.executable, "-S", str(PLAYER), str(library), str(file), *map(str, seeds)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     told = json.loads(lines[-1]) if lines else {"failures": {}, "counters": {}}
     failures = {int(seed): text for seed, text in told["failures"].items()}
     return Outcome(result.returncode, failures, told["counters"], result.stdout + result.stderr)
-
-
-COUNTERS = (
-    "launches",
-    "blocks",
-    "barriers",
-    "shuffles",
-    "ldmatrix",
-    "mma",
-    "async_copies",
-    "shared_accesses",
-    "bank_conflicts",
-)
-
-
-def main(library_file: str, calls_file: str, seeds: list[int]) -> None:
-    library = ctypes.CDLL(library_file)
-    library.appo_error_text.restype = ctypes.c_char_p
-    process = ctypes.CDLL(None)
-    process.malloc.restype, process.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-    process.free.argtypes = [ctypes.c_void_p]
-    with open(calls_file, "rb") as file:
-        calls = pickle.load(file)
-    failures: dict[int, str] = {}
-    counters: dict[str, int] = {}
-    for seed in seeds:
-        library.appo_emulation_seed(ctypes.c_uint64(seed))
-        for number, call in enumerate(calls):
-            buffers = [process.malloc(len(content)) for content in call["before"]]
-            for buffer, content in zip(buffers, call["before"]):  # noqa: B905
-                ctypes.memmove(buffer, content, len(content))
-            params = bytearray(call["params"])
-            for at, index in call["pointers"]:
-                params[at : at + 8] = buffers[index].to_bytes(8, sys.byteorder)
-            struct = (ctypes.c_char * len(params)).from_buffer(params)
-            error = getattr(library, call["launcher"])(struct, ctypes.c_size_t(len(params)), None)
-            if error:
-                failures.setdefault(seed, f"{call['launcher']}: {library.appo_error_text(error).decode()}")
-            for i, (buffer, content) in enumerate(zip(buffers, call["after"])):  # noqa: B905
-                if not error and ctypes.string_at(buffer, len(content)) != content:
-                    failures.setdefault(seed, f"call {number}, {call['launcher']}: buffer {i} differs")
-                process.free(buffer)
-        if not counters:
-            values = (ctypes.c_uint64 * len(COUNTERS))()
-            library.appo_emulation_counters(values)
-            counters = dict(zip(COUNTERS, values))  # noqa: B905
-    print(json.dumps({"failures": failures, "counters": counters}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], [int(s) for s in sys.argv[3:]])
