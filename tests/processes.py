@@ -18,6 +18,7 @@ from typing import Any
 import training
 
 from appo.data.load import load_records
+from appo.train.sharding import full_weights
 from appo.train.trainer import Trainer
 
 TIME_LIMIT = 240
@@ -35,14 +36,19 @@ def start(result: Path, output: Path, *settings: dict[str, Any], **environment: 
     return process
 
 
-def train_together(world: int, output: Path, *settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """What each of ``world`` processes saw."""
+def start_together(world: int, results: Path, output: Path, *settings: dict[str, Any]) -> list[BaseProcess]:
+    """``world`` processes that train together; each leaves what it saw in the file of its rank in ``results``."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1], "WORLD_SIZE": world}
-    folder = Path(tempfile.mkdtemp())
     ranks = [{} if world == 1 else place | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(world)]
-    running = [start(folder / str(rank), output, *settings, **ranks[rank]) for rank in range(world)]
+    return [start(results / str(rank), output, *settings, **ranks[rank]) for rank in range(world)]
+
+
+def train_together(world: int, output: Path, *settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """What each of ``world`` processes saw."""
+    folder = Path(tempfile.mkdtemp())
+    running = start_together(world, folder, output, *settings)
     for process in running:
         process.join(TIME_LIMIT + 30)
     assert [process.exitcode for process in running] == [0] * world
@@ -76,5 +82,8 @@ def train(result: Path, records_file: str, output: str, settings: Sequence[dict[
 
         trainer.sampler.take, trainer.updates.apply, trainer.score = taken, applied, scored  # type: ignore
         trainer.train()
-    weights = b"".join(value.numpy().tobytes() for value in trainer.model.state_dict().values())
+    state = full_weights(trainer.unwrapped)  # {} in all but the first process, where they are sharded
+    weights = b"".join(
+        value.numpy().tobytes() for value in (trainer.model.state_dict() if state is None else state).values()
+    )
     result.write_text(json.dumps(found | {"weights": hashlib.sha256(weights).hexdigest()}))

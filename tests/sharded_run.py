@@ -12,6 +12,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ def videos_differ(completions: list[str], records: list[Record]) -> list[float |
     return [float(len(text) % 2) if r.media else 1.0 for text, r in zip(completions, records, strict=True)]
 
 
-def mixed_records() -> list[Record]:
-    """Every other record of the first epoch's order has no video: with two processes, all of the first one's."""
+def mixed_records(without: Sequence[int] = (0, 2, 4, 6)) -> list[Record]:
+    """Those at some places of the first epoch's order have no video: with two processes, all of the first one's."""
     order = RecordSampler(training.records(), seed=0).peek(len(training.records()))
-    bare = {record.id for place, record in order if place % 2 == 0}
+    bare = {record.id for place, record in order if place in without}
     return [training.without_media(r) if r.id in bare else r for r in training.records()]
 
 
@@ -52,14 +53,16 @@ class Apart(TransformersRollout):
         super().update_weights(model, version)
 
 
-def train(output: str, *, tied: bool = False, **settings: Any) -> tuple[Trainer, dict[str, Any]]:
+def train(
+    output: str, *, tied: bool = False, without: Sequence[int] = (0, 2, 4, 6), **settings: Any
+) -> tuple[Trainer, dict[str, Any]]:
     """A run on `mixed_records`, and what this process found: forwards and backwards made, and `final/` against the
     weights it was saved from."""
     model, processor = training.tiny(**({"tie_word_embeddings": True} if tied else {}))
     trainer = Trainer(
         model,
         processor,
-        mixed_records(),
+        mixed_records(without),
         config=training.config(output, **({"rewards": {"videos_differ": 1.0}, "micro_groups": 1} | settings)),
         eval_dataset=training.records()[:3],
         engine=Apart(*training.tiny(seed=1)) if settings.get("engine") == "vllm" else None,
@@ -80,12 +83,12 @@ def train(output: str, *, tied: bool = False, **settings: Any) -> tuple[Trainer,
     return trainer, found
 
 
-def train_in_two(*runs: dict[str, Any]) -> list[list[dict[str, Any]]]:
-    """What each of two processes found, for each of the runs."""
+def train_together(world: int, *runs: dict[str, Any]) -> list[list[dict[str, Any]]]:
+    """What each of ``world`` processes found, for each of the runs."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    common = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    common = os.environ | {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1"}
     common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
@@ -95,10 +98,10 @@ def train_in_two(*runs: dict[str, Any]) -> list[list[dict[str, Any]]]:
             stderr=subprocess.PIPE,
             text=True,
         )
-        for rank in range(2)
+        for rank in range(world)
     ]
     ended = [process.communicate(timeout=300) for process in running]
-    assert [process.returncode for process in running] == [0, 0], ended
+    assert [process.returncode for process in running] == [0] * world, ended
     return [json.loads(out.splitlines()[-1]) for out, _ in ended]
 
 

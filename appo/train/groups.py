@@ -31,6 +31,7 @@ class Group:
     accuracy: Tensor  # (G,) fp32, what divides S1 from S2
     rewards_by_name: dict[str, Tensor]  # (G,) each; NaN where a reward does not apply
     unreadable: dict[str, Tensor] = field(default_factory=dict)  # (G,) bool each: no answer was found to compare
+    place: int = 0  # in the step, among those of all processes
 
     # Filled in by scoring, which leaves out groups that cannot move the model.
     old_logprobs: Tensor | None = None  # (G, N) fp32

@@ -68,10 +68,19 @@ class Policy(nn.Module):
         sequences: those of ``self.sequences(batch)``, for a caller that needs to know them.
         """
         hidden = self._hidden(batch, sequences or self.sequences(batch))
+        if torch.is_grad_enabled() and not any("pixel" in name for name in batch.prompts.inputs):
+            hidden = hidden + self._no_pixels(hidden)
         if torch.is_autocast_enabled(hidden.device.type):
             # The final norm's fp32 weight widens its output again; the head is to run in the dtype of the forward.
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
         return head(hidden, *self.output_head(hidden.dtype))
+
+    def _no_pixels(self, hidden: Tensor) -> Tensor:
+        """0, with a gradient of 0 for what is trained beside text model and head (the vision tower), which a batch
+        without pixels leaves out: processes reduce their gradients together, and wait for those of every one."""
+        reached = {*self.causal.get_decoder().parameters(), *self.causal.get_output_embeddings().parameters()}
+        others = [p.flatten()[:0].sum() for p in self.parameters() if p.requires_grad and p not in reached]
+        return sum(others, hidden.new_zeros(()))
 
     def run(self, function: Callable[[], T]) -> T:
         """``function()`` as a forward: a wrapper that shards parameters has the policy's own ones whole meanwhile."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -26,6 +27,9 @@ from appo.data.prompts import Prompt
 from appo.train.groups import Group
 from appo.train.policy import Policy
 
+# Of copies (`shard: none`): buffers are never trained, and their broadcast would make a forward without gradient a
+# collective, which processes make in unequal numbers.
+DATA_PARALLEL = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 # Environment of `accelerate launch` -> what its config file asks for.
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (ZeRO)",
@@ -65,13 +69,6 @@ def place(policy: Policy, config: APPOConfig, accelerator: Accelerator, *, froze
         fully_shard(layer, reshard_after_forward=True, **options)
     # The root of a trained policy stays whole from forward to backward.
     root: Any = fully_shard(policy, reshard_after_forward=True if frozen else None, **options)
-    if hasattr(root, "set_reduce_scatter_unused_params"):  # since torch 2.14
-        root.set_reduce_scatter_unused_params(True)  # a process without pixels has no gradient for the tower
-    elif not (frozen or config.freeze_vision or config.lora_rank):
-        raise ConfigError(
-            f"`shard`: expected a frozen vision tower with torch {torch.__version__}, which cannot reduce gradients "
-            "that a process without videos does not have. Set `freeze_vision: true`, or install torch 2.14 or newer."
-        )
     register_fsdp_forward_method(root, "run")
     return policy
 
@@ -160,8 +157,8 @@ def idle_group(group: Group, token: int) -> Group:
 
 
 def no_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A head whose backward reaches every unit with gradient 0."""
-    return 0.0 * (hidden.sum() + weight[0].sum())
+    """A head whose backward reaches every trained parameter with gradient 0."""
+    return 0.0 * (hidden.sum() + weight[0].sum() + (0.0 if bias is None else bias.sum()))
 
 
 def whole(value: Any) -> Tensor:

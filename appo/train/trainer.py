@@ -31,8 +31,8 @@ from appo.train.rules import ChooseFrames, WeighTokens, choose_frames, weigh_tok
 from appo.train.run import run
 from appo.train.scoring import score_parts, score_reference, weigh_groups
 from appo.train.setup import autocast, learning_rate, prepare_model, reference_policy
-from appo.train.sharding import check_launch, gathered, idle_group, missing, no_loss, place, reshard
-from appo.train.updates import Updates
+from appo.train.sharding import DATA_PARALLEL, check_launch, gathered, idle_group, missing, no_loss, place, reshard
+from appo.train.updates import Updates, shares
 from appo_kernels import SurrogateOutput, linear_weighted_surrogate
 
 
@@ -75,7 +75,7 @@ class Trainer:
         check_fits(config, model, processor)
         self.reward_weights = rewards or config.rewards
         # Autocast is our own: accelerate's belongs to the process, and would widen what the policy's forward returns.
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[DATA_PARALLEL])
         if config.prompts_per_step % self.accelerator.num_processes:
             raise ValueError(
                 f"`prompts_per_step`: expected a multiple of the {self.accelerator.num_processes} processes, got "
@@ -126,11 +126,16 @@ class Trainer:
                 if len(groups) == wanted:
                     break
             groups = groups or sampled[:1]
+        for index, group in enumerate(groups):
+            group.place = index * self.accelerator.num_processes + self.accelerator.process_index
         self.build_prompt.prefetch(record for _, record in self.sampler.peek(len(groups)))  # while this step computes
         # Groups that cannot move the model count in the loss's denominator, and cost no forward.
         groups.sort(key=self.has_gradient, reverse=True)
         with self.timed("score"):
-            batches = list(self.micro_batches([g for g in groups if self.has_gradient(g)] or groups[:1]))
+            moving = [group for group in groups if self.has_gradient(group)]
+            if not self.total(len(moving)) and self.accelerator.is_main_process:
+                moving = groups[:1]  # its numbers are those of the step
+            batches = list(self.micro_batches(moving))
             idle = [whole_groups([idle_group(groups[0], self.pad_id)])]
             for parts in batches + idle * missing(self.policy, len(batches), self.accelerator.device):
                 self.score(parts)
@@ -214,16 +219,14 @@ class Trainer:
             self.meter.add("updates/skipped", 1.0)
             return
         self.updates.set_rate(rate := learning_rate(number, config))
-        groups = sorted(groups, key=lambda group: group.scored, reverse=True)
-        scored = accelerator.gather(self.tensor([sum(group.scored for group in groups)]))
-        updates = min(config.updates_per_step, int(scored.min()))
-        if updates == 0:
+        updates = shares(groups, config.updates_per_step)
+        if not updates:
             self.updates.skip(f"step {number}: no group has finite scores", self.meter)
-        for index in range(updates):
-            share = groups[index::updates]
+        for share in updates:
             tokens, responses = self.total(sum(g.tokens for g in share)), self.total(len(share) * config.group_size)
             batches = list(self.micro_batches([g for g in share if g.scored]))
-            idle = missing(self.policy, len(batches), accelerator.device)
+            # Copies average their gradients in one backward of each process.
+            idle = missing(self.policy, len(batches), accelerator.device) or int(not batches)
             total = 0.0
             for parts in batches:
                 with self.timed("loss"), nullcontext() if parts is batches[-1] else accelerator.no_sync(self.policy):

@@ -2,12 +2,15 @@
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from appo.config import APPOConfig
+from appo.train.groups import Group
 from appo.train.logs import Meter
 from appo.train.setup import build_optimizer
 from appo.train.sharding import own, whole
@@ -17,6 +20,18 @@ logger = logging.getLogger("appo")
 
 class NonFiniteError(RuntimeError):
     """Numbers of the training that are not finite: the message says which, and what the steps before were."""
+
+
+def shares(groups: Sequence[Group], most: int) -> list[list[Group]]:
+    """The groups of this process in each of at most ``most`` updates; every process calls it.
+
+    Groups of all processes are dealt out in one order, scored ones first, so that updates are those that one process
+    would make. Each has a scored group in some process; a process may have none of it.
+    """
+    order = sorted(gather_object([(not group.scored, group.place) for group in groups]))
+    updates = min(most, sum(not unscored for unscored, _ in order))
+    turns = {place: turn for turn, (_, place) in enumerate(order)}
+    return [[group for group in groups if turns[group.place] % updates == update] for update in range(updates)]
 
 
 class Updates:
