@@ -80,7 +80,7 @@ def train(
     from appo.train.sharding import check_launch
     from appo.train.trainer import Trainer
 
-    check_launch()
+    check_launch(settings)
 
     source: dict[str, Any] = {
         "data_root": settings.data_root,

@@ -124,6 +124,9 @@ class APPOConfig:
     gradient_checkpointing: bool = setting(False)
     # Over processes: "none": each holds everything (DDP); "fsdp": weights, gradients and optimizer state in shards.
     shard: str = setting("none", choices=("none", "fsdp"))
+    # Of them: how many processes share one set of shards, such as the GPUs of a node, copied between nodes; 0: all.
+    shard_group: int = setting(0, at_least=0)
+    offload: bool = setting(False)  # shards of weights, gradients and optimizer state in the host's memory
     freeze_vision: bool = setting(True)
     lora_rank: int = setting(0, at_least=0)  # 0: full fine-tuning
     lora_alpha: int = setting(32, at_least=1)
@@ -195,6 +198,11 @@ class APPOConfig:
                 "`dtype`: expected bfloat16 or float32 with shard = fsdp, got float16, whose loss scaling shards do "
                 "not agree on. Change either."
             )
+        for name in ("shard_group", "offload"):
+            if getattr(self, name) and self.shard == "none":
+                raise ConfigError(
+                    f"`{name}`: needs shards, got shard = none. Set `shard: fsdp`, or leave `{name}` out."
+                )
         if self.delta is not None and self.delta <= 1 + self.eps_high:
             raise ConfigError(
                 f"`delta`: expected more than 1 + eps_high = {1 + self.eps_high:g}, which caps the ratio already, got "

@@ -24,6 +24,7 @@ from appo.data.sampler import RecordSampler
 from appo.rollout import rewards
 from appo.rollout.model_engine import TransformersRollout
 from appo.rollout.weight_files import weights_of
+from appo.train.setup import load_model
 from appo.train.sharding import full_weights
 from appo.train.trainer import Trainer
 
@@ -58,16 +59,17 @@ def train(
 ) -> tuple[Trainer, dict[str, Any]]:
     """A run on `mixed_records`, and what this process found: forwards and backwards made, and `final/` against the
     weights it was saved from."""
-    model, processor = training.tiny(**({"tie_word_embeddings": True} if tied else {}))
+    config = training.config(output, **({"rewards": {"videos_differ": 1.0}, "micro_groups": 1} | settings))
+    model, processor = load_model(config) if config.model else training.tiny(tie_word_embeddings=tied)
+    found = {"idle": 0, "meta": any(parameter.is_meta for parameter in model.parameters())}
     trainer = Trainer(
         model,
         processor,
         mixed_records(without),
-        config=training.config(output, **({"rewards": {"videos_differ": 1.0}, "micro_groups": 1} | settings)),
+        config=config,
         eval_dataset=training.records()[:3],
         engine=Apart(*training.tiny(seed=1)) if settings.get("engine") == "vllm" else None,
     )
-    found = {"idle": 0}
     idle = trainer.idle_backward
 
     def counted(group: Any) -> None:

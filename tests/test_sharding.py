@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import training
 from safetensors.torch import load_file
 from sharded_run import train, train_together
 
@@ -64,6 +65,9 @@ CASES: dict[str, dict[str, Any]] = {
     "frozen tower, checkpointing": {"freeze_vision": True, "gradient_checkpointing": True},
     "reference": {"beta": 0.1},
     "text-only groups learn": {"rewards": {"length_parity": 1.0}},
+    "offload": {"offload": True},
+    "offload with a reference": {"offload": True, "beta": 0.1, "updates_per_step": 2},
+    "shards of one, copied": {"shard_group": 1},
 }
 
 
@@ -74,9 +78,45 @@ def test_every_kind_of_training_is_that_of_one_process(tmp_path):
     ]
     train_together(2, *runs)
     for name, settings in CASES.items():
-        train(str(tmp_path / name), **(TINY | settings))
+        alone = {key: value for key, value in settings.items() if key not in ("offload", "shard_group")}
+        train(str(tmp_path / name), **(TINY | alone))
         assert distance(final(tmp_path / f"two {name}"), final(tmp_path / name)) < 1e-6, name
         assert all(step["grad_norm"] > 0 for step in metrics(tmp_path / f"two {name}")), name
+
+
+@pytest.mark.slow
+def test_shards_within_nodes_and_copies_between_them(tmp_path):
+    settings = TINY | {"prompts_per_step": 8, "max_steps": 1}
+    runs = [
+        settings | {"output": str(tmp_path / f"{group}"), "shard": "fsdp", "shard_group": group} for group in (0, 2, 4)
+    ]
+    train_together(4, *runs, settings | {"max_steps": 2, "output": str(tmp_path / "2")})  # goes on as copies
+    train(str(tmp_path / "one"), **settings)
+    for name in ("0", "4"):
+        assert_same_run(tmp_path / name, tmp_path / "one")
+    train(str(tmp_path / "one"), **(settings | {"max_steps": 2}))
+    assert_same_run(tmp_path / "2", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_one_process_reads_the_weights(tmp_path, family):
+    for part in training.tiny(family=family):
+        part.save_pretrained(tmp_path / "model")
+    runs: list[dict[str, Any]] = [{"beta": 0.1}, {"lora_rank": 4}, {"tied": True}]
+    runs = [TINY | run | {"model": str(tmp_path / "model")} for run in runs]
+    for part in training.tiny(family=family, tie_word_embeddings=True):
+        part.save_pretrained(tmp_path / "tied")
+    runs[2]["model"] = str(tmp_path / "tied")
+    adapters = str(tmp_path / "two 1" / "final")
+    runs += [TINY | {"model": adapters, "lora_rank": 4}, TINY | {"model": adapters}]  # going on with them; merged
+    found = train_together(
+        2, *(r | {"output": str(tmp_path / f"two {i}"), "shard": "fsdp"} for i, r in enumerate(runs))
+    )
+    assert not any(run["meta"] for run in found[0]) and all(run["meta"] for run in found[1])
+    for i, run in enumerate(runs):
+        train(str(tmp_path / f"one {i}"), **run)
+        assert_same_run(tmp_path / f"two {i}", tmp_path / f"one {i}")
 
 
 # Settings with which groups are drawn or shared out by process, so that one process does something else.
@@ -134,10 +174,22 @@ def test_a_checkpoint_of_two_is_continued_by_one(tmp_path, lora_rank):
     ],
 )
 def test_other_sharding_of_an_accelerate_config_is_refused_by_name(monkeypatch, name, asked):
-    check_launch()
+    config = APPOConfig(shard="fsdp")
+    check_launch(config)
     monkeypatch.setenv(name, "true")
     with pytest.raises(ConfigError, match=asked):
-        check_launch()
+        check_launch(config)
+
+
+def test_launches_that_do_not_fit_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="`offload`: expected a launch with torchrun"):
+        check_launch(APPOConfig(shard="fsdp", offload=True))
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ConfigError, match="`shard_group`: expected a divisor of the 6 processes, got 4"):
+        check_launch(APPOConfig(shard="fsdp", shard_group=4))
+    for changes in ({"offload": True}, {"shard_group": 8}):
+        with pytest.raises(ConfigError, match="needs shards, got shard = none"):
+            APPOConfig(**changes)
 
 
 def test_fp16_is_refused_with_shards():

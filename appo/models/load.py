@@ -1,6 +1,7 @@
 """Loading what transformers saved, without running code that comes with it, and what settings and model demand of each
 other."""
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,20 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
         place = "folder" if folder.exists() else "hub name"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigError(f"`model`: the {place} {name!r} cannot be loaded: {reason[:500]}") from error
+
+
+def without_weights(kind: Any, name: str, **options: Any) -> Any:
+    """What `from_pretrained` gives, with parameters on the meta device: for a process that gets them from another."""
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, GenerationConfig
+
+    config = from_pretrained(AutoConfig, name)
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, trust_remote_code=False, **options)
+    model.tie_weights()  # which moving to that device has undone
+    with contextlib.suppress(OSError):  # a model may have none
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    return model.eval()
 
 
 def check_fits(config: APPOConfig, model: Any, processor: Any) -> None:

@@ -14,12 +14,12 @@ from torch import nn
 
 from appo.config import APPOConfig, ConfigError
 from appo.models.layouts import layout_of
-from appo.models.load import check_fits, from_pretrained
+from appo.models.load import check_fits, from_pretrained, without_weights
 from appo.models.loaded import enable_checkpointing, unwrapped
 from appo.models.merge import CONFIG as ADAPTER_CONFIG
 from appo.models.merge import base_model, has_processor
 from appo.train.policy import Policy
-from appo.train.sharding import place
+from appo.train.sharding import loads_weights, place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,7 +46,8 @@ def load_model(config: APPOConfig, *, trained: bool = True) -> tuple[nn.Module, 
         )
     layout_of(from_pretrained(AutoConfig, name))  # before gigabytes are read
     processor = from_pretrained(AutoProcessor, config.model if adapters is None or has_processor(adapters) else name)
-    model = from_pretrained(
+    read = from_pretrained if not trained or loads_weights(config) else without_weights
+    model = read(
         AutoModelForImageTextToText,
         name,
         dtype=torch.float32 if trained and not config.lora_rank else DTYPES[config.dtype],
@@ -61,16 +62,21 @@ def _with_adapters(model: nn.Module, folder: Path, config: APPOConfig) -> nn.Mod
     from peft import PeftModel
 
     rank = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r")
+    meta = any(parameter.is_meta for parameter in model.parameters())
+    if meta and not config.lora_rank:
+        return model  # the process that reads the weights merges them
     if config.lora_rank not in (0, rank):
         raise ConfigError(
             f"`lora_rank`: expected {rank}, that of the adapters in {folder}, got {config.lora_rank}. Take it, or make "
             "a model of them with appo merge first."
         )
     try:
-        found: Any = PeftModel.from_pretrained(model, str(folder), is_trainable=bool(config.lora_rank))
+        found: Any = PeftModel.from_pretrained(
+            model, str(folder), is_trainable=bool(config.lora_rank), low_cpu_mem_usage=meta
+        )
     except (RuntimeError, ValueError, KeyError, TypeError) as error:  # peft's errors for adapters of another model
         raise ConfigError(f"`model`: {folder}: adapters that do not fit their model: {error}") from error
-    return found if config.lora_rank else found.merge_and_unload()
+    return found if config.lora_rank else found.merge_and_unload().requires_grad_(True)  # peft has frozen it
 
 
 def autocast(config: APPOConfig, device: torch.device) -> AbstractContextManager[Any]:

@@ -11,16 +11,24 @@ but for those inside `gathered`.
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
 
 from appo.config import APPOConfig, ConfigError
 from appo.data.prompts import Prompt
@@ -29,7 +37,9 @@ from appo.train.policy import Policy
 
 # Of copies (`shard: none`): buffers are never trained, and their broadcast would make a forward without gradient a
 # collective, which processes make in unequal numbers.
-DATA_PARALLEL = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+COPIES = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+# A process may wait so long for the others: they sample, decode and evaluate unequally long.
+PATIENCE = timedelta(hours=2)
 # Environment of `accelerate launch` -> what its config file asks for.
 REFUSED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (ZeRO)",
@@ -39,14 +49,38 @@ REFUSED = {
 }
 
 
-def check_launch() -> None:
-    """Raise ConfigError where accelerate is told to shard or split the model itself; before anything is loaded."""
+def check_launch(config: APPOConfig) -> None:
+    """Raise ConfigError where processes were started in a way that does not fit; before anything is loaded."""
     for name, asked in REFUSED.items():
         if os.environ.get(name, "").lower() in ("true", "1", "yes"):
             raise ConfigError(
                 f"accelerate: expected plain processes, got a launch with {asked} ({name}={os.environ[name]}). Take it "
                 "out of the accelerate config (accelerate launch --multi_gpu, or torchrun), and set `shard: fsdp`."
             )
+
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if config.shard_group and world % config.shard_group:
+        raise ConfigError(
+            f"`shard_group`: expected a divisor of the {world} processes, got {config.shard_group}. Change either."
+        )
+    if config.offload and "LOCAL_RANK" not in os.environ:
+        raise ConfigError(
+            "`offload`: expected a launch with torchrun, of one process too (torchrun --nproc_per_node 1 -m appo ...), "
+            "got a plain one."
+        )
+
+
+def processes(config: APPOConfig) -> Accelerator:
+    """The processes of this run. Autocast is our own: accelerate's would widen what the policy's forward returns."""
+    group: dict[str, Any] = {"timeout": PATIENCE}
+    if config.offload and torch.cuda.is_available():
+        group["backend"] = "cuda:nccl,cpu:gloo"  # the optimizer's numbers are on the host
+    return Accelerator(mixed_precision="no", kwargs_handlers=[COPIES, InitProcessGroupKwargs(**group)])
+
+
+def loads_weights(config: APPOConfig) -> bool:
+    """Whether this process reads the model's weights: where they are sharded, the first one reads them for all."""
+    return config.shard == "none" or int(os.environ.get("RANK", 0)) == 0
 
 
 def place(policy: Policy, config: APPOConfig, accelerator: Accelerator, *, frozen: bool = False) -> nn.Module:
@@ -55,18 +89,24 @@ def place(policy: Policy, config: APPOConfig, accelerator: Accelerator, *, froze
     Parameters are replaced when they are sharded: an optimizer is built afterwards. frozen: nothing of it is trained.
     Raises ConfigError for a model that cannot be sharded.
     """
-    if config.shard == "none" or accelerator.num_processes == 1:
+    if config.shard == "none" or (accelerator.num_processes == 1 and not config.offload):
         placed: nn.Module = accelerator.prepare_model(policy, evaluation_mode=frozen)
         return placed
-    _same_everywhere(policy, accelerator.device)
+    device, world = accelerator.device, accelerator.num_processes
+    shards = config.shard_group or world
+    mesh = init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("copies", "shards"))
     compute = None if config.dtype == "float32" else getattr(torch, config.dtype)
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(accelerator.device.type, (accelerator.num_processes,)),
+        "mesh": mesh if shards < world else mesh["shards"],
         # Inputs are cast by autocast; here every float of a batch would be, and dataclasses copied.
         "mp_policy": MixedPrecisionPolicy(compute, torch.float32 if compute else None, cast_forward_inputs=False),
     }
+    if config.offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda")
     for layer in decoder_layers(policy):
+        _fill(layer, device)
         fully_shard(layer, reshard_after_forward=True, **options)
+    _fill(policy, device)
     # The root of a trained policy stays whole from forward to backward.
     root: Any = fully_shard(policy, reshard_after_forward=True if frozen else None, **options)
     register_fsdp_forward_method(root, "run")
@@ -83,12 +123,18 @@ def decoder_layers(policy: Policy) -> list[nn.Module]:
     return list(layers)
 
 
-def _same_everywhere(policy: nn.Module, device: torch.device) -> None:
-    """The weights of the first process in all of them, since each keeps the shard of its own."""
-    for tensor in (*policy.parameters(), *policy.buffers()):
-        value = tensor.detach().to(device)
-        dist.broadcast(value, 0)
-        tensor.data.copy_(value)
+def _fill(module: nn.Module, device: torch.device) -> None:
+    """Parameters and buffers of the first process in every one, on the device, where they are not in shards yet."""
+    filled: dict[Tensor, Tensor] = {}  # a tied one once
+    for owner in module.modules():
+        for name, tensor in [*owner._parameters.items(), *owner._buffers.items()]:
+            if tensor is None or isinstance(tensor, DTensor):
+                continue
+            if tensor not in filled:
+                value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device)
+                dist.broadcast(value, 0)
+                filled[tensor] = nn.Parameter(value, tensor.requires_grad) if name in owner._parameters else value
+            setattr(owner, name, filled[tensor])
 
 
 def _units(policy: nn.Module) -> list[Any]:

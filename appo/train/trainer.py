@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from appo.config import APPOConfig
@@ -31,7 +30,7 @@ from appo.train.rules import ChooseFrames, WeighTokens, choose_frames, weigh_tok
 from appo.train.run import run
 from appo.train.scoring import score_parts, score_reference, weigh_groups
 from appo.train.setup import autocast, learning_rate, prepare_model, reference_policy
-from appo.train.sharding import DATA_PARALLEL, check_launch, gathered, idle_group, missing, no_loss, place, reshard
+from appo.train.sharding import check_launch, gathered, idle_group, missing, no_loss, place, processes, reshard
 from appo.train.updates import Updates, shares
 from appo_kernels import SurrogateOutput, linear_weighted_surrogate
 
@@ -71,11 +70,10 @@ class Trainer:
     ) -> None:
         self.config = config = config or APPOConfig()
         config.check()
-        check_launch()
+        check_launch(config)
         check_fits(config, model, processor)
         self.reward_weights = rewards or config.rewards
-        # Autocast is our own: accelerate's belongs to the process, and would widen what the policy's forward returns.
-        self.accelerator = Accelerator(mixed_precision="no", kwargs_handlers=[DATA_PARALLEL])
+        self.accelerator = processes(config)
         if config.prompts_per_step % self.accelerator.num_processes:
             raise ValueError(
                 f"`prompts_per_step`: expected a multiple of the {self.accelerator.num_processes} processes, got "

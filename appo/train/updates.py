@@ -90,7 +90,7 @@ class Updates:
             name: own(parameter) for name, parameter in self.policy.named_parameters() if parameter.requires_grad
         }
         finite = torch.stack([value.isfinite().all() for value in trained.values()])
-        if float(self.accelerator.reduce((~finite).any().float(), "sum")) > 0:
+        if float(self.accelerator.reduce((~finite).any().float().to(self.accelerator.device), "sum")) > 0:
             found = [name for name, ok in zip(trained, finite.tolist(), strict=True) if not ok] or ["another process's"]
             raise NonFiniteError(
                 f"{found[0]} is not finite {when}. It is not saved; older checkpoints are as they were. Lower "
