@@ -87,10 +87,12 @@ class APPOConfig:
     top_tokens: int = setting(15, at_least=1)  # K1
     top_frames: int = setting(3, at_least=1)  # K2
     slot_tokens: int = setting(64, at_least=1)  # K3
+    token_score: str = setting("mass", choices=("mass", "share"))  # by which tokens fill a frame's slots
     threshold: float = setting(0.5, at_least=0, at_most=1)  # tau
     divergence: str = setting("kl", choices=("kl", "k3"))
     alpha: float = setting(1.7, at_least=0)
     average: str = setting("frames", choices=("frames", "member"))
+    normalise: str | None = setting(None, choices=("mean",))  # "mean": weights of mean 1 over a response's tokens
 
     # Loss (docs/method.md section 6).
     eps_low: float = setting(0.2, at_least=0, at_most=1)
@@ -308,6 +310,14 @@ class APPOConfig:
             getattr(config, name)[key] = value
         config.check()
         return config
+
+    def slot_arguments(self) -> dict[str, Any]:
+        """The settings of perception tokens, as `perception_slots` names them."""
+        return {"top_tokens": self.slot_tokens, "score": self.token_score}
+
+    def weight_arguments(self) -> dict[str, Any]:
+        """The settings of token weights, as `token_weights` names them."""
+        return {name: getattr(self, name) for name in ("alpha", "average", "normalise")}
 
     def loss_arguments(self) -> dict[str, Any]:
         """The settings of the loss, as the surrogates of `appo_kernels` name them."""

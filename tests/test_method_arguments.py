@@ -14,8 +14,10 @@ PART = (torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3))
 VALID = {
     select_frames: {"mass": MASS, "mask": MASK, "rewards": REWARDS, "strategy": "hard", "top_tokens": 2,
                     "top_frames": 1, "threshold": 0.5},
-    perception_slots: {"mass": MASS, "mask": MASK, "frames": torch.tensor([0, 2]), "top_tokens": 2},
-    token_weights: {"divergence": torch.rand(1, 2), "slots": SLOTS, "mask": MASK, "alpha": 1.7, "average": "frames"},
+    perception_slots: {"mass": MASS, "mask": MASK, "frames": torch.tensor([0, 2]), "top_tokens": 2,
+                       "score": "share"},
+    token_weights: {"divergence": torch.rand(1, 2), "slots": SLOTS, "mask": MASK, "alpha": 1.7, "average": "frames",
+                    "normalise": "mean"},
     group_advantages: {"rewards": REWARDS, "scale": "group"},
     merge_attention: {"parts": [PART, PART]},
 }  # fmt: skip
@@ -39,6 +41,8 @@ WRONG = {
     "strategy": NO_CHOICE,
     "average": NO_CHOICE,
     "scale": NO_CHOICE,
+    "score": NO_CHOICE,
+    "normalise": NO_CHOICE[1:],
     "frames": (*NO_TENSOR, torch.tensor([1, 1]), torch.tensor([-1]), torch.tensor([F]), torch.tensor([0.5])),
     "slots": (*NO_TENSOR, torch.tensor([[[0, N], [1, 2]]]), torch.tensor([[[0, 0], [1, 2]]])),
     "parts": (None, "text", 3, [], [None], [PART[:1]], [(PART[0], None)], [(None, PART[1])],

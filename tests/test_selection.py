@@ -260,3 +260,27 @@ def test_random_groups_against_the_specification_in_plain_python(strategy: str) 
         assert frames.tolist() == expected
         found += len(expected)
     assert found > 20
+
+
+def test_slots_by_share_are_those_of_tokens_that_look_at_the_frame_rather_than_at_others() -> None:
+    # Token 0 looks most at everything; token 2 looks at nothing; tokens 1 and 3 look little, but at one frame each.
+    mass = torch.tensor([[[0.5, 0.4], [0.2, 0.02], [0.0, 0.0], [0.01, 0.1]]])
+    mask, frames = torch.ones(1, 4, dtype=torch.bool), torch.tensor([0, 1])
+    assert perception_slots(mass, mask, frames, top_tokens=1).flatten().tolist() == [0, 0]
+    assert perception_slots(mass, mask, frames, top_tokens=1, score="share").flatten().tolist() == [1, 3]
+    # A token that looks at no frame is last, and takes part where there are slots for all.
+    two = perception_slots(mass, mask, frames, top_tokens=3, score="share")
+    assert two.tolist() == [[[0, 1, 3]], [[0, 1, 3]]]
+    assert perception_slots(mass, mask, frames, top_tokens=4, score="share").tolist() == [[[0, 1, 2, 3]]] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_slots_by_share_do_not_depend_on_how_much_a_token_looks(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    share = torch.randint(1, 64, (3, 9, 5), generator=generator).to(dtype) / 64
+    mask = torch.rand(3, 9, generator=generator) < 0.8
+    amount = 2.0 ** torch.randint(-4, 4, (3, 9, 1), generator=generator)  # powers of two scale without rounding
+    for frames in (torch.tensor([0, 3]), torch.tensor([4]), torch.zeros(0, dtype=torch.int64)):
+        expected = perception_slots(share, mask, frames, top_tokens=3, score="share")
+        scaled = (share * amount.to(dtype)).masked_fill(~mask[..., None], torch.nan)
+        assert torch.equal(perception_slots(scaled, mask, frames, top_tokens=3, score="share"), expected)

@@ -54,6 +54,26 @@ def test_a_frame_without_any_member_still_counts_in_the_paper_average() -> None:
     assert token_weights(divergence, slots, MASK, alpha=2.0, average="member")[0, 2] == pytest.approx(3.0)
 
 
+def test_normalised_weights_have_mean_one_over_each_responses_valid_tokens() -> None:
+    mask = MASK.clone()
+    mask[1, 4] = False
+    slots = SLOTS.masked_fill(~mask[torch.arange(2)[None, :, None], SLOTS], -1)
+    for average in ("frames", "member"):
+        plain = token_weights(DIVERGENCE, slots, mask, alpha=2.0, average=average)
+        weights = token_weights(DIVERGENCE, slots, mask, alpha=2.0, average=average, normalise="mean")
+        for row, whole, valid in zip(weights, plain, mask, strict=True):
+            torch.testing.assert_close(row[valid], whole[valid] / whole[valid].mean())
+            assert bool((row[~valid] == 1).all())
+
+
+def test_normalising_nothing_gives_exactly_one() -> None:
+    nothing = torch.zeros(2, 5, dtype=torch.bool)  # no valid token, so no mean either
+    slots = torch.full_like(SLOTS, -1)
+    assert torch.equal(token_weights(DIVERGENCE, slots, nothing, normalise="mean"), torch.ones(2, 5))
+    none = torch.zeros(0, 2, 3, dtype=torch.int64)
+    assert torch.equal(token_weights(torch.zeros(0, 3), none, MASK, normalise="mean"), torch.ones(2, 5))
+
+
 @pytest.mark.parametrize(("K", "J"), [(0, 2), (0, 0), (2, 0)])
 def test_nothing_selected_gives_exactly_one(K: int, J: int) -> None:
     weights = token_weights(torch.zeros(K, J), torch.zeros(K, 2, J, dtype=torch.int64), MASK)

@@ -43,8 +43,8 @@ def group_weights(
         hidden: (B, N, D) final hidden states of the rows that predict the response tokens.
         weight, bias: (V, D) and (V,) of the language-model head.
         targets: (B, N) int64, the response tokens.
-        config: ``strategy``, ``top_tokens``, ``top_frames``, ``threshold``, ``slot_tokens``, ``divergence``, ``alpha``
-            and ``average`` are read.
+        config: ``strategy``, ``top_tokens``, ``top_frames``, ``threshold``, ``slot_tokens``, ``token_score``,
+            ``divergence``, ``alpha``, ``average`` and ``normalise`` are read.
         group_size: G; B is a multiple of it.
         temperature, softcap: of the logits, as sampled.
 
@@ -71,10 +71,10 @@ def group_weights(
             mass[own], mask[own], rewards[own], strategy=config.strategy,
             top_tokens=config.top_tokens, top_frames=config.top_frames, threshold=config.threshold,
         )  # fmt: skip
-        slots = perception_slots(mass[own], mask[own], found, top_tokens=config.slot_tokens)
+        slots = perception_slots(mass[own], mask[own], found, **config.slot_arguments())
         divergence = group_divergence(
             hidden[own], weight, lse[own], slots, kind=config.divergence, bias=bias, **logits  # type: ignore[arg-type]
         )  # fmt: skip
-        weights.append(token_weights(divergence, slots, mask[own], alpha=config.alpha, average=config.average))
+        weights.append(token_weights(divergence, slots, mask[own], **config.weight_arguments()))
         frames.append(found)
     return GroupWeights(torch.cat(weights), logprobs, frames)

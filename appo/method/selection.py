@@ -14,6 +14,7 @@ from torch import Tensor
 from appo_kernels import checks
 
 STRATEGIES = ("hard", "soft", "all", "contrast", "released-hard", "released-soft")
+SCORES = ("mass", "share")
 
 
 def select_frames(
@@ -88,12 +89,20 @@ def select_frames(
     return chosen_F.nonzero().flatten()
 
 
-def perception_slots(mass: Tensor, mask: Tensor, frames: Tensor, *, top_tokens: int = 64) -> Tensor:
+def perception_slots(
+    mass: Tensor, mask: Tensor, frames: Tensor, *, top_tokens: int = 64, score: str = "mass"
+) -> Tensor:
     """The tokens of each response that look most at each target frame, by position: slot (k, j) lines them up.
 
-    ``slots[k, i, :]`` holds the ``top_tokens`` (K3) valid tokens of response i with the largest
-    ``mass[i, :, frames[k]]``, ascending by position, then -1 where the response has fewer. Ties go to the earlier
-    token. J = min(K3, N).
+    ``slots[k, i, :]`` holds the ``top_tokens`` (K3) valid tokens of response i with the largest score at frame
+    ``frames[k]``, ascending by position, then -1 where the response has fewer. Ties go to the earlier token.
+    J = min(K3, N). The score of a token at frame f is
+
+        score="mass" (paper):   mass[i, t, f]
+        score="share" (ours):   mass[i, t, f] / sum over all frames of mass[i, t, :], 0 for a token that looks at none
+
+    Tokens differ more in how much of the video they look at than in where they look: by mass the same few tokens fill
+    the slots of every frame, by share each frame gets those that look at it rather than at others.
 
     Args:
         mass: (G, N, F) floating point; what stands at invalid tokens is ignored.
@@ -104,7 +113,7 @@ def perception_slots(mass: Tensor, mask: Tensor, frames: Tensor, *, top_tokens: 
         (K, G, J) int64 on the device of ``mass``.
 
     Raises:
-        ValueError: wrong shape, dtype or device, or a frame that ``mass`` does not have.
+        ValueError: wrong shape, dtype or device, an unknown score, or a frame that ``mass`` does not have.
     """
     op = "perception_slots"
     _check_mass(op, mass, mask)
@@ -112,13 +121,20 @@ def perception_slots(mass: Tensor, mask: Tensor, frames: Tensor, *, top_tokens: 
     checks.dtype(op, "frames", frames, checks.INTS)
     checks.same_device(op, "mass", mass, frames=frames)
     _check_positive(op, top_tokens=top_tokens)
+    if score not in SCORES:
+        checks.fail(op, "score", f"one of {', '.join(SCORES)}", repr(score), "Pass one of these.")
     N, F = mass.shape[1:]
     if checks.values_enabled() and bool(((frames < 0) | (frames >= F)).any()):
         checks.fail(op, "frames", f"indices in 0..{F - 1}", frames.tolist(), "Pass what select_frames returned.")
     if checks.values_enabled() and len(set(frames.tolist())) < len(frames):
         checks.fail(op, "frames", "each frame once", frames.tolist(), "Pass what select_frames returned.")
 
-    looked_KGN = mass.detach()[:, :, frames.long()].permute(2, 0, 1).masked_fill(~mask, -torch.inf)
+    looked_KGN = mass.detach()[:, :, frames.long()].permute(2, 0, 1)
+    if score == "share":
+        # In at least fp32: the sum of many frames' masses would round in half precision.
+        total_GN = mass.detach().to(torch.promote_types(mass.dtype, torch.float32)).sum(dim=-1)
+        looked_KGN = torch.where(total_GN > 0, looked_KGN / total_GN, 0)
+    looked_KGN = looked_KGN.masked_fill(~mask, -torch.inf)
     # A stable sort, because topk leaves the order of ties open.
     best_KGJ = looked_KGN.sort(dim=-1, descending=True, stable=True).indices[..., :top_tokens]
     rank_J = torch.arange(best_KGJ.shape[-1], device=mass.device)

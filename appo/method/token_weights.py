@@ -13,7 +13,13 @@ AVERAGES = ("frames", "member")
 
 
 def token_weights(
-    divergence: Tensor, slots: Tensor, mask: Tensor, *, alpha: float = 1.7, average: str = "frames"
+    divergence: Tensor,
+    slots: Tensor,
+    mask: Tensor,
+    *,
+    alpha: float = 1.7,
+    average: str = "frames",
+    normalise: str | None = None,
 ) -> Tensor:
     """W (G, N): 1 everywhere, more at the perception tokens on which the responses of the group disagree. Detached.
 
@@ -24,7 +30,8 @@ def token_weights(
         average="member" (released):  W[i, t] = 1 + alpha * mean of Dhat[k, j]
 
     and W = 1 where no slot contains t, where ``mask`` is False, and everywhere when K = 0. The ``max_weight`` of the
-    authors' code is 1 + alpha: its 1.7 is ``alpha=0.7, average="member"``.
+    authors' code is 1 + alpha: its 1.7 is ``alpha=0.7, average="member"``. With ``normalise="mean"`` each response's
+    weights are divided by their mean over its valid tokens: they move its credit between tokens and add none.
 
     Args:
         divergence: (K, J) floating point, from ``group_divergence``; what stands at slots without a member is ignored.
@@ -36,7 +43,7 @@ def token_weights(
 
     Raises:
         ValueError: wrong shape, dtype or device, a slot outside the response, a divergence that is not finite, or an
-            unknown average.
+            unknown average or normalisation.
     """
     op = "token_weights"
     checks.rank(op, "slots", slots, 3, "(K, G, J)")
@@ -51,6 +58,8 @@ def token_weights(
     checks.number(op, "alpha", alpha, "a finite number of at least 0", "The paper takes 1.7.", least=0.0)
     if average not in AVERAGES:
         checks.fail(op, "average", f"one of {', '.join(AVERAGES)}", repr(average), "Pass one of these.")
+    if normalise is not None and normalise != "mean":
+        checks.fail(op, "normalise", 'None or "mean"', repr(normalise), "Pass one of these.")
     divergence_KJ = divergence.detach().to(torch.promote_types(divergence.dtype, torch.float32))
     filled_KJ = (slots >= 0).any(dim=1)
     if checks.values_enabled():
@@ -95,7 +104,19 @@ def token_weights(
     else:
         count_GN = blank_KGN.scatter_add(2, target_KGJ, torch.ones_like(scaled_KGJ)).sum(dim=0)[:, :N]
         bonus_GN = total_GN / count_GN.clamp(min=1)
-    return 1 + alpha * bonus_GN.masked_fill(~mask, 0)
+    weights_GN = 1 + alpha * bonus_GN.masked_fill(~mask, 0)
+    return weights_GN if normalise is None else mean_one(weights_GN, mask)
+
+
+def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
+    """``weights`` (G, N) of at least 0, divided by their mean over each response's valid tokens.
+
+    1 at the others, and at all tokens of a response whose weights are all 0. In the dtype of ``weights``.
+    """
+    valid = weights.masked_fill(~mask, 0)
+    total = valid.sum(dim=1, keepdim=True)
+    scale = mask.sum(dim=1, keepdim=True) / torch.where(total > 0, total, 1)
+    return torch.where(mask & (total > 0), valid * scale, 1)
 
 
 def _scaled(divergence_KJ: Tensor, filled_KJ: Tensor) -> Tensor:

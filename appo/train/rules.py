@@ -31,5 +31,5 @@ def choose_frames(group: Group, config: APPOConfig) -> Tensor:
 def weigh_tokens(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
     """The weight (G, N) fp32 of each token of a scored group whose frames were chosen (docs/method.md 5)."""
     frames = known(group.target_frames)
-    slots = perception_slots(known(group.mass), group.mask, frames, top_tokens=config.slot_tokens)
-    return token_weights(divergence(slots), slots, group.mask, alpha=config.alpha, average=config.average)
+    slots = perception_slots(known(group.mass), group.mask, frames, **config.slot_arguments())
+    return token_weights(divergence(slots), slots, group.mask, **config.weight_arguments())
