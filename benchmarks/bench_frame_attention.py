@@ -10,7 +10,7 @@ from appo_kernels import frame_attention, frame_mass
 from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.frame_attention import reference
 from appo_kernels.testing import assert_as_good_as
-from benchmarks import attention_work as peers
+from benchmarks import inputs_attention as peers
 from benchmarks.harness import Case, Contestant, own_backends
 from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, attention_shapes
 

@@ -11,7 +11,7 @@ from appo_kernels import group_divergence, group_divergence_from_logits, token_l
 from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.group_divergence import reference
 from appo_kernels.testing import assert_as_good_as
-from benchmarks import vocabulary_work as peers
+from benchmarks import inputs_vocabulary as peers
 from benchmarks.harness import Case, Contestant, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from appo_kernels import logits_weighted_surrogate
 from appo_kernels.dtypes import dtype_name
-from benchmarks import vocabulary_work as peers
+from benchmarks import inputs_vocabulary as peers
 from benchmarks.harness import Case, Contestant, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 

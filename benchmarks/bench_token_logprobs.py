@@ -11,7 +11,7 @@ from appo_kernels import token_logprobs
 from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.token_logprobs import reference
 from appo_kernels.testing import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as
-from benchmarks import vocabulary_work as peers
+from benchmarks import inputs_vocabulary as peers
 from benchmarks.harness import Case, Contestant, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import weighted_surrogate
-from benchmarks import vocabulary_work as peers
+from benchmarks import inputs_vocabulary as peers
 from benchmarks.harness import Case, Contestant, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 

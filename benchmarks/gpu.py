@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 
 from appo_kernels.dtypes import dtype_name
-from benchmarks import attention_work, harness, plots, vocabulary_work
+from benchmarks import harness, inputs_attention, inputs_vocabulary, plots
 from benchmarks.__main__ import OPERATORS
 
 CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
@@ -128,7 +128,7 @@ def attention_peers(case: harness.Case, shape: Any, dtype: torch.dtype, device: 
     if device != "cuda":
         case.skipped["FlexAttention, no mass"] = "compiled for a GPU only"
         return
-    work = attention_work.attention_inputs(shape, dtype, device)
+    work = inputs_attention.attention_inputs(shape, dtype, device)
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     rows, keys = work.query.shape[2], work.key.shape[2]
@@ -136,7 +136,7 @@ def attention_peers(case: harness.Case, shape: Any, dtype: torch.dtype, device: 
     flex = torch.compile(partial(flex_attention, block_mask=mask, enable_gqa=True))
     run = partial(flex, work.query, work.key, work.value)
     case.contestants.append(harness.Contestant("FlexAttention, no mass", "peer", run))
-    if reason := vocabulary_work.installed("flash_attn"):
+    if reason := inputs_vocabulary.installed("flash_attn"):
         case.skipped["flash-attn, no mass"] = reason
     elif dtype == torch.float32:
         case.skipped["flash-attn, no mass"] = "takes half precision only"

@@ -5,7 +5,7 @@ import csv
 import pytest
 import torch
 
-from benchmarks import attention_work, gpu
+from benchmarks import gpu, inputs_attention
 from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, VocabularyShape
 
 
@@ -40,7 +40,7 @@ SHAPES = {
 
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch):
-    monkeypatch.setattr(attention_work, "flex", lambda work: (None, "takes a minute to compile"))
+    monkeypatch.setattr(inputs_attention, "flex", lambda work: (None, "takes a minute to compile"))
 
 
 def test_every_operator_is_checked_timed_and_written(tmp_path, capsys):

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 
 from appo_kernels import cuda_library
-from benchmarks import static_cuda
-from benchmarks.static_cuda import Kernel, Shape
+from benchmarks.inspection import static_cuda
+from benchmarks.inspection.static_cuda import Kernel, Shape
 
 LIBRARY = cuda_library.path()
 

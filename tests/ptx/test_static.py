@@ -4,7 +4,7 @@ import pytest
 import triton
 
 from appo_kernels.triton_launch import BACKWARD, FORWARD, tiling
-from benchmarks import sass, static
+from benchmarks.inspection import sass, static
 
 COMMITTED = static.RESULT
 
@@ -20,7 +20,9 @@ def check(entries: list[static.Entry], *, overheads: int) -> None:
     text = COMMITTED.read_text()
     if f"Triton {triton.__version__}" in text:  # another compiler gives other figures
         for line in static.table(entries).splitlines()[2:]:
-            assert line in text, f"{COMMITTED.name} is not what the code gives; run python -m benchmarks.static"
+            assert line in text, (
+                f"{COMMITTED.name} is not what the code gives; run python -m benchmarks.inspection.static"
+            )
 
 
 def test_main_architecture():

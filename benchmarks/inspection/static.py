@@ -1,4 +1,4 @@
-"""Static cost of the Triton kernels: python -m benchmarks.static [--arch 80 90 100] [--markdown FILE].
+"""Static cost of the Triton kernels: python -m benchmarks.inspection.static [--arch 80 90 100] [--markdown FILE].
 
 Compiles each kernel with its default configuration and prints registers, spills, shared memory, blocks per
 multiprocessor and the instructions of its main loop (of all of it where it has no loop). Needs no GPU, and about half
@@ -21,14 +21,14 @@ from appo_kernels.ops.frame_attention import triton as frame_attention
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence_from_logits
 from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state
-from benchmarks import sass
+from benchmarks.inspection import sass
 from ptxsim import triton_device
 
 ARCHITECTURES = (80, 90, 100)
 # Head sizes of Qwen2.5-VL and Qwen3-VL (128), of small models (64), padded ones (80, 96), the smallest and the largest.
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-RESULT = Path(__file__).parent / "results" / "static.md"
+RESULT = Path(__file__).parents[1] / "results" / "static.md"
 MASS_BUDGET = 1.05  # main-loop instructions of attention with the mass against without it
 HEADS, KEY_HEADS, ROWS, KEYS, FRAMES = 28, 4, 64, 256, 2
 VOCABULARY, GROUP = 8192, 8  # two blocks of columns at least; the responses of a group
@@ -183,7 +183,8 @@ def main() -> int:
         )
         faults += over
     heading = (
-        f"# Static figures of the Triton kernels\n\n`python -m benchmarks.static`, Triton {triton.__version__}.\n\n"
+        "# Static figures of the Triton kernels\n\n"
+        f"`python -m benchmarks.inspection.static`, Triton {triton.__version__}.\n\n"
         "Counts are those of the main loop, of the whole kernel where it has none."
     )
     return sass.report("\n".join(lines), heading, options.markdown, faults)

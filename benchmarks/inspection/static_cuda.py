@@ -1,9 +1,9 @@
-"""Static cost of the CUDA kernels: python -m benchmarks.static_cuda [--library FILE] [--markdown FILE].
+"""Static cost of the CUDA kernels: python -m benchmarks.inspection.static_cuda [--library FILE] [--markdown FILE].
 
 Reads the library that `pip install` built: registers, spills and shared memory of every kernel for every architecture,
 and for those on bf16 the instructions of the loop over tiles (``tile_path``) and the bank conflicts that the emulation
 counts. Needs g++, no GPU and no nvcc. Exits with 1 when a kernel spills or does not fit, and when attention's loop
-takes more than 1.10 of the instructions of the Triton kernel's (``benchmarks.static``) for the same work on sm_80.
+takes more than 1.10 of the instructions of the Triton kernel's (``static.py``) for the same work on sm_80.
 """
 
 import argparse
@@ -15,11 +15,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks import sass, tile_path
-from benchmarks.inspection import bank_conflicts
+from benchmarks.inspection import bank_conflicts, sass, tile_path
 
-ROOT = Path(__file__).resolve().parents[1]
-SOURCES, RESULT = ROOT / "csrc", Path(__file__).parent / "results" / "static_cuda.md"
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES, RESULT = ROOT / "csrc", ROOT / "benchmarks" / "results" / "static_cuda.md"
 TRITON_RESULT = RESULT.with_name("static.md")
 BUDGET = 1.10  # instructions of attention's loop over tiles, against Triton's for as many rows and keys
 COMPARED = {"64": "sm_80", "128": "sm_80"}
@@ -205,7 +204,7 @@ def main() -> int:
     archs = ", ".join(sorted({kernel.arch for kernel in found}))
     summary = f"{len(found)} kernels ({archs}), {sum(bool(k.stack_bytes) for k in found)} of them spill."
     text = "\n".join([summary, "", table(found, launch, counted), "", *lines])
-    heading = "# Static figures of the CUDA kernels\n\n`python -m benchmarks.static_cuda`"
+    heading = "# Static figures of the CUDA kernels\n\n`python -m benchmarks.inspection.static_cuda`"
     return sass.report(text, heading, options.markdown, wrong)
 
 

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from pathlib import Path
 
-from benchmarks import sass
+from benchmarks.inspection import sass
 
 Blocks = dict[str, list[str]]  # name -> opcodes
 Edges = dict[str, list[str]]
