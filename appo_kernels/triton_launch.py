@@ -90,9 +90,9 @@ class Tiling:
 
 # Attention kernels: {(at least this architecture, bytes of an element, at most this padded head size): tiling}.
 # Chosen so that nothing spills and the mass adds at most a twentieth to the main loop;
-# `python -m benchmarks.inspection.static` prints what the choices cost. fp32 products are not tensor-core instructions: their operands lie in
-# registers, so tiles are small, keys are not loaded ahead (what is ahead would be held in registers as well), and
-# without a number of registers the assembler spills one or two for the sake of occupancy.
+# `python -m benchmarks.inspection.static` prints what the choices cost. fp32 products are not tensor-core
+# instructions: their operands lie in registers, so tiles are small, keys are not loaded ahead (what is ahead would be
+# held in registers as well), and without a number of registers the assembler spills one or two to gain occupancy.
 FORWARD = {
     (80, 2, 64): Tiling(128, 64, 8, 2),
     (80, 2, 128): Tiling(128, 32, 8, 2),
