@@ -5,8 +5,8 @@ import csv
 import pytest
 import torch
 
-from benchmarks import gpu, inputs_attention
-from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, VocabularyShape
+from benchmarks import bench_group_attention, gpu, inputs_attention
+from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, GroupShape, VocabularyShape
 
 
 class StandIn:
@@ -30,6 +30,7 @@ VOCABULARY = [VocabularyShape("tiny", 2, 6, 16, 131, 2, 3)]
 SHAPES = {
     "frame_mass": ATTENTION,
     "frame_attention": ATTENTION,
+    "group_attention": [GroupShape("tiny", 40, 9, 3, 4, 2, 32)],
     "token_logprobs": VOCABULARY,
     "group_divergence": VOCABULARY,
     "weighted_surrogate": VOCABULARY,
@@ -41,6 +42,7 @@ SHAPES = {
 @pytest.fixture(autouse=True)
 def nothing_is_compiled(monkeypatch):
     monkeypatch.setattr(inputs_attention, "flex", lambda work: (None, "takes a minute to compile"))
+    monkeypatch.setattr(bench_group_attention, "flex_attention", lambda seen, inputs: (None, "as above"))
 
 
 def test_every_operator_is_checked_timed_and_written(tmp_path, capsys):
@@ -48,6 +50,7 @@ def test_every_operator_is_checked_timed_and_written(tmp_path, capsys):
     assert {row.op.split()[0] for row in rows} >= {
         "frame_mass",
         "frame_attention",
+        "group_attention",
         "token_logprobs",
         "group_divergence",
         "group_divergence_from_logits",
