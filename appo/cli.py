@@ -1,4 +1,4 @@
-"""The command line: appo demo, train, eval, inspect, report, plan, merge."""
+"""The command line: appo demo, train, eval, matrix, inspect, report, plan, merge."""
 
 import sys
 from collections.abc import Callable
@@ -14,7 +14,7 @@ except ModuleNotFoundError:
 
 from appo.cli_data import data_app
 from appo.cli_errors import check_given, guarded
-from appo.cli_eval import evaluate_model
+from appo.cli_eval import evaluate_model, run_the_matrix
 
 app = typer.Typer(
     help="Train video models on what they look at: attention-guided policy optimisation (arXiv 2602.23823).",
@@ -97,6 +97,7 @@ def train(
 
 
 command("eval")(evaluate_model)
+command("matrix")(run_the_matrix)
 
 
 @command()

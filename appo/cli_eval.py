@@ -164,3 +164,46 @@ def _evaluate(
             known=known,
         )
     return values, [texts.get(place, "") for place in range(len(records))]
+
+
+def run_the_matrix(
+    config: Annotated[Path, typer.Argument(help="YAML file: data, perceivers, reasoners (docs/evaluation.md).")],
+) -> None:
+    """Perception against reasoning (the paper's Figure 2): some models describe videos, others answer from that.
+
+    Replies are kept in `output`; the same command goes on where it ended, and a model that is added is asked alone.
+
+    Example: appo matrix examples/matrix.yaml
+    """
+    from rich.progress import Progress
+
+    from appo.data.load import check_media, load_records
+    from appo.evaluation.matrix import MatrixSettings, run_matrix
+    from appo.evaluation.scoring import shown
+    from appo.output_paths import check_output_folder
+    from appo.reports.matrix_page import gains, matrix_rows, write_matrix_page
+    from appo.yaml_files import read_yaml
+
+    matrix = MatrixSettings.from_dict(read_yaml(config))
+    folder = check_output_folder("output", matrix.output)
+    records = load_records(
+        matrix.data, data_root=matrix.data_root, limit=matrix.limit, allow_outside=matrix.settings.allow_outside
+    )
+    check_media(records)
+    with Progress() as progress:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = progress.add_task(what, total=total)
+            progress.update(tasks[what], completed=done)
+
+        found = run_matrix(matrix, list(records), show=show)
+    typer.echo(f"Accuracy in percent with 95 % intervals, {len(records)} questions")
+    for perceiver, reasoner, value in matrix_rows(found):
+        typer.echo(f"{perceiver + ' -> ' + reasoner:40} {shown(value)}")
+    for name, value in gains(found):
+        typer.echo(f"{name:60} {shown(value, sign=True)} points")
+    for name, (read, written, price) in found.costs.items():
+        typer.echo(f"{name:40} {read:10,} tokens read {written:9,} written" + (f" {price:10.2f}" if price else ""))
+    typer.echo(write_matrix_page(folder / "matrix.html", found))

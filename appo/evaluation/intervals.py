@@ -43,7 +43,8 @@ def estimate(scores: Sequence[float], clusters: Sequence[Hashable], groups: Sequ
     independent = spread / error**2 if error > 0 and spread > 0 else videos
     middle = (value + Z**2 / (2 * independent)) / (1 + Z**2 / independent)
     half = Z * math.sqrt(spread / independent + Z**2 / (4 * independent**2)) / (1 + Z**2 / independent)
-    return Estimate(value, max(0.0, middle - half), min(1.0, middle + half), len(values))
+    low, high = max(0.0, middle - half), min(1.0, middle + half)
+    return Estimate(value, min(low, value), max(high, value), len(values))  # the value is within, but for rounding
 
 
 def difference(
