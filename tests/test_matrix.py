@@ -14,6 +14,7 @@ from appo.evaluation.matrix import MatrixSettings, run_matrix
 from appo.evaluation.speakers import Endpoint, EndpointError, Reply, SpeakerSettings
 from appo.reports.matrix_page import gains, matrix_rows, write_matrix_page
 from appo.tasks.tiny import build_tiny
+from appo.yaml_files import read_yaml
 
 
 class Scripted:
@@ -231,6 +232,12 @@ def test_a_file_that_is_wrong_names_the_field(line: str, tmp_path: Path) -> None
     lines = right | {line.split(":")[0]: line}
     (tmp_path / "m.yaml").write_text("\n".join(lines.values()))
     assert WRONG[line] in " ".join(refused("matrix", tmp_path / "m.yaml").split())
+
+
+def test_the_example_is_a_matrix() -> None:
+    made = MatrixSettings.from_dict(read_yaml(Path(__file__).parents[1] / "examples/matrix.yaml"))
+    assert list(made.perceivers) == ["7B", "32B"] and made.reasoners["o3"].limit_name == "max_completion_tokens"
+    assert made.settings.max_frames == 32
 
 
 def test_an_endpoint_without_its_key_or_with_another_kind_of_url_is_refused() -> None:
