@@ -1,8 +1,6 @@
 """APPOConfig: one flat set of fields, from presets, a YAML file and `key=value` overrides."""
 
-import difflib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -10,14 +8,14 @@ from typing import Any
 
 from appo.constraints import ConfigError as ConfigError
 from appo.constraints import Constraint, check_fields, setting, shown
-from appo.yaml_files import dump_yaml, parse_overrides, parse_value, read_yaml
+from appo.given_values import given_values, suggestion
+from appo.yaml_files import dump_yaml, read_yaml
 
 # Names that `rewards` may use; `appo.rollout.rewards.register` adds to them.
 REWARD_NAMES = {
     "accuracy", "format", "math", "multiple_choice", "ocr", "regression", "rouge", "temporal_iou", "think_length",
 }  # fmt: skip
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-_NUMBER_AS_TEXT = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*", re.ASCII)
 
 
 @dataclass
@@ -169,7 +167,7 @@ class APPOConfig:
                     )
             elif name not in REWARD_NAMES:
                 known = f"one of {', '.join(sorted(REWARD_NAMES))}, one that was registered before, or FILE.py:NAME"
-                raise ConfigError(f"`rewards`: expected {known}, got {shown(name)}.{_suggestion(name, REWARD_NAMES)}")
+                raise ConfigError(f"`rewards`: expected {known}, got {shown(name)}.{suggestion(name, REWARD_NAMES)}")
         if not any(self.rewards.values()):
             raise ConfigError("`rewards`: expected a weight other than 0, got 0 for all. Nothing would be learned.")
         for name, limit in (
@@ -280,33 +278,16 @@ class APPOConfig:
     def from_dict(cls, values: Mapping[str, Any], overrides: list[str] | None = None) -> "APPOConfig":
         """A config from plain values and ``key=value`` overrides; a key ``preset`` picks the starting point.
 
-        Numbers written as text are taken where a number with a fraction is meant: YAML 1.1 reads 1e-6 as text.
         Raises ConfigError.
         """
-        values = dict(values)
-        nested: list[tuple[str, str, Any]] = []
-        for (name, *inner), text in parse_overrides(overrides or []):
-            _check_name(name, (*_kinds(), "preset"))
-            kind = _kinds().get(name, "str")
-            if not inner:
-                values[name] = _override(name, text, kind)
-                nested = [entry for entry in nested if entry[0] != name]
-            elif kind.startswith("dict"):
-                key = ".".join(inner)
-                nested.append((name, key, _parsed(f"{name}.{key}", text)))
-            else:
-                raise ConfigError(f"`{'.'.join((name, *inner))}`: `{name}` is {kind} and has no such part.")
-        preset = values.pop("preset", "paper")
+        given, entries = given_values(values, overrides or [], _types(), also="preset")
+        preset = given.pop("preset", "paper")
         presets = {"paper": cls.paper, "released": cls.released, "grpo": cls.grpo, "dapo": cls.dapo}
         if not isinstance(preset, str) or preset not in presets:
-            hint = _suggestion(preset, presets)
+            hint = suggestion(preset, presets)
             raise ConfigError(f"`preset`: expected one of {', '.join(presets)}, got {shown(preset)}.{hint}")
-        for name, value in values.items():
-            _check_name(name, _kinds())
-            if _kinds()[name].startswith("float") and isinstance(value, str) and _NUMBER_AS_TEXT.fullmatch(value):
-                values[name] = float(value)
-        config = presets[preset](**values)
-        for name, key, value in nested:
+        config = presets[preset](**given)
+        for name, key, value in entries:
             getattr(config, name)[key] = value
         config.check()
         return config
@@ -335,31 +316,6 @@ class APPOConfig:
         Path(path).write_text(dump_yaml(self.to_dict()), encoding="utf-8")
 
 
-def _kinds() -> dict[str, str]:
+def _types() -> dict[str, str]:
     """The annotation of every field as text."""
     return {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(APPOConfig)}
-
-
-def _parsed(name: str, text: str) -> Any:
-    try:
-        return parse_value(text)
-    except ConfigError as error:
-        raise ConfigError(f"`{name}`: {error}") from error
-
-
-def _override(name: str, text: str, kind: str) -> Any:
-    """The value of a `key=value` item: text is taken as it is written, so that model=123 names a folder "123"."""
-    value = _parsed(name, text)
-    if kind.startswith("str") and not (value is None and (kind.endswith("| None") or text)):
-        return value if isinstance(value, str) else text
-    return value
-
-
-def _check_name(name: Any, known: Any) -> None:
-    if name not in known:
-        raise ConfigError(f"`{name}`: no such field.{_suggestion(name, known)}")
-
-
-def _suggestion(name: Any, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean `{close[0]}`?" if close else ""
