@@ -103,21 +103,51 @@ command("matrix")(run_the_matrix)
 @command()
 def inspect(
     model: Model,
-    video: Annotated[Path, typer.Option(help="The clip.")],
-    question: Annotated[str, typer.Option(help="What to ask about it.")],
+    video: Annotated[Path | None, typer.Option(help="The clip.")] = None,
+    question: Annotated[str, typer.Option(help="What to ask about it.")] = "",
     option: Annotated[
         list[str] | None, typer.Option(help='An answer to choose from, such as "A. red"; repeat.')
     ] = None,
     answer: Annotated[str | None, typer.Option(help="The right one, when known: then responses are rewarded.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for the picture and the page.")] = Path("inspection"),
     heads: Annotated[bool, typer.Option(help="Also which layers and heads look at the clip.")] = False,
+    data: Annotated[Path | None, typer.Option(help="Records instead of one clip: a page each, and one of all.")] = None,
+    data_root: Annotated[str | None, typer.Option(help="Folder that media paths start from.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Of the records, the first so many with a video.")] = 8,
     overrides: Overrides = None,
 ) -> None:
-    """Draw which frames each response token looks at, which frames APPO picks and what the tokens weigh."""
+    """Draw which frames each response token looks at, which frames APPO picks and what the tokens weigh.
+
+    Example: appo inspect --model M --data test.json --limit 20
+    """
     from appo.config import ConfigError
     from appo.output_paths import check_output_folder
 
     check_output_folder("output", output)
+    if (video is None) == (data is None):
+        raise ConfigError("`video`: expected either --video or --data, got both or neither.")
+    if data is not None:
+        if question or option or answer is not None:
+            raise ConfigError("`question`: expected nothing beside --data, whose records have their own.")
+        from rich.progress import Progress
+
+        from appo.reports.inspect_clip import examine_records
+
+        with Progress() as progress:
+            task = progress.add_task("clips", total=limit)
+            pages = examine_records(
+                model,
+                data,
+                output,
+                overrides or [],
+                data_root=data_root,
+                limit=limit,
+                heads=heads,
+                show=lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        typer.echo(pages[0])
+        return
+    assert video is not None
     if not question.strip():
         raise ConfigError("`question`: expected text, got nothing. Pass what to ask about the clip.")
     from appo.reports.inspect_clip import examine

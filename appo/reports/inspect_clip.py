@@ -1,18 +1,20 @@
 """Attention of a model to one clip under one question: sample a group, score it, draw it."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from appo.config import APPOConfig, ConfigError
-from appo.data.load import check_media
+from appo.data.load import check_media, load_records
 from appo.data.prompts import video_processor
 from appo.data.records import DataError, Media, Record
 from appo.reports.attention_map import write_inspection
 from appo.reports.heads import write_heads
+from appo.reports.inspect_index import Drawn, write_index
 from appo.train.groups import Group, whole_groups
 from appo.train.looking import head_shares
 from appo.train.metrics import token_texts
@@ -58,6 +60,47 @@ def examine(
         trainer = Trainer(loaded, processor, [record], config=config)
         group = sample_group(trainer, record)
         return draw_group(trainer, group, output) + (draw_heads(trainer, group, output) if heads else [])
+
+
+def examine_records(
+    model: str,
+    data: Path,
+    output: Path,
+    overrides: Sequence[str] = (),
+    *,
+    data_root: str | None = None,
+    limit: int = 8,
+    heads: bool = False,
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Path]:
+    """Pictures and pages of the first ``limit`` records of a file that have a video, each in a folder of its own in
+    ``output``, and ``output``/index.html with all of them (the paper's Figure 4).
+
+    show: called with how many are drawn, and of how many. Raises ConfigError, DataError, VideoError.
+    """
+    config = APPOConfig.from_dotlist(["model=" + model, *overrides])
+    records = load_records(data, data_root=data_root, allow_outside=config.allow_outside)
+    seen = list(islice((record for record in records if any(m.kind == "video" for m in record.media)), limit))
+    if not seen:
+        raise DataError(f"{data}: expected records with a video, got none.")
+    check_media(seen)
+    loaded, processor = load_model(config)
+    drawn = []
+    with tempfile.TemporaryDirectory() as folder:
+        config.output = folder
+        trainer = Trainer(loaded, processor, seen, config=config)
+        for place, record in enumerate(seen):
+            group, own = sample_group(trainer, record), output / f"{place:04d}"
+            draw_group(trainer, group, own)
+            if heads:
+                draw_heads(trainer, group, own)
+            drawn.append(Drawn(record, own, group.accuracy.tolist(), _numbers(group.target_frames)))
+            show(place + 1, len(seen))
+    return [write_index(output / "index.html", model, drawn), *(each.folder / "inspection.html" for each in drawn)]
+
+
+def _numbers(frames: Tensor | None) -> list[int]:
+    return [] if frames is None else frames.tolist()
 
 
 def draw_record(trainer: Trainer, record: Record, output: Path) -> list[Path]:
