@@ -29,9 +29,9 @@ class Case:
     def __init__(self, build: Callable[..., models.VideoModel]) -> None:
         self.tiny = build()
         self.model = self.tiny.model
-        videos = [models.random_video(3, 64, 64), models.random_video(5, 64, 96, seed=1)]
+        videos = [models.random_video(3, 28, 28), models.random_video(5, 28, 42, seed=1)]
         self.inputs = self.tiny.inputs(
-            videos, ["What happens?", "And what happens in this longer question?"], "B" * RESPONSE
+            videos, ["What happens?", "And what happens in this longer question?"], "B " * RESPONSE
         )
         self.frames = frame_ids(
             self.inputs["input_ids"], self.tiny.config, video_grid_thw=self.inputs["video_grid_thw"]

@@ -38,7 +38,7 @@ def snippet(first_words: str) -> str:
 def test_readmes_first_pair_gives_the_same_mass():
     made = models.qwen2_5_vl()
     made.model.set_attn_implementation("eager")
-    inputs = made.inputs([models.random_video(3, 56, 56)], ["What falls?"], response="a cup")
+    inputs = made.inputs([models.random_video(3, 28, 28)], ["What falls?"], response="a cup")
     frames = frame_ids(inputs["input_ids"], made.config, video_grid_thw=inputs["video_grid_thw"])
     count = int(frames.num_frames[0])
     names = {

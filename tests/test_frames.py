@@ -69,8 +69,8 @@ def test_text_alone() -> None:
 @pytest.mark.parametrize("build", [models.qwen2_5_vl, models.qwen3_vl])
 def test_processor_and_config_agree_with_what_the_processor_made(build) -> None:
     tiny = build()
-    # 64 x 64 and 64 x 96 pixels: both families give 4 and 6 tokens a frame. The second prompt has no video.
-    videos = [models.random_video(3, 64, 64), None, models.random_video(2, 64, 96)]
+    # 28 x 28 and 28 x 42 pixels: both families give 4 and 6 tokens a frame. The second prompt has no video.
+    videos = [models.random_video(3, 28, 28), None, models.random_video(2, 28, 42)]
     batch = tiny.inputs(videos, ["What?", "No video here", "And here, after a longer question?"])
     found = [
         frame_ids(batch["input_ids"], source, video_grid_thw=batch["video_grid_thw"])

@@ -79,8 +79,8 @@ def test_shares_are_counted_token_by_token(reduction):
 @pytest.mark.parametrize("layers", [None, 2, [0, -1]])
 def test_heads_are_those_of_eager_weights(build, layers):
     tiny = build()
-    videos = [models.random_video(3, 64, 64), models.random_video(5, 64, 96, seed=1)]
-    inputs = tiny.inputs(videos, ["What?", "And what in this longer question?"], "B" * RESPONSE)
+    videos = [models.random_video(3, 28, 28), models.random_video(5, 28, 42, seed=1)]
+    inputs = tiny.inputs(videos, ["What?", "And what in this longer question?"], "B " * RESPONSE)
     frames = frame_ids(inputs["input_ids"], tiny.config, video_grid_thw=inputs["video_grid_thw"])
     length = inputs["input_ids"].shape[1]
     rows = response_rows(length - RESPONSE, RESPONSE)
@@ -105,7 +105,7 @@ def test_heads_are_those_of_eager_weights(build, layers):
 
 def test_a_mask_of_another_shape_is_refused():
     tiny = models.qwen2_5_vl()
-    inputs = tiny.inputs([models.random_video(2, 64, 64)], ["What?"], "B" * RESPONSE)
+    inputs = tiny.inputs([models.random_video(2, 28, 28)], ["What?"], "B " * RESPONSE)
     frames = frame_ids(inputs["input_ids"], tiny.config, video_grid_thw=inputs["video_grid_thw"])
     with pytest.raises(ValueError, match="`valid`"):
         record_head_mass(tiny.model, frames, rows=slice(-4, -1), valid=torch.ones(1, 5, dtype=torch.bool))

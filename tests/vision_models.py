@@ -23,11 +23,11 @@ def _qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
     patch = 7
     tower = {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 128}
     config = hf.Qwen2VLConfig(
-        text_config=tiny._text(tokenizer, ROPE, {}),
-        vision_config=tower | tiny._patches(patch),
-        **tiny._special_ids(tokenizer),
+        text_config=tiny.text_settings(tokenizer, ROPE, {}),
+        vision_config=tower | tiny.patches(patch),
+        **tiny.special_ids(tokenizer),
     )
-    size = tiny._pixels(patch)
+    size = tiny.pixels(patch)
     processor = hf.Qwen2VLProcessor(
         image_processor=hf.Qwen2VLImageProcessor(patch_size=patch, size=size),
         tokenizer=tokenizer,
@@ -44,9 +44,9 @@ def _third(config: Any, model: Any, text: dict[str, Any], **vision: Any) -> Call
         rope = {**INTERLEAVED, **text.get("rope", {})}
         sizes = {name: value for name, value in text.items() if name != "rope"}
         made = config(
-            text_config={**tiny._text(tokenizer, rope, {}), "head_dim": 32, **sizes},
-            vision_config={**VISION, **tiny._patches(8), "num_position_embeddings": 64, **vision},
-            **tiny._special_ids(tokenizer),
+            text_config={**tiny.text_settings(tokenizer, rope, {}), "head_dim": 32, **sizes},
+            vision_config={**VISION, **tiny.patches(8), "num_position_embeddings": 64, **vision},
+            **tiny.special_ids(tokenizer),
         )
         return model(made), build_tiny(family="qwen3_vl")[1]
 

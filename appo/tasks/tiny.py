@@ -143,20 +143,22 @@ def build_tiny(seed: int = 0, *, family: str = "qwen2_5_vl", **text_options: Any
 
 def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, text_options: dict[str, Any]) -> tuple[Any, Any]:
     patch = 7
+    text = text_settings(tokenizer, {"rope_type": "default", "mrope_section": [4, 6, 6]}, text_options)
     config = Qwen2_5_VLConfig(
-        text_config=_text(tokenizer, {"rope_type": "default", "mrope_section": [4, 6, 6]}, text_options),
+        text_config=text,
         # At 2 samples a grid step and 4 a second, 2 tokens a second make neighbouring grid steps neighbouring
         # positions.
         vision_config={
             **VISION,
-            **_patches(patch),
+            **patches(patch),
+            "out_hidden_size": text["hidden_size"],
             "window_size": 28,
             "fullatt_block_indexes": [1],
             "tokens_per_second": 2,
         },
-        **_special_ids(tokenizer),
+        **special_ids(tokenizer),
     )
-    size = _pixels(patch)
+    size = pixels(patch)
     processor = Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=patch, size=size),
         tokenizer=tokenizer,
@@ -169,12 +171,19 @@ def _qwen2_5_vl(tokenizer: PreTrainedTokenizerFast, text_options: dict[str, Any]
 def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, text_options: dict[str, Any]) -> tuple[Any, Any]:
     patch = 8
     rope = {"rope_type": "default", "mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    text = text_settings(tokenizer, rope, text_options)
     config = Qwen3VLConfig(
-        text_config={**_text(tokenizer, rope, text_options), "head_dim": 32},
-        vision_config={**VISION, **_patches(patch), "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]},
-        **_special_ids(tokenizer),
+        text_config={**text, "head_dim": 32},
+        vision_config={
+            **VISION,
+            **patches(patch),
+            "out_hidden_size": text["hidden_size"],
+            "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        **special_ids(tokenizer),
     )
-    size = _pixels(patch)
+    size = pixels(patch)
     processor = Qwen3VLProcessor(
         image_processor=Qwen2VLImageProcessor(patch_size=patch, size=size),
         tokenizer=tokenizer,
@@ -189,7 +198,8 @@ def _qwen3_vl(tokenizer: PreTrainedTokenizerFast, text_options: dict[str, Any]) 
 FAMILIES = {"qwen2_5_vl": _qwen2_5_vl, "qwen3_vl": _qwen3_vl}
 
 
-def _text(tokenizer: PreTrainedTokenizerFast, rope: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+def text_settings(tokenizer: PreTrainedTokenizerFast, rope: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """Of the text model; ``options`` replace the demo's."""
     return {
         **TEXT,
         "vocab_size": len(tokenizer),
@@ -201,16 +211,18 @@ def _text(tokenizer: PreTrainedTokenizerFast, rope: dict[str, Any], options: dic
     }
 
 
-def _patches(patch: int) -> dict[str, Any]:
+def patches(patch: int) -> dict[str, Any]:
+    """Of the vision tower: patches of ``patch`` pixels, merged 2 x 2, two samples a grid step."""
     return {"patch_size": patch, "spatial_merge_size": 2, "temporal_patch_size": 2}
 
 
-def _pixels(patch: int) -> dict[str, Any]:
+def pixels(patch: int) -> dict[str, Any]:
     """Frames of one token to 64: a clip of 28 x 28 pixels is taken as it comes."""
     return {"shortest_edge": (2 * patch) ** 2, "longest_edge": 64 * (2 * patch) ** 2}
 
 
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def special_ids(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Ids of the tokens around and in place of media, as a config names them."""
     names = ("image_pad", "video_pad", "vision_start", "vision_end")
     keys = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
     return {key: tokenizer.convert_tokens_to_ids(f"<|{name}|>") for key, name in zip(keys, names, strict=True)}
