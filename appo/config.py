@@ -119,6 +119,9 @@ class APPOConfig:
     max_grad_norm: float = setting(1.0, above=0, hint="A large number, such as 1e9, clips nothing.")
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16", "float16"))
     attn_implementation: str = setting("sdpa", choices=ATTENTION)
+    # Positions of text behind a video in Qwen2-VL and Qwen2.5-VL (docs/models.md): those the models were trained with,
+    # which vLLM has too, or those of transformers >= 5.3.
+    video_positions: str = setting("original", choices=("original", "transformers"))
     # Compute a group's prompt once, groups in one row without padding: needs full attention in every layer.
     share_prompt: str = setting("auto", choices=("auto", "on", "off"))
     gradient_checkpointing: bool = setting(False)

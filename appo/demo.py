@@ -22,6 +22,7 @@ from appo.config import APPOConfig, ConfigError
 from appo.data.load import load_records
 from appo.data.prompts import PromptBuilder
 from appo.data.records import Record
+from appo.models.positions import use_positions
 from appo.reports.inspect_clip import draw_group, sample_group
 from appo.reports.run_report import write_report
 from appo.reports.runs import Run, read_runs
@@ -135,17 +136,26 @@ def make_clips(folder: Path, seed: int, **options: Any) -> None:
 
 
 def warm_start(
-    folder: Path, clips: Path, seed: int, *, model_options: dict[str, Any] | None = None, **options: Any
+    folder: Path,
+    clips: Path,
+    seed: int,
+    *,
+    model_options: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
 ) -> None:
     """A tiny Qwen2.5-VL that has learned the answer format on the easy split, saved as transformers saves models.
 
-    model_options: of `appo.tasks.tiny.build_tiny`. options: of `appo.tasks.warmup.warm_up`.
+    model_options: of `appo.tasks.tiny.build_tiny`. settings: what differs from `SETTINGS`. options: of
+    `appo.tasks.warmup.warm_up`.
     """
     from appo.tasks.tiny import build_tiny
     from appo.tasks.warmup import warm_up
 
     model, processor = build_tiny(seed, **(model_options or {}))
-    builder = PromptBuilder(processor, model.config, APPOConfig.from_dict(SETTINGS))
+    config = APPOConfig.from_dict(SETTINGS | (settings or {}))
+    use_positions(model, config.video_positions)
+    builder = PromptBuilder(processor, model.config, config)
     with Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=console) as progress:
         records = load_records(clips / "warmup.json")
         decoding = progress.add_task("decoding clips", total=len(records))

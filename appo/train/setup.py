@@ -18,6 +18,7 @@ from appo.models.load import check_fits, from_pretrained, without_weights
 from appo.models.loaded import enable_checkpointing, unwrapped
 from appo.models.merge import CONFIG as ADAPTER_CONFIG
 from appo.models.merge import base_model, has_processor
+from appo.models.positions import use_positions
 from appo.train.policy import Policy
 from appo.train.sharding import loads_weights, place
 
@@ -54,6 +55,7 @@ def load_model(config: APPOConfig, *, trained: bool = True) -> tuple[nn.Module, 
         attn_implementation=config.attn_implementation,
     )
     check_fits(config, model, processor)
+    use_positions(model, config.video_positions)
     return (model if adapters is None else _with_adapters(model, adapters, config)), processor
 
 
@@ -86,7 +88,8 @@ def autocast(config: APPOConfig, device: torch.device) -> AbstractContextManager
 
 
 def prepare_model(model: Any, config: APPOConfig) -> nn.Module:
-    """Freeze the vision tower, add LoRA adapters and gradient checkpointing, as configured."""
+    """Freeze the vision tower, add LoRA adapters, gradient checkpointing and positions, as configured."""
+    use_positions(model, config.video_positions)
     if not config.lora_rank and hasattr(model, "peft_config"):
         raise ConfigError(
             f"`lora_rank`: expected {model.peft_config['default'].r}, that of the model's adapters, got 0."
