@@ -66,5 +66,5 @@ def go_on_after_largest(positions: Tensor, types: Tensor, mask: Tensor) -> Tenso
     before = largest.gather(1, (runs - 1).clamp(min=0))
     behind_pixels = begins & (kinds >= 0) & (kinds.roll(1, -1) > 0)
     # Height and width start where the run does; time may have been scaled.
-    moved = torch.where(behind_pixels, before + 1 - positions[1], 0).cumsum(-1)
+    moved = (before + 1 - positions[1]).masked_fill(~behind_pixels, 0).cumsum(-1)
     return positions + moved * mask
