@@ -115,6 +115,8 @@ class APPOConfig:
     lr_schedule: str = setting("constant", choices=("constant", "cosine", "linear"))
     warmup_steps: int = setting(0, at_least=0)
     weight_decay: float = setting(0.0, at_least=0, at_most=1)
+    # AdamW, or bitsandbytes': state in 8 bits, in host memory where the GPU's is full ("paged"), or both.
+    optimizer: str = setting("adamw", choices=("adamw", "adamw_8bit", "adamw_paged", "adamw_paged_8bit"))
     adam_beta2: float = setting(0.999, at_least=0, below=1)
     max_grad_norm: float = setting(1.0, above=0, hint="A large number, such as 1e9, clips nothing.")
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16", "float16"))
@@ -133,6 +135,7 @@ class APPOConfig:
     freeze_vision: bool = setting(True)
     lora_rank: int = setting(0, at_least=0)  # 0: full fine-tuning
     lora_alpha: int = setting(32, at_least=1)
+    dora: bool = setting(False)  # adapters with a trained norm of each row (DoRA)
     lora_targets: list[str] = setting(
         factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], required=True, each=Constraint(required=True)
     )
@@ -200,6 +203,11 @@ class APPOConfig:
             raise ConfigError(
                 "`dtype`: expected bfloat16 or float32 with shard = fsdp, got float16, whose loss scaling shards do "
                 "not agree on. Change either."
+            )
+        if self.shard == "fsdp" and self.optimizer != "adamw":
+            raise ConfigError(
+                f"`optimizer`: expected adamw with shard = fsdp, got {self.optimizer}, which does not take shards. "
+                "Set `offload: true` to keep its state in the host's memory."
             )
         for name in ("shard_group", "offload"):
             if getattr(self, name) and self.shard == "none":

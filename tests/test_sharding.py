@@ -60,6 +60,7 @@ def test_two_processes_train_and_save_as_one(tmp_path):
 # What else changes which weights are sharded, trained or saved; and what makes other forwards (a reference policy).
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"lora_rank": 4},
+    "dora": {"lora_rank": 4, "dora": True},
     "lora with a reference": {"lora_rank": 4, "beta": 0.1},
     "tied": {"tied": True},
     "frozen tower, checkpointing": {"freeze_vision": True, "gradient_checkpointing": True},
@@ -136,6 +137,18 @@ def test_shards_are_trained_as_copies_are(tmp_path):
     train_together(2, *runs)
     for name in BY_PROCESS:
         assert distance(final(tmp_path / f"fsdp {name}"), final(tmp_path / f"none {name}")) < 1e-6, name
+
+
+@pytest.mark.slow
+def test_a_sharded_run_goes_on_in_other_numbers_of_processes(tmp_path):
+    settings = TINY | {"prompts_per_step": 6, "save_every": 1, "output": str(tmp_path / "parts"), "shard": "fsdp"}
+    for steps, world in ((1, 2), (2, 3)):
+        train_together(world, settings | {"max_steps": steps})
+    train(settings.pop("output"), **(settings | {"max_steps": 3}))
+    train(str(tmp_path / "whole"), **(settings | {"max_steps": 3}))
+    assert distance(final(tmp_path / "parts"), final(tmp_path / "whole")) < 1e-6
+    for ours, theirs in zip(metrics(tmp_path / "parts"), metrics(tmp_path / "whole"), strict=True):
+        assert ours == pytest.approx(theirs, rel=2e-6, abs=1e-6)
 
 
 @pytest.mark.slow

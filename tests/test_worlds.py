@@ -1,11 +1,16 @@
 """Any number of processes, copies or shards, trains, measures, answers and saves as one does."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import training
 from sharded_run import train_together
 from test_sharding import assert_same_run
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from appo.train.evaluate import evaluate
 
 # Of the six prompts of the first step three have no video and no signal: none, one or both of a process of three, two
 # or one of a process of two; and those of one process of three are all such. More processes than questions answer them.
@@ -41,3 +46,19 @@ def test_every_number_of_processes_trains_as_one(tmp_path: Path) -> None:
         for world in (2, 3):
             for shard in ("none", "fsdp"):
                 assert_same_run(tmp_path / f"{kind}, {world} {shard}", tmp_path / f"{kind}, 1 none")
+
+
+@pytest.mark.slow
+def test_what_is_saved_is_loaded_by_transformers_and_answers_alike(tmp_path: Path) -> None:
+    train_together(2, UNEVEN | {"output": str(tmp_path), "shard": "fsdp", "without": ()})
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "final", dtype="float32")
+    processor = AutoProcessor.from_pretrained(tmp_path / "final")
+    values = evaluate(
+        model, processor, training.records()[:3], training.config(tmp_path, max_new_tokens=UNEVEN["max_new_tokens"])
+    )
+    assert values == {name: value for name, value in last_evaluation(tmp_path).items() if name not in ("step", "split")}
+
+
+def last_evaluation(output: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((output / "eval.jsonl").read_text().splitlines()[-1])
+    return found

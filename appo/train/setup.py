@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -111,7 +111,9 @@ def prepare_model(model: Any, config: APPOConfig) -> nn.Module:
         ]
         if not targets:
             raise ConfigError(f"`lora_targets`: expected names of modules of the model, got {config.lora_targets}.")
-        lora = LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
+        lora = LoraConfig(
+            r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets, use_dora=config.dora
+        )
         with torch.random.fork_rng():  # adapters start at random: by the seed of the run
             torch.manual_seed(config.seed)
             model = get_peft_model(model, lora)
@@ -129,15 +131,31 @@ def vision_tower(model: Any) -> nn.Module:
 
 
 def build_optimizer(policy: nn.Module, config: APPOConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained; no weight decay on vectors (norms, biases)."""
+    """AdamW over what is trained; no weight decay on vectors (norms, biases).
+
+    Raises ConfigError where ``config.optimizer`` needs a package that is not installed.
+    """
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=config.learning_rate, betas=(0.9, config.adam_beta2)
-    )
+    arguments: Any = {
+        "params": [group for group in groups if group["params"]],
+        "lr": config.learning_rate,
+        "betas": (0.9, config.adam_beta2),
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(**arguments, fused=True)  # no copies of the gradients at work
+    try:
+        from bitsandbytes import optim
+    except ImportError as error:
+        raise ConfigError(
+            f"`optimizer`: {config.optimizer} needs bitsandbytes, which cannot be imported ({error}). "
+            "pip install 'appo[bitsandbytes]'"
+        ) from error
+    kinds = {"adamw_8bit": optim.AdamW8bit, "adamw_paged": optim.PagedAdamW, "adamw_paged_8bit": optim.PagedAdamW8bit}
+    return cast(torch.optim.Optimizer, kinds[config.optimizer](**arguments))
 
 
 def learning_rate(step: int, config: APPOConfig) -> float:
