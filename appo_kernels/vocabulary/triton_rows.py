@@ -6,8 +6,8 @@ once by ``fold`` (log-sum-exp, entropy, logit of the target) and once by ``gradi
 
     gradient_v = p_v (constant - slope log p_v), ``at_target`` where v is the target; then through cap and temperature
 
-Shapes: m rows of a tile, v columns of V. A row may lie anywhere: row r of the kernels is row ``rows[r]`` of a (B, T, v)
-tensor of any strides with a unit last one.
+Shapes: m rows of a tile, v columns of V. Rows are those of a (B, T, v) tensor of any strides with a unit last one,
+m = B T.
 """
 
 import torch
@@ -24,7 +24,7 @@ PEAK, TOTAL, MOMENT, PICKED = range(4)
 
 
 # Read one number at a time: where they start, which slices of them decide, is no reason to compile another kernel.
-ROW_VECTORS = ("p_rows", "p_targets", "p_lse", "p_constant", "p_slope", "p_at_target")
+ROW_VECTORS = ("p_mask", "p_targets", "p_lse", "p_constant", "p_slope", "p_at_target")
 
 
 @triton.jit
@@ -33,6 +33,14 @@ def tanh(x):
     square = x * x
     series = x * (1.0 + square * (-1.0 / 3 + square * (2.0 / 15 + square * (-17.0 / 315 + square * (62.0 / 2835)))))
     return tl.where(tl.abs(x) < 0.3, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
+
+
+@triton.jit
+def exp_minus_line(d):
+    """exp(d) - d - 1, by its series near 0, where the difference would cancel."""
+    series = 1.0 / 24 + d * (1.0 / 120 + d * (1.0 / 720 + d * (1.0 / 5040 + d * (1.0 / 40320))))
+    series = d * d * (0.5 + d * (1.0 / 6 + d * series))
+    return tl.where(tl.abs(d) < 0.5, series, tl.exp(d) - d - 1.0)
 
 
 @triton.jit
@@ -53,22 +61,24 @@ def load_logits(p_row, p_bias, column, inside, BIAS: tl.constexpr):
 
 
 @triton.jit
-def row_offset(p_rows, r, T, stride_b, stride_t, LISTED: tl.constexpr):
+def row_offset(r, T, stride_b, stride_t):
     """Where row r starts; int64: 4,096 x 152,064 elements do not fit 31 bits."""
     row = r.to(tl.int64)
-    if LISTED:
-        row = tl.load(p_rows + r).to(tl.int64)
     return row // T * stride_b + row % T * stride_t
 
 
-@triton.jit(do_not_specialize=["p_rows", "p_targets", "p_state", "stride_state", "T", "first_column", "v"])
+@triton.jit(do_not_specialize=["p_mask", "p_targets", "p_state", "stride_state", "T", "first_column", "v"])
 def fold_kernel(
-    p_logits, p_rows, p_bias, p_targets, p_state, stride_b, stride_t, stride_state, T, first_column, v,
-    cap, temperature, CAP: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr, BLOCK: tl.constexpr,
+    p_logits, p_mask, p_bias, p_targets, p_state, stride_b, stride_t, stride_state, T, first_column, v,
+    cap, temperature, CAP: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Takes the columns of one row into its state. One program per row."""
+    """Takes the columns of one row into its state, unless it is masked. One program per row."""
     r = tl.program_id(0)
-    p_logits += row_offset(p_rows, r, T, stride_b, stride_t, LISTED)
+    if MASKED:
+        unread = tl.load(p_mask + r) == 0.0
+        if unread:
+            return
+    p_logits += row_offset(r, T, stride_b, stride_t)
     peak = tl.load(p_state + r)
     total = tl.load(p_state + stride_state + r)
     moment = tl.load(p_state + 2 * stride_state + r)
@@ -98,19 +108,21 @@ def fold_kernel(
 
 @triton.jit(do_not_specialize=[*ROW_VECTORS, "T", "first_column", "v"])
 def gradient_kernel(
-    p_logits, p_out, p_rows, p_bias, p_targets, p_lse, p_constant, p_slope, p_at_target,
+    p_logits, p_out, p_mask, p_bias, p_targets, p_lse, p_constant, p_slope, p_at_target,
     stride_b, stride_t, stride_ob, stride_ot, T, first_column, v, cap, temperature,
-    CAP: tl.constexpr, BIAS: tl.constexpr, LISTED: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    CAP: tl.constexpr, BIAS: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of a block of columns of one row to the same row of p_out, or with PACKED to its row r.
-
-    p_out may be p_logits unless PACKED.
-    """
+    """Writes the gradient of a block of columns of one row to the same row of p_out, which may be p_logits; 0 where the
+    row is masked."""
     r = tl.program_id(0)
-    offset = row_offset(p_rows, r, T, stride_b, stride_t, LISTED)
-    out = r.to(tl.int64) * stride_ot if PACKED else row_offset(p_rows, r, T, stride_ob, stride_ot, LISTED)
+    offset, out = row_offset(r, T, stride_b, stride_t), row_offset(r, T, stride_ob, stride_ot)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < v
+    if MASKED:
+        unread = tl.load(p_mask + r) == 0.0
+        if unread:
+            tl.store(p_out + out + column, tl.zeros([BLOCK], p_out.dtype.element_ty), mask=inside)
+            return
     x = load_logits(p_logits + offset, p_bias, column, inside, BIAS)
     slope_of_cap = 1.0
     if CAP:
@@ -139,23 +151,24 @@ def fold(
     state: Tensor,
     *,
     first_column: int = 0,
-    rows: Tensor | None = None,
+    mask: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> None:
-    """Takes columns ``first_column``.. of some rows into ``state`` (4, m), unit last stride.
+    """Takes columns ``first_column``.. of rows into ``state`` (4, m), unit last stride.
 
-    logits: (m, v), or (B, T, v) with ``rows`` (m,) flat indices b T + t; raw, any float dtype, read once. bias (v,):
-    the part that belongs to these columns. targets (m,): token ids, counted from the first column of the vocabulary.
+    logits: (m, v) or (B, T, v), m = B T; raw, any float dtype, read once. bias (v,): the part that belongs to these
+    columns. targets (m,): token ids, counted from the first column of the vocabulary. mask (m,) fp32: rows where it is
+    0 are not read.
     """
     stride_b, stride_t, T, v = row_layout(logits)
     if not targets.shape[0] * v:
         return
     fold_kernel[(targets.shape[0],)](
-        logits, targets if rows is None else rows, targets if bias is None else bias, targets, state,
+        logits, state if mask is None else mask, targets if bias is None else bias, targets, state,
         stride_b, stride_t, state.stride(0), T, first_column, v, softcap or 1.0, temperature,
-        CAP=softcap is not None, BIAS=bias is not None, LISTED=rows is not None,
+        CAP=softcap is not None, BIAS=bias is not None, MASKED=mask is not None,
         BLOCK=FOLD_COLUMNS if v > FEW_COLUMNS else FEW_COLUMNS, num_warps=8,
     )  # fmt: skip
 
@@ -178,15 +191,14 @@ def gradient(
     out: Tensor,
     *,
     first_column: int = 0,
-    rows: Tensor | None = None,
+    mask: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> None:
-    """Writes the gradient of the raw logits of some rows; other arguments as of ``fold``, vectors (m,) fp32.
+    """Writes the gradient of the raw logits; other arguments as of ``fold``, vectors (m,) fp32.
 
-    out: like ``logits``, or ``logits`` itself: each row in its place; or, for listed rows of (m, v) logits, another
-    (k, v) tensor: one row after the other.
+    out: like ``logits``, or ``logits`` itself; rows where the mask is 0 become 0.
     """
     stride_b, stride_t, T, v = row_layout(logits)
     stride_ob, stride_ot, _, _ = row_layout(out)
@@ -195,10 +207,9 @@ def gradient(
         return
     block = GRADIENT_COLUMNS if v > FEW_COLUMNS else FEW_COLUMNS
     gradient_kernel[(m, triton.cdiv(v, block))](
-        logits, out, targets if rows is None else rows, targets if bias is None else bias, targets, lse, constant,
+        logits, out, lse if mask is None else mask, targets if bias is None else bias, targets, lse, constant,
         slope, at_target, stride_b, stride_t, stride_ob, stride_ot, T, first_column, v, softcap or 1.0, temperature,
-        CAP=softcap is not None, BIAS=bias is not None, LISTED=rows is not None,
-        PACKED=rows is not None and out.shape != logits.shape, BLOCK=block, num_warps=4,
+        CAP=softcap is not None, BIAS=bias is not None, MASKED=mask is not None, BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 

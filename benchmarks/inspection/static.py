@@ -20,6 +20,8 @@ from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.ops.frame_attention import triton as frame_attention
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence_from_logits
+from appo_kernels.ops.weighted_surrogate.kinds import Options
+from appo_kernels.ops.weighted_surrogate.triton import terms
 from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state
 from benchmarks.inspection import sass
 from ptxsim import triton_device
@@ -100,6 +102,11 @@ def logits_entries(arch: int) -> Iterator[Entry]:
             fold(logits, rows, new_state(GROUP, zeros), **head)
             gradient(logits, rows, *[zeros] * 4, logits, **head)
         gradient(logits.float(), rows, *[zeros] * 4, logits)
+        for level in ("token", "sequence"):
+            options = Options(0.2, 0.28, None, 0.0, level)
+            state, table = new_state(GROUP, zeros), torch.zeros(7, GROUP)
+            totals = {"loss": zeros[0], "metrics": torch.zeros(10), "rows": torch.zeros(4, GROUP)}
+            terms(state, table, options, tokens=GROUP, **totals)
         slots = torch.zeros(1, GROUP, GROUP, dtype=torch.int64)
         for kind in ("kl", "k3"):
             for held in (logits.float(), logits):
@@ -108,12 +115,16 @@ def logits_entries(arch: int) -> Iterator[Entry]:
                 )
     for launch in device.launches:
         flags, types = launch.constants, [name.removeprefix("*") for name in launch.dtypes]
+        if launch.name == "sums_kernel":
+            continue
         name = launch.name.removesuffix("_kernel")
         if name == "slots":
             name += " of " + ("kl" if flags["KL"] else "k3")
         elif name == "gradient" and types[0] != types[1]:
             name += f" to {types[1]}"
-        name += " with bias and cap" if flags["BIAS"] else ""
+        elif name == "terms":
+            name += " of responses" if flags["SEQUENCE"] else ""
+        name += " with bias and cap" if flags.get("BIAS") else ""
         yield _entry(launch, name, types[0], None, arch, f"{flags.get('GP', 1)}x{flags['BLOCK']}")
 
 

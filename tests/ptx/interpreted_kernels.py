@@ -3,6 +3,9 @@
 The interpreter multiplies the raw bits of bf16 numbers in a matrix product, so bf16 is left to the compiled kernels.
 """
 
+import sys
+from pathlib import Path
+
 import attention_layouts as layouts
 import pytest
 import torch
@@ -13,6 +16,12 @@ from appo_kernels.ops.frame_mass import streaming
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence
 from appo_kernels.ops.token_logprobs import token_logprobs
+from appo_kernels.ops.weighted_surrogate import linear_weighted_surrogate, weighted_surrogate
+from appo_kernels.ops.weighted_surrogate import reference as surrogate_reference
+from appo_kernels.ops.weighted_surrogate import triton as surrogate_triton
+
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
+import surrogate_cases
 
 SCALE = 0.21
 
@@ -80,3 +89,72 @@ def test_bf16_attention_is_refused(op):
     value = {"value": query} if op == "frame_attention" else {}
     with pytest.raises(ValueError, match=rf"^{op}: `backend`: .*interpreter cannot multiply bf16"):
         getattr(appo_kernels, op)(query, query, frame_ids=ids, num_frames=1, backend="triton", **value)
+
+
+# Every kind at every level that it has; the KL term, its ratio and two-sided clipping once for each.
+KINDS = [
+    (kind, level)
+    for kind in ("clip", "cispo", "sapo", "dppo_tv", "gpg", "gspo_token")
+    for level in (("token",) if kind == "dppo_tv" else ("token", "sequence"))
+]
+TERMS = [{}, {"beta": 0.1, "delta": 1.4}, {"beta": 0.1, "kl_ratio": True}]
+
+
+@pytest.mark.parametrize("options", TERMS, ids=str)
+@pytest.mark.parametrize(("kind", "level"), KINDS)
+def test_weighted_surrogate(kind, level, options):
+    """Responses of two parts of a program's tokens and a rest, one of them masked entirely, garbage where masked."""
+    case = surrogate_cases.per_token(B=3, T=1100, dtype=torch.float32)
+    kind_and_level = {"kind": kind, "level": level}
+
+    def run(case, function=weighted_surrogate, **more):
+        loss, metrics = function(**case, **kind_and_level, **options, **more)
+        return loss, torch.stack(list(metrics.values())), torch.autograd.grad(loss, case["logprobs"])[0]
+
+    expected = run(surrogate_cases.cast(case, torch.float64), surrogate_reference.weighted_surrogate)
+    framework = run(case, surrogate_reference.weighted_surrogate)
+    poisoned = surrogate_cases.poisoned(case)
+    got = run(poisoned, backend="triton")
+    assert not got[2][~case["mask"]].any()
+    for name, a, b, c in zip(("loss", "metrics", "gradient"), got, expected, framework, strict=True):
+        known = ~b.isnan()
+        assert torch.equal(a.isnan(), b.isnan())
+        testing.assert_as_good_as(a[known], b[known], c[known], factor=3.0, atol=3e-6, name=name)
+
+
+def test_weighted_surrogate_of_nothing():
+    """No token, no response, no valid token: the loss is exactly 0 and so are its sums."""
+    for B, T in ((0, 4), (2, 0), (2, 5)):
+        case = surrogate_cases.per_token(B=2, T=5, dtype=torch.float32)
+        case = {n: x[:B, :T] if x.dim() == 2 else x[:B] for n, x in surrogate_cases.cast(case, torch.float32).items()}
+        case["mask"] = torch.zeros(B, T, dtype=torch.bool)
+        result = weighted_surrogate(**case, backend="triton")
+        assert result.loss == 0 and result.metrics["clip_low"] == 0 and result.metrics["effective_tokens"] == 0
+        assert result.metrics["ratio_max"] == 0 and result.metrics["entropy"].isnan()
+
+
+def test_gradients_are_scaled_in_place():
+    """By the gradient of the loss, again by another one, not at all by 1, in every dtype, ends of blocks included."""
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.randn(4097, generator=torch.Generator().manual_seed(0)).to(dtype)
+        gradient = values.clone()
+        one, half = torch.tensor(1.0), torch.tensor(0.5)
+        surrogate_triton.scale_([gradient], one)
+        assert torch.equal(gradient, values)
+        surrogate_triton.scale_([gradient], half)
+        assert torch.equal(gradient, values * 0.5)
+        spaced = torch.zeros(4, 6, dtype=dtype)[:, ::2]
+        surrogate_triton.scale_([spaced.fill_(2)], half)
+        assert (spaced == 1).all()
+
+
+def test_a_second_backward_says_when_it_cannot_be():
+    case = surrogate_cases.from_hidden(dtype=torch.float32)
+    case.pop("bias")
+    loss = linear_weighted_surrogate(**case, backend="triton").loss
+    leaves = [case["hidden"], case["weight"]]
+    once = [g.clone() for g in torch.autograd.grad(loss, leaves, retain_graph=True)]
+    thrice = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    torch.testing.assert_close(list(thrice), [3 * gradient for gradient in once])
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, leaves)

@@ -37,10 +37,10 @@ def test_logits(spread):
     for held in (logits.clone(), spread(logits, ((1 << 31) + 64, 1 << 28, 1))):
         with triton_device.simulated():
             state = new_state(B * T, coefficients)
-            fold(held, targets, state, rows=rows)
+            fold(held, targets, state)
             logprobs, entropy, lse = triton_rows.results(state)
             divergence = group_divergence_from_logits(held, lse.view(B, T), slots, backend="triton")
-            gradient(held, targets, lse, *coefficients, held, rows=rows)  # in the place of the logits
+            gradient(held, targets, lse, *coefficients, held)  # in the place of the logits
         results.append((logprobs, entropy, divergence, held))
     for near, distant in zip(*results, strict=True):
         assert torch.equal(near, distant)

@@ -50,7 +50,7 @@ def test_waits_do_not_grow_with_tiles(monkeypatch):
     few = len(rehearsed(monkeypatch, tile_rows=48).of_kind(SYNC))
     monkeypatch.setattr(output_head, "MAX_TILE_ROWS", 8)
     many = len(rehearsed(monkeypatch, tile_rows=8).of_kind(SYNC))
-    assert many <= few + 4  # one for each tile: to be 0
+    assert few == many == 1  # the check of values, which brings the numbers of tokens along
 
 
 # (tokens, hidden size) at a vocabulary of 152,064: 3B, 7B and 32B models, few tokens and many.

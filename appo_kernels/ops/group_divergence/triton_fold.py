@@ -4,15 +4,7 @@
 import triton
 import triton.language as tl
 
-from appo_kernels.vocabulary.triton_rows import scaled
-
-
-@triton.jit
-def exp_minus_line(d):
-    """exp(d) - d - 1, by its series near 0, where the difference would cancel."""
-    series = 1.0 / 24 + d * (1.0 / 120 + d * (1.0 / 720 + d * (1.0 / 5040 + d * (1.0 / 40320))))
-    series = d * d * (0.5 + d * (1.0 / 6 + d * series))
-    return tl.where(tl.abs(d) < 0.5, series, tl.exp(d) - d - 1.0)
+from appo_kernels.vocabulary.triton_rows import exp_minus_line, scaled
 
 
 @triton.jit(do_not_specialize=["T", "missing", "S", "G", "v", "first_chunk", "chunks"])

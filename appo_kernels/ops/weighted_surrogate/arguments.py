@@ -1,5 +1,6 @@
 """Checks of the arguments that the three surrogates share, and what the backends take instead of them."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -202,13 +203,14 @@ def check_values(
     beta: float = 0.0,
     targets: Tensor | None = None,
     vocabulary: int = 0,
-) -> None:
-    """Value checks on valid tokens; one device synchronisation if all pass.
+    numbers: Sequence[Tensor] = (),
+) -> list[int]:
+    """Value checks on valid tokens; one device synchronisation if all pass, which brings ``numbers`` () along.
 
     logprobs, targets: (B, T), of the surrogates that have them; vocabulary: V, of these targets.
     """
     if not checks.values_enabled() or not table.numel():
-        return
+        return checks.on_host(*numbers)
     valid = table[MASK] != 0
     weight, advantage, ref = table[WEIGHT], table[ADVANTAGE], table[REF]
     score = "Score these tokens again, or mask them."
@@ -245,10 +247,12 @@ def check_values(
         wrong = valid & ((targets < 0) | (targets >= vocabulary))
         remedy = "Mask tokens without a target, or pass the weight that has them."
         tests.append(("targets", wrong, targets, f"token ids in [0, {vocabulary})", remedy))
-    if not bool(torch.stack([wrong.any() for _, wrong, *_ in tests]).any()):
-        return
+    any_wrong, *found = checks.on_host(torch.stack([wrong.any() for _, wrong, *_ in tests]).any(), *numbers)
+    if not any_wrong:
+        return found
     for argument, wrong, values, expected, remedy in tests:
         if bool(wrong.any()):
             b, t = wrong.nonzero()[0].tolist()
             got = "another" if values is None else values[b, t].item()
             checks.fail(op, argument, expected, f"{got} at [{b}, {t}]", remedy)
+    raise AssertionError("one of the tests has failed")

@@ -4,6 +4,7 @@ The forward operator writes the loss, the metrics and, where they are wanted, th
 multiplies them with the gradient of the loss, which is 1 when the loss is what ``backward`` is called on.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from appo_kernels.dtypes import compute_dtype
 from appo_kernels.ops.weighted_surrogate.arguments import check_values
 from appo_kernels.ops.weighted_surrogate.kinds import Options
 from appo_kernels.ops.weighted_surrogate.loss import METRICS
+from appo_kernels.ops.weighted_surrogate.tokens import Tokens, mark
 
 OP = "weighted_surrogate"
 
@@ -96,10 +98,14 @@ def linear_weighted_surrogate_forward(
     kl_ratio: bool = False,
 ) -> None:
     """Writes loss () and metrics (10,), and those gradients (B, T, D), (V, D), (V,) that are wanted."""
-    check_values(f"linear_{OP}", table, beta=beta, targets=targets, vocabulary=weight.shape[0])
     options = Options(eps_low, eps_high, delta, beta, level, temperature, softcap, entropy_coef, kind, kl_ratio)
+    order, *numbers = mark(table, options)
+    valid, learning = check_values(
+        f"linear_{OP}", table, beta=beta, targets=targets, vocabulary=weight.shape[0], numbers=numbers
+    )
+    tokens = Tokens(order, valid, learning)
     dispatch.backend_module(OP, backend).linear_forward(
-        hidden, weight, bias, targets, table, options, loss, metrics, grad_hidden, grad_weight, grad_bias
+        hidden, weight, bias, targets, table, tokens, options, loss, metrics, grad_hidden, grad_weight, grad_bias
     )
 
 
@@ -112,18 +118,20 @@ def _empty(like: Tensor, wanted: bool) -> Tensor | None:
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if wanted else None
 
 
-def _scaled(gradient: Tensor | None, factor: Tensor, unit: bool) -> Tensor | None:
-    """``gradient`` times ``factor``. Large ones are scaled where they are: a copy would double the memory.
-
-    A second backward through the same graph then finds a modified saved tensor and raises, unless the factor was 1.
-    """
-    if gradient is None or unit:
-        return gradient
-    return gradient * factor.to(gradient.dtype) if torch.compiler.is_compiling() else gradient.mul_(factor)
-
-
-def _is_one(factor: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and factor.item() == 1.0
+def _scaled(ctx: Any, gradients: Sequence[Tensor | None], factor: Tensor) -> list[Tensor | None]:
+    """``gradients`` times ``factor``, where they are: a copy would double the memory. So there is a second backward
+    through the same graph only where the first had a factor of 1."""
+    if torch.compiler.is_compiling():
+        return [None if g is None else g * factor.to(g.dtype) for g in gradients]
+    if ctx.factor is not None and ctx.factor.item() != 1.0:
+        raise RuntimeError(
+            "a gradient needed for this backward has been modified by an inplace operation: the first backward scaled "
+            "it. Compute the loss again."
+        )
+    ctx.factor = factor
+    there = [gradient for gradient in gradients if gradient is not None]
+    dispatch.backend_module(OP, ctx.backend).scale_(there, factor)
+    return list(gradients)
 
 
 class WeightedSurrogate(torch.autograd.Function):
@@ -168,14 +176,14 @@ class LogitsWeightedSurrogate(torch.autograd.Function):
             source, targets, table, loss, metrics, gradient, *options[:8], backend, *options[8:]
         )
         ctx.save_for_backward(gradient)
+        ctx.backend, ctx.factor = backend, None
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     @differentiable_once(f"logits_{OP}")
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, grad_loss, _is_one(grad_loss)), None, None, None, None, None, None
+        return *_scaled(ctx, ctx.saved_tensors, grad_loss), None, None, None, None, None, None
 
 
 class LinearWeightedSurrogate(torch.autograd.Function):
@@ -203,12 +211,11 @@ class LinearWeightedSurrogate(torch.autograd.Function):
             hidden, weight, bias, targets, table, loss, metrics, *gradients, *options[:8], backend, *options[8:]
         )
         ctx.save_for_backward(*gradients)
+        ctx.backend, ctx.factor = backend, None
         ctx.mark_non_differentiable(metrics)
         return loss, metrics
 
     @staticmethod
     @differentiable_once(f"linear_{OP}")
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        unit = _is_one(grad_loss)
-        gradients = [_scaled(gradient, grad_loss, unit) for gradient in ctx.saved_tensors]
-        return *gradients, None, None, None, None, None, None, None
+        return *_scaled(ctx, ctx.saved_tensors, grad_loss), None, None, None, None, None, None, None

@@ -1,10 +1,11 @@
 """weighted_surrogate, backend "cuda": csrc/weighted_surrogate.
 
-``logits_weighted_surrogate`` is two kernels, each of which reads every row of logits once. The plain surrogate is a few
-operations on (B, T) numbers, the torch backend's; the linear one is matrix products and passes between them, Triton's.
+``logits_weighted_surrogate`` is two kernels, each of which reads every row of logits once. What lies between them, the
+plain surrogate, and the linear one with its matrix products, are Triton's, or torch's without it.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,8 @@ from appo_kernels import cuda_library
 from appo_kernels.dispatch import Problem
 from appo_kernels.ops.weighted_surrogate import streaming
 from appo_kernels.ops.weighted_surrogate.kinds import MASK, SHARE, Options
-from appo_kernels.ops.weighted_surrogate.loss import evaluate
 
 OP = "logits_weighted_surrogate"
-
-forward = streaming.forward
 
 
 class SurrogateParams(cuda_library.Params):
@@ -50,6 +48,16 @@ def unsupported(problem: Problem) -> str | None:
     return cuda_library.why_not(problem, cuda_library.LOGITS)
 
 
+def forward(logprobs: Tensor, *operands: Any) -> None:
+    """Arguments as of ``streaming.forward``."""
+    cuda_library.next_best("weighted_surrogate", logprobs).forward(logprobs, *operands)
+
+
+def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Arguments as of ``streaming.scale_``."""
+    cuda_library.next_best("weighted_surrogate", factor).scale_(gradients, factor)
+
+
 def linear_forward(hidden: Tensor, *operands: Any) -> None:
     """Arguments as of ``streaming.linear_forward``."""
     cuda_library.next_best("weighted_surrogate", hidden).linear_forward(hidden, *operands)
@@ -74,7 +82,8 @@ def logits_forward(
     gradient = grad_logits
     if gradient is not None and gradient.stride(2) != 1:
         gradient = source if gradient.data_ptr() == logits.data_ptr() else torch.empty_like(source)
-    logprobs, entropy, row_max, log_sum = table.new_empty(4, B, T)
+    values = table.new_empty(4, B, T)
+    logprobs, entropy, row_max, log_sum = values
     mask, targets = table[MASK].contiguous(), targets.to(torch.int64).contiguous()
 
     def run(launcher: str, slope: Tensor | None, entropy_slope: Tensor | None) -> None:
@@ -103,9 +112,8 @@ def logits_forward(
         cuda_library.call(OP, launcher, params, logits.device)
 
     run("appo_surrogate_rows", None, None)
-    value, slope, measured = evaluate(logprobs, table, options, entropy)
-    loss.copy_(value)
-    metrics.copy_(measured)
+    between = cuda_library.next_best("weighted_surrogate", logits)
+    slope = between.row_terms(values[:2], table, options, loss, metrics)
     if grad_logits is None or gradient is None:
         return
     run("appo_surrogate_gradient", slope.contiguous(), (table[SHARE] * -options.entropy_coef).contiguous())

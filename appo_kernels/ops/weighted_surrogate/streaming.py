@@ -5,6 +5,8 @@ two for the gradients of hidden and weight. At level "sequence" a token's gradie
 its whole sequence, so the logits are formed twice: 8 MVD.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from appo_kernels import dispatch
 from appo_kernels.dtypes import compute_dtype
 from appo_kernels.ops.weighted_surrogate.kinds import MASK, SHARE, Options
 from appo_kernels.ops.weighted_surrogate.loss import evaluate, token_slope
+from appo_kernels.ops.weighted_surrogate.tokens import Tokens
 from appo_kernels.vocabulary.output_head import OutputHead
 from appo_kernels.vocabulary.torch_rows import Coefficients, block_rows, row_pass
 from appo_kernels.vocabulary.torch_tiles import tiles
@@ -101,6 +104,7 @@ def linear_forward(
     bias: Tensor | None,
     targets: Tensor,
     table: Tensor,
+    tokens: Tokens,
     options: Options,
     loss: Tensor,
     metrics: Tensor,
@@ -114,8 +118,8 @@ def linear_forward(
     """
     B, T, D = hidden.shape
     dtype = compute_dtype(hidden.dtype)
-    batch, token = (table[MASK] != 0).nonzero(as_tuple=True)
-    flat = batch * T + token
+    flat = tokens.order[: tokens.valid]
+    batch, token = flat // max(1, T), flat % max(1, T)
     table_M, targets_M = table[:, batch, token], targets[batch, token].long()
     wants_grad = grad_hidden is not None or grad_weight is not None or grad_bias is not None
     head = OutputHead(weight, bias, grad_weight, grad_bias, flat.shape[0])
@@ -151,3 +155,18 @@ def linear_forward(
     value, _, measured = evaluate(logprobs.view(B, T), table, options, entropy.view(B, T))
     loss.copy_(value)
     metrics.copy_(measured)
+
+
+def row_terms(values: Tensor, table: Tensor, options: Options, loss: Tensor, metrics: Tensor) -> Tensor:
+    """values: (2, B, T) log-probabilities and entropies. Writes loss and metrics, returns d loss / d logprob (B, T)."""
+    value, slope, measured = evaluate(values[0], table, options, values[1])
+    loss.copy_(value)
+    metrics.copy_(measured)
+    return slope
+
+
+def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """``gradients`` times ``factor`` (), in place; nothing is read or written where that is 1."""
+    if gradients and factor.item() != 1.0:
+        for gradient in gradients:
+            gradient.mul_(factor)

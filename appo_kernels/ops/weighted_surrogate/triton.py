@@ -1,42 +1,96 @@
-"""Backend "triton" of the surrogates: the vendor's matrix products, and two Triton passes over each tile of logits.
+"""Backend "triton" of the surrogates: the vendor's matrix products, and Triton passes over tokens and tiles of logits.
 
-The first gives log-probabilities and entropies, then the loss tells each row's coefficients, then the second writes the
-gradient. ``forward``, on log-probabilities, has no vocabulary in it and is torch's.
+``terms_kernel`` has the loss of every token, its derivative and the sums of both; ``triton_rows`` the two passes over
+logits, between which it turns log-probabilities into the coefficients of each row's gradient. Without its matrix
+products a call is four launches, and three more for each tile.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from appo_kernels import dispatch
 from appo_kernels.dtypes import compute_dtype
-from appo_kernels.ops.weighted_surrogate import streaming
-from appo_kernels.ops.weighted_surrogate.kinds import MASK, SHARE, Options
-from appo_kernels.ops.weighted_surrogate.loss import evaluate, token_slope
+from appo_kernels.ops.weighted_surrogate import triton_terms
+from appo_kernels.ops.weighted_surrogate.kinds import MASK, Options
+from appo_kernels.ops.weighted_surrogate.tokens import Tokens
+from appo_kernels.triton_launch import on_its_device
 from appo_kernels.triton_launch import unsupported as _unsupported
 from appo_kernels.vocabulary.output_head import OutputHead
 from appo_kernels.vocabulary.torch_tiles import tiles
-from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state, results
+from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state, row_layout
 
-# Stands for the log-probability of an impossible token in products with its probability, which is 0.
-IMPOSSIBLE = -1e4
-
-forward = streaming.forward
+BLOCK = 512  # tokens that a program has at a time
+SCALED = 4096  # columns of a program of ``scale_``
+KIND = {"clip": 0, "gspo_token": 0, "cispo": 1, "sapo": 2, "dppo_tv": 3, "gpg": 4}
 
 
 def unsupported(problem: dispatch.Problem) -> str | None:
     return _unsupported(problem)
 
 
-def row_coefficients(logprobs: Tensor, entropy: Tensor, g: Tensor, h: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
-    """constant, slope and at_target of ``triton_rows``; g = d loss / d logprob, h = d loss / d entropy, all (m,).
+@on_its_device
+def terms(
+    values: Tensor,
+    table: Tensor,
+    options: Options,
+    *,
+    tokens: int,
+    loss: Tensor | None = None,
+    metrics: Tensor | None = None,
+    slope: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> None:
+    """Everything that log-probabilities give, written into those of the last four that are there.
 
-    dz = g (onehot - p) - h p (log p + H)
+    values: rows of n = B T tokens, a unit last stride: log-probabilities (1, n), with entropies (2, n), or the state
+    (4, n) that ``fold`` leaves. table: (7, n), a unit last stride. tokens: T. loss (), metrics (10,); slope (n,)
+    d loss / d logprob; rows (4, n): lse, constant, slope and at_target of ``triton_rows.gradient``.
     """
-    h = torch.as_tensor(h, dtype=g.dtype, device=g.device).expand_as(g)
-    p_terms = torch.where(logprobs > IMPOSSIBLE, logprobs.exp() * (logprobs + entropy), 0.0)
-    return -g - h * entropy, h.contiguous(), -torch.expm1(logprobs) * g - h * p_terms
+    (given, n), o = values.shape, options
+    responses = n // tokens if tokens else 0
+    parts = 1 if o.sequence_ratio else triton.cdiv(tokens, BLOCK)
+    count = responses * parts
+    sums = torch.empty(max(1, count) * triton_terms.LANES, dtype=torch.float64, device=values.device)
+    outputs = [values] * 4 if rows is None else list(rows.unbind())
+    lse, constant, row_slope, at_target = outputs
+    if count and (loss is not None or slope is not None or rows is not None):
+        triton_terms.terms_kernel[(parts, responses)](
+            values, table, sums, row_slope if slope is None else slope, lse, constant, at_target,
+            values.stride(0), table.stride(0), tokens,
+            o.eps_low, o.eps_high, 0.0 if o.delta is None else o.delta, o.beta, o.entropy_coef,
+            KIND=KIND[o.kind], DELTA=o.delta is not None, SEQUENCE=o.sequence_ratio, COUPLED=o.couples_tokens,
+            BETA=o.beta != 0.0, KL_RATIO=o.kl_ratio,
+            COUPLED_KL=o.beta != 0.0 and o.kl_ratio and o.level == "sequence" and o.kind != "gspo_token",
+            GIVEN=given, SUM=loss is not None, SLOPE=slope is not None, ROWS=rows is not None,
+            BLOCK=BLOCK, num_warps=4,
+        )  # fmt: skip
+    if loss is not None:
+        triton_terms.sums_kernel[(1,)](sums, loss, metrics, count, HAS_ENTROPY=given > 1, num_warps=1)
+
+
+def forward(
+    logprobs: Tensor, table: Tensor, options: Options, loss: Tensor, metrics: Tensor, grad_logprobs: Tensor | None
+) -> None:
+    """Plain surrogate: ``logprobs`` (B, T); ``table`` (7, B, T) as in loss.py. Writes the last three."""
+    slope = None if grad_logprobs is None else grad_logprobs.view(-1)
+    terms(
+        logprobs.reshape(1, -1), table.flatten(1), options, tokens=logprobs.shape[1], loss=loss, metrics=metrics,
+        slope=slope,
+    )  # fmt: skip
+
+
+def row_terms(values: Tensor, table: Tensor, options: Options, loss: Tensor, metrics: Tensor) -> Tensor:
+    """values: (2, B, T) log-probabilities and entropies. Writes loss and metrics, returns d loss / d logprob (B, T)."""
+    slope = torch.empty_like(values[0])
+    terms(
+        values.flatten(1), table.flatten(1), options, tokens=values.shape[2], loss=loss, metrics=metrics,
+        slope=slope.view(-1),
+    )  # fmt: skip
+    return slope
 
 
 def logits_forward(
@@ -55,25 +109,17 @@ def logits_forward(
     B, T, _ = logits.shape
     if logits.stride(2) != 1:
         logits = logits.contiguous()
-    flat = (table[MASK] != 0).view(-1).nonzero()[:, 0]
-    targets_M = targets.reshape(-1)[flat].contiguous()
-    state = new_state(flat.shape[0], table)
-    scaling: dict[str, Any] = {"rows": flat, "temperature": options.temperature, "softcap": options.softcap}
-    fold(logits, targets_M, state, **scaling)
-    logprobs_M, entropy_M, lse_M = results(state)
-    logprobs, entropy = table.new_zeros(B * T), table.new_zeros(B * T)
-    logprobs[flat], entropy[flat] = logprobs_M, entropy_M
-    value, slope, measured = evaluate(logprobs.view(B, T), table, options, entropy.view(B, T))
-    loss.copy_(value)
-    metrics.copy_(measured)
-    if grad_logits is None:
+    table, targets = table.flatten(1), targets.reshape(-1)
+    state = new_state(B * T, table)
+    scaling: dict[str, Any] = {"mask": table[MASK], "temperature": options.temperature, "softcap": options.softcap}
+    fold(logits, targets, state, **scaling)
+    rows = None if grad_logits is None else torch.empty_like(state)
+    terms(state, table, options, tokens=T, loss=loss, metrics=metrics, rows=rows)
+    if grad_logits is None or rows is None:
         return
     target = grad_logits if grad_logits.stride(2) == 1 else torch.empty_like(logits)
-    h = -options.entropy_coef * table[SHARE].reshape(-1)[flat]
-    coefficients = row_coefficients(logprobs_M, entropy_M, slope.reshape(-1)[flat], h)
-    gradient(logits, targets_M, lse_M, *coefficients, target, **scaling)
-    for b, masked in enumerate(table[MASK] == 0):  # row by row of the batch: any strides, no copy of the gradient
-        target[b].index_fill_(0, masked.nonzero()[:, 0], 0.0)
+    lse, constant, slope, at_target = rows
+    gradient(logits, targets, lse, constant, slope, at_target, target, **scaling)
     if target is not grad_logits:
         grad_logits.copy_(target)
 
@@ -84,6 +130,7 @@ def linear_forward(
     bias: Tensor | None,
     targets: Tensor,
     table: Tensor,
+    tokens: Tokens,
     options: Options,
     loss: Tensor,
     metrics: Tensor,
@@ -93,70 +140,87 @@ def linear_forward(
 ) -> None:
     """``hidden`` (B, T, D), ``weight`` (V, D), ``bias`` (V,), ``targets`` (B, T). Writes the last five.
 
-    Masked tokens enter no product, and tokens whose gradient is zero (A = 0, clipped) only the first.
+    Masked tokens enter no product, and tokens that move nothing whatever their ratio (A = 0) only the first.
     """
     B, T, D = hidden.shape
-    batch, token = (table[MASK] != 0).nonzero(as_tuple=True)
-    flat, M = batch * T + token, batch.shape[0]
-    table_M, targets_M = table[:, batch, token], targets[batch, token].long()
+    M, learning = tokens.valid, tokens.learning
+    flat = tokens.order[:M]
+    batch, token = flat // max(1, T), flat % max(1, T)
+    table_M, targets_M = table.flatten(1)[:, flat], targets[batch, token].long()
     wants_grad = grad_hidden is not None or grad_weight is not None or grad_bias is not None
     head = OutputHead(weight, bias, grad_weight, grad_bias, M)
-    logprobs, entropy, lse = table.new_zeros(3, M)
     scaling: dict[str, Any] = {"temperature": options.temperature, "softcap": options.softcap}
+    state, rows = new_state(M, table), torch.empty(4, M, dtype=table.dtype, device=table.device)
     if grad_hidden is not None:
         grad_hidden.zero_()
 
-    def tile_results(part: slice) -> Tensor:
+    def fold_tile(part: slice) -> Tensor:
         logits = head.logits(hidden[batch[part], token[part]])
-        state = new_state(logits.shape[0], logits)
-        fold(logits, targets_M[part], state, **scaling)
-        logprobs[part], entropy[part], lse[part] = results(state)
+        fold(logits, targets_M[part], state[:, part], **scaling)
         return logits
 
-    def evaluated() -> tuple[Tensor, Tensor, Tensor]:
-        both = table.new_zeros(2, B * T)
-        both[:, flat] = torch.stack([logprobs, entropy])
-        return evaluate(both[0].view(B, T), table, options, both[1].view(B, T))
+    def evaluate(rows: Tensor | None = None) -> None:
+        """Loss and metrics of all tokens in their places."""
+        in_place = new_state(B * T, table).index_copy_(1, flat, state)
+        terms(in_place, table.flatten(1), options, tokens=T, loss=loss, metrics=metrics, rows=rows)
 
-    slope = None
     if options.sequence_ratio and wants_grad:  # a token's gradient depends on its whole sequence
         for part in tiles(M, head.rows):
-            tile_results(part)
-        slope = evaluated()[1][batch, token]
+            fold_tile(part)
+        rows_BT = torch.empty(4, B * T, dtype=table.dtype, device=table.device)
+        evaluate(rows_BT)
+        rows, state = rows_BT[:, flat], new_state(M, table)
     for part in tiles(M, head.rows):
-        logits = tile_results(part)
-        if not wants_grad:
+        logits = fold_tile(part)
+        k = min(learning, part.stop) - part.start  # tokens with a gradient come first
+        if not wants_grad or k <= 0:
             continue
-        g = token_slope(logprobs[part], table_M[:, part], options) if slope is None else slope[part]
-        h = -options.entropy_coef * table_M[SHARE, part]
-        kept = ((g != 0) | (h != 0)).nonzero()[:, 0]
-        if not kept.shape[0]:
-            continue
-        at = kept + part.start
-        x = hidden[batch[at], token[at]]  # (k, D)
-        dz = _gradient_buffer(logits, kept.shape[0], x.dtype, grad_bias is not None)
-        gradient(
-            logits, targets_M[at], lse[at], *row_coefficients(logprobs[at], entropy[at], g[kept], h[kept]), dz,
-            rows=None if dz is logits else kept, **scaling,
-        )  # fmt: skip
+        with_gradient = slice(part.start, part.start + k)
+        if not options.sequence_ratio:
+            terms(
+                state[:, with_gradient], table_M[:, with_gradient], options, tokens=k,
+                rows=rows[:, with_gradient],
+            )  # fmt: skip
+        x = hidden[batch[with_gradient], token[with_gradient]]  # (k, D)
+        dz = _gradient_buffer(logits[:k], x.dtype, grad_bias is not None)
+        lse, constant, slope, at_target = rows[:, with_gradient]
+        gradient(logits[:k], targets_M[with_gradient], lse, constant, slope, at_target, dz, **scaling)
         grad_x = None
         if grad_hidden is not None:
-            grad_x = torch.empty(kept.shape[0], D, dtype=compute_dtype(hidden.dtype), device=hidden.device)
+            grad_x = torch.empty(k, D, dtype=compute_dtype(hidden.dtype), device=hidden.device)
         head.backward(dz, x, grad_x)
         if grad_hidden is not None and grad_x is not None:
-            grad_hidden.view(B * T, D).index_copy_(0, flat[at], grad_x.to(grad_hidden.dtype))
+            grad_hidden.view(B * T, D).index_copy_(0, flat[with_gradient], grad_x.to(grad_hidden.dtype))
     head.finish()
-    value, _, measured = evaluated()
-    loss.copy_(value)
-    metrics.copy_(measured)
+    if not (options.sequence_ratio and wants_grad):
+        evaluate()
 
 
-def _gradient_buffer(logits: Tensor, rows: int, dtype: torch.dtype, exact: bool) -> Tensor:
-    """(rows, V) for the gradient: the logits themselves where all rows have one and products read fp32.
+def _gradient_buffer(logits: Tensor, dtype: torch.dtype, exact: bool) -> Tensor:
+    """(k, V) for the gradient: the logits themselves where products read fp32.
 
     exact: fp32 whatever products read, because columns are summed as well (the gradient of the bias).
     """
     dtype = dtype if logits.is_cuda and not exact else logits.dtype
-    if rows == logits.shape[0] and dtype == logits.dtype:
-        return logits
-    return torch.empty(rows, logits.shape[1], dtype=dtype, device=logits.device)
+    return logits if dtype == logits.dtype else torch.empty(logits.shape, dtype=dtype, device=logits.device)
+
+
+def scale_(gradients: Sequence[Tensor], factor: Tensor) -> None:
+    """Arguments as of ``streaming.scale_``; the host does not wait to know the factor."""
+    for values in gradients:
+        if values.dim() == 1:
+            _scale(values[None], factor)
+        elif values.dim() <= 3 and values.stride(-1) == 1:
+            _scale(values, factor)
+        else:
+            values.mul_(factor)
+
+
+@on_its_device
+def _scale(values: Tensor, factor: Tensor) -> None:
+    stride_b, stride_t, T, v = row_layout(values)
+    if values.numel():
+        blocks = triton.cdiv(v, SCALED)
+        triton_terms.scale_kernel[(values.numel() // v * blocks,)](
+            values, factor, stride_b, stride_t, T, v, blocks, BLOCK=SCALED, num_warps=8
+        )
