@@ -3,11 +3,9 @@
 The interpreter multiplies the raw bits of bf16 numbers in a matrix product, so bf16 is left to the compiled kernels.
 """
 
-import sys
-from pathlib import Path
-
 import attention_layouts as layouts
 import pytest
+import surrogate_cases
 import torch
 
 import appo_kernels
@@ -19,9 +17,6 @@ from appo_kernels.ops.token_logprobs import token_logprobs
 from appo_kernels.ops.weighted_surrogate import linear_weighted_surrogate, weighted_surrogate
 from appo_kernels.ops.weighted_surrogate import reference as surrogate_reference
 from appo_kernels.ops.weighted_surrogate import triton as surrogate_triton
-
-sys.path.append(str(Path(__file__).parents[1] / "kernels"))
-import surrogate_cases
 
 SCALE = 0.21
 
