@@ -140,7 +140,9 @@ def test_a_host_tensor_in_a_launch_is_seen():
         state = new_state(3, logits)
         recording.clear()
         fold(logits, targets, state)
-    assert [event.kind for event in recording.events] == [MIXED] * 2  # targets also stand for the bias that is not there
+    assert [event.kind for event in recording.events] == [
+        MIXED
+    ] * 2  # targets also stand for the bias that is not there
     assert recording.launches[0].kernel == "fold_kernel" and recording.launches[0].grid == (3,)
 
 
