@@ -54,7 +54,7 @@ def test_a_step(tmp_path, on_gpu):
     table = budgets.read()
     if LINE not in table:
         pytest.skip(f"budgets.txt has no line for this transformers: {budgets.line(LINE, cost)}")
-    risen = [f"{a} -> {b}" for a, b in zip(table[LINE].numbers, cost.numbers, strict=True) if b > a]
+    risen = [f"{a} -> {b}" for a, b in zip(table[LINE].numbers, cost.numbers, strict=True) if b > 1.1 * a]
     assert not risen, f"{budgets.line(LINE, cost)}\n{recording.report()}"
 
 
