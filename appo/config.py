@@ -101,9 +101,14 @@ class APPOConfig:
     aggregation: str = setting("dapo", choices=("dapo", "grpo", "bnpo", "dr_grpo"))
     advantage_scale: str = setting("group", choices=("group", "none"))
     entropy_coef: float = setting(0.0)
-    # Truncated importance sampling for rollouts of another engine: the cap of the ratio. null: 2 with such an engine,
-    # no correction where the model itself samples.
-    rollout_cap: float | None = setting(None, above=0)
+    # Sample the next step's responses while this one updates the model: they come from weights one step old.
+    asynchronous: bool = setting(False)
+    # Importance sampling for rollouts whose log-probabilities are not the trainer's (docs/engines.md). auto: truncate
+    # for another engine, none where the model itself samples.
+    rollout_correction: str = setting("auto", choices=("auto", "none", "truncate", "clip", "mask"))
+    rollout_level: str = setting("token", choices=("token", "sequence"))
+    rollout_cap: float = setting(2.0, above=0)  # the largest ratio
+    rollout_floor: float = setting(0.0, at_least=0)  # the smallest, of clip and mask
 
     # Optimisation.
     max_steps: int = setting(100, at_least=1)
@@ -193,6 +198,11 @@ class APPOConfig:
                 f"interpreter of an environment with vLLM; got {'both' if self.engine_urls else 'neither'}. See "
                 "docs/engines.md."
             )
+        if self.asynchronous and self.engine == "vllm":
+            raise ConfigError(
+                "`asynchronous`: expected false with engine = vllm, which shares the device and sleeps while the "
+                "trainer computes, got true. Set `engine` to vllm-server."
+            )
         try:
             arguments = json.loads(self.vllm_arguments)
         except (ValueError, RecursionError) as error:
@@ -214,16 +224,25 @@ class APPOConfig:
                 raise ConfigError(
                     f"`{name}`: needs shards, got shard = none. Set `shard: fsdp`, or leave `{name}` out."
                 )
+        if self.rollout_floor and self.rollout_correction not in ("clip", "mask"):
+            raise ConfigError(
+                f"`rollout_floor`: expected 0 with rollout_correction = {self.rollout_correction}, which has a cap "
+                f"only, got {self.rollout_floor:g}. Set `rollout_correction` to clip or mask."
+            )
+        if self.rollout_floor > self.rollout_cap:
+            raise ConfigError(
+                f"`rollout_floor`: expected at most rollout_cap = {self.rollout_cap:g}, got {self.rollout_floor:g}. "
+                "Change either."
+            )
         if self.delta is not None and self.delta <= 1 + self.eps_high:
             raise ConfigError(
                 f"`delta`: expected more than 1 + eps_high = {1 + self.eps_high:g}, which caps the ratio already, got "
                 f"{self.delta:g}. Change either, or leave `delta` out."
             )
 
-    @property
-    def correction_cap(self) -> float | None:
-        """The cap of the ratio between trainer and rollout engine; None: no correction."""
-        return 2.0 if self.rollout_cap is None and self.engine != "transformers" else self.rollout_cap
+    def corrects(self, own_engine: bool) -> bool:
+        """Whether the loss corrects for the engine. own_engine: the model in training samples by itself."""
+        return not own_engine if self.rollout_correction == "auto" else self.rollout_correction != "none"
 
     @classmethod
     def paper(cls, **overrides: Any) -> "APPOConfig":
@@ -313,9 +332,14 @@ class APPOConfig:
 
     def loss_arguments(self) -> dict[str, Any]:
         """The settings of the loss, as the surrogates of `appo_kernels` name them."""
-        names = ("eps_low", "eps_high", "delta", "beta", "level", "aggregation", "entropy_coef")
+        names = (
+            "eps_low", "eps_high", "delta", "beta", "level", "aggregation", "entropy_coef", "rollout_level",
+            "rollout_cap", "rollout_floor",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
-            "rollout_cap": self.correction_cap or 2.0,
+            "rollout_correction": "truncate"
+            if self.rollout_correction in ("auto", "none")
+            else self.rollout_correction,
             "max_length": self.max_new_tokens,
         }
 

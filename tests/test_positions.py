@@ -8,9 +8,11 @@ import torch
 import training
 import vision_models
 
+from appo.config import ConfigError
 from appo.data.prompts import PromptBuilder, collate
 from appo.models.loaded import prompt_positions
 from appo.models.positions import rule_of, use_positions
+from appo.rollout.build import build_engine
 from appo.rollout.engine import Sampling
 from appo.rollout.model_engine import TransformersRollout
 from appo.train.grade import grade
@@ -127,3 +129,10 @@ def test_models_that_set_frames_off_by_text_are_left_alone():
     model, _ = vision_models.build("qwen3_vl")
     use_positions(model, "original")
     assert rule_of(model) == "transformers"
+
+
+def test_an_engine_with_the_original_positions_alone(tmp_path):
+    model, processor = training.tiny()
+    config = training.config(tmp_path, video_positions="transformers", engine="vllm-server", vllm_python="python3")
+    with pytest.raises(ConfigError, match=r"`video_positions`: expected original with engine = vllm-server"):
+        build_engine(config, model, processor)

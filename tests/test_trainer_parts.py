@@ -37,7 +37,7 @@ class Recited:
 def test_any_engine_samples_for_training_and_evaluation(tmp_path):
     model, processor = training.tiny()
     engine = Recited(processor, ["red", "blue", "a"])
-    settings = training.config(tmp_path, max_steps=2, eval_every=1, rollout_cap=2.0)
+    settings = training.config(tmp_path, max_steps=2, eval_every=1)
     held_out = training.records()[:3]
     trainer = Trainer(model, processor, training.records(), config=settings, engine=engine, eval_dataset=held_out)
     trainer.train()

@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from appo.config import APPOConfig
+from appo.config import APPOConfig, ConfigError
+from appo.models.loaded import unwrapped
+from appo.models.positions import CONCERNED
 from appo.rollout.engine import Rollout
 from appo.rollout.model_engine import TransformersRollout
 
@@ -17,11 +19,16 @@ LOGPROBS_MODES = {True: "raw_logprobs", False: "processed_logprobs"}
 def build_engine(config: APPOConfig, model: Any, processor: Any) -> Rollout:
     """The engine of ``config.engine`` (docs/engines.md), with whatever it starts started.
 
-    Raises EngineError naming the server and what is wrong with it; ImportError where vLLM is to run in this process
-    and is not installed.
+    Raises ConfigError for positions that vLLM does not have, EngineError naming the server and what is wrong with it,
+    ImportError where vLLM is to run in this process and is not installed.
     """
     if config.engine == "transformers":
         return TransformersRollout(model, processor, batch_tokens=config.rollout_tokens)
+    if config.video_positions != "original" and unwrapped(model).config.model_type in CONCERNED:
+        raise ConfigError(
+            f"`video_positions`: expected original with engine = {config.engine}, the positions that vLLM gives text "
+            f"behind a video, got {config.video_positions}. A model trained with others needs engine=transformers."
+        )
     arguments = {"dtype": config.dtype, "max_model_len": None} | json.loads(config.vllm_arguments)
     arguments = {name: value for name, value in arguments.items() if value is not None}
     # What is handed over is what the trainer's forward computes in.

@@ -45,4 +45,5 @@ def grade(
         accuracy=accuracy,
         rewards_by_name=rewards.by_name,
         unreadable=rewards.unreadable,
+        weight_version=min(completion.weight_version for completion in completions),
     )

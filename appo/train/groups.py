@@ -33,6 +33,8 @@ class Group:
     unreadable: dict[str, Tensor] = field(default_factory=dict)  # (G,) bool each: no answer was found to compare
     place: int = 0  # in the step, among those of all processes
 
+    weight_version: int = 0  # of the weights that sampled: the step that made them
+
     # Filled in by scoring, which leaves out groups that cannot move the model.
     old_logprobs: Tensor | None = None  # (G, N) fp32
     ref_logprobs: Tensor | None = None  # (G, N) fp32, with beta > 0

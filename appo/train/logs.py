@@ -60,11 +60,18 @@ class Meter:
             return self.means()
         joined = Meter()
         for sums, maxima in gather_object([(self._sums, self._maxima)]):
-            for name, (total, weight) in sums.items():
-                joined.add(name, total / weight, weight)
-            for name, value in maxima.items():
-                joined.maximum(name, value)
+            joined._join(sums, maxima)
         return joined.means()
+
+    def take_over(self, other: "Meter") -> None:
+        """Enter the numbers of another meter of this process."""
+        self._join(other._sums, other._maxima)
+
+    def _join(self, sums: dict[str, list[float]], maxima: dict[str, float]) -> None:
+        for name, (total, weight) in sums.items():
+            self.add(name, total / weight, weight)
+        for name, value in maxima.items():
+            self.maximum(name, value)
 
 
 class RunLog:

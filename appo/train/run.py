@@ -34,6 +34,7 @@ def run(trainer: "Trainer") -> Path:
     output = Path(trainer.config.output)
     with locked(trainer.accelerator, output):
         from_main(trainer.accelerator, lambda: check_same_settings(trainer.config, output))
+        trainer.forget_ahead()  # of a run that failed in this process
         start = _restore(trainer, output)
         log = RunLog(
             output,
@@ -75,7 +76,7 @@ def _steps(trainer: "Trainer", output: Path, log: RunLog, start: int) -> None:
             log.metrics(step, metrics)
             log.broken(step, broken)
             if accelerator.is_main_process:
-                warn_of_drift(step, metrics, config.engine)
+                warn_of_drift(step, metrics, type(trainer.engine).__name__)
             if step == 1 or _due(step, config.sample_every):
                 log.sample(step, sample_record(trainer.groups[0], trainer.processor))
             if _due(step, config.heads_every):
@@ -124,7 +125,7 @@ def _state(trainer: "Trainer", step: int) -> dict[str, Any]:
         "step": step,
         "version": trainer.version,
         "records": len(trainer.sampler.records),
-        "samplers": gather_object([trainer.sampler.state_dict()]),
+        "samplers": gather_object([trainer.sampler_state()]),
         "scaler": trainer.updates.scaler.state_dict(),
     }
 

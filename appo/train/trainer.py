@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from appo.config import APPOConfig
+from appo.config import APPOConfig, ConfigError
 from appo.data.prompts import Prompt, PromptBuilder
 from appo.data.records import Record
 from appo.data.sampler import RecordSampler
@@ -17,6 +17,8 @@ from appo.method.advantages import group_advantages
 from appo.models.load import check_fits
 from appo.rollout.build import build_engine
 from appo.rollout.engine import Completion, Rollout, Sampling, checked
+from appo.rollout.model_engine import TransformersRollout
+from appo.train.ahead import Ahead, collect
 from appo.train.collective import together
 from appo.train.drawing import draw_prompts
 from appo.train.engine_difference import measure_engine
@@ -95,7 +97,15 @@ class Trainer:
             dataset, seed=config.seed, rank=self.accelerator.process_index, world=self.accelerator.num_processes
         )
         self.engine: Rollout = engine or build_engine(config, self.model, processor)
+        own_engine = isinstance(self.engine, TransformersRollout)
+        if own_engine and config.asynchronous:
+            raise ConfigError(
+                "`asynchronous`: expected an engine beside the model in training (engine: vllm-server), got the model "
+                "itself, which cannot sample while it is updated. Set it to false, or choose another `engine`."
+            )
+        self.corrects = config.corrects(own_engine)
         self.version = 0  # of the weights: the step that made them
+        self._ahead: Ahead | None = None  # the next step's responses on their way
         self._engine_version: int | None = None  # of the weights that the engine has
         self.groups: list[Group] = []  # of the last step
         self.broken: list[dict[str, Any]] = []  # records skipped in it
@@ -113,20 +123,13 @@ class Trainer:
         Returns the numbers of the step, over all processes; ``groups`` are this process's.
         """
         config, self.meter, self.broken, started = self.config, Meter(), [], time.perf_counter()
-        wanted, groups = config.prompts_per_step // self.accelerator.num_processes, list[Group]()
         self.policy.eval()
-        self.sync_engine()
-        with self.timed("rollout"), together(self.accelerator), self.whole_weights():
-            # With dynamic sampling, groups without signal give way to new prompts.
-            for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
-                sampled = self.reward(self.rollout(wanted - len(groups)))
-                groups += [group for group in sampled if group.informative or not config.dynamic_sampling]
-                if len(groups) == wanted:
-                    break
-            groups = groups or sampled[:1]
+        groups = self.next_groups(number)
+        version = self.version  # of the weights that score
         for index, group in enumerate(groups):
             group.place = index * self.accelerator.num_processes + self.accelerator.process_index
-        self.build_prompt.prefetch(record for _, record in self.sampler.peek(len(groups)))  # while this step computes
+        if self._ahead is None:  # decode while this step computes
+            self.build_prompt.prefetch(record for _, record in self.sampler.peek(len(groups)))
         # Groups that cannot move the model count in the loss's denominator, and cost no forward.
         groups.sort(key=self.has_gradient, reverse=True)
         with self.timed("score"):
@@ -147,11 +150,49 @@ class Trainer:
             self.update(groups, number)
         reshard(self.policy)  # it is whole after scores that no update followed
         measure_groups(self.meter, groups)
-        measure_engine(self.meter, groups)
+        measure_engine(self.meter, groups, config, corrects=self.corrects, version=version)
         self.meter.add("time/step", time.perf_counter() - started)
         self.meter.maximum("memory/peak_gib", peak_memory_gib(self.accelerator.device))
         self.groups = groups
         return self.meter.result(self.accelerator)
+
+    def next_groups(self, number: int) -> list[Group]:
+        """The rewarded groups of a step: sampled now, or with ``asynchronous`` while the step before was updating."""
+        found = None
+        if self._ahead is not None:
+            with self.timed("wait"), together(self.accelerator):  # all, before the engine is handed weights
+                found = self._ahead.result()
+            self._ahead = None
+        self.sync_engine()
+        if found is None:
+            with together(self.accelerator), self.whole_weights():
+                found = collect(self)
+        self.meter.take_over(found.meter)
+        self.broken += found.broken
+        if self.config.asynchronous and number < self.config.max_steps:
+            self._ahead = Ahead(self, self.version)
+        return found.groups
+
+    def collect(self) -> list[Group]:
+        """Sample and reward the groups of a step; with dynamic sampling, groups without signal give way to others."""
+        config, groups = self.config, list[Group]()
+        wanted = config.prompts_per_step // self.accelerator.num_processes
+        for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
+            sampled = self.reward(self.rollout(wanted - len(groups)))
+            groups += [group for group in sampled if group.informative or not config.dynamic_sampling]
+            if len(groups) == wanted:
+                break
+        return groups or sampled[:1]
+
+    def forget_ahead(self) -> None:
+        """Drop responses on their way, as if their records had not been drawn."""
+        if self._ahead is not None:
+            self._ahead.wait()
+            self.sampler.taken, self._ahead = self._ahead.before["taken"], None
+
+    def sampler_state(self) -> dict[str, Any]:
+        """The sampler's, without what was drawn for a step to come."""
+        return self.sampler.state_dict() if self._ahead is None else self._ahead.before
 
     def rollout(self, count: int) -> list[tuple[Prompt, Sequence[Completion]]]:
         """G responses to each of the next ``count`` records."""
@@ -241,7 +282,7 @@ class Trainer:
         """The weighted surrogate of some responses as part of a batch of ``tokens`` and ``responses`` (eq. 20)."""
         config = self.config
         batch = batch_parts(parts, self.pad_id, self.accelerator.device)
-        operands = loss_operands(parts, self.accelerator.device, rollout_logprobs=config.correction_cap is not None)
+        operands = loss_operands(parts, self.accelerator.device, rollout_logprobs=self.corrects)
         arguments = operands | config.loss_arguments() | self.unwrapped.logit_arguments(config) | {"num_items": tokens}
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SurrogateOutput:
@@ -268,7 +309,9 @@ class Trainer:
         return group.informative or self.config.beta > 0 or self.config.entropy_coef != 0
 
     def sync_engine(self) -> None:
-        """Hand changed weights to the engine; every process calls it."""
+        """Hand changed weights to the engine, once it is free; every process calls it."""
+        if self._ahead is not None:
+            self._ahead.wait()
         if self._engine_version != self.version:
             self.engine.update_weights(self.model, self.version)
             self._engine_version = self.version
