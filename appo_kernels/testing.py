@@ -7,7 +7,7 @@ gradients) the error torch makes on the same inputs in the same dtype.
 import gc
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,6 +45,16 @@ def assert_as_good_as(
             f"{name}: error {error:.3e} against fp64, allowed {allowed:.3e} "
             f"({factor:g} x torch's {max_error(framework, reference):.3e} + {atol:g} x {scale:.3e})"
         )
+
+
+def compare(
+    got: Mapping[str, Tensor], reference: Mapping[str, Tensor], framework: Mapping[str, Tensor], *, atol: float = 1e-6
+) -> None:
+    """``assert_as_good_as`` for every result in ``got``, by name; names of gradients begin with "grad"."""
+    assert got, "nothing to compare"
+    for name, result in got.items():
+        factor = GRADIENT_FACTOR if name.startswith("grad") else FORWARD_FACTOR
+        assert_as_good_as(result, reference[name], framework[name], factor=factor, atol=atol, name=name)
 
 
 def peak_extra_bytes(run: Callable[[], Any], device: torch.device | str = "cpu") -> int:

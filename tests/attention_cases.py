@@ -1,15 +1,16 @@
-"""Inputs shared by the tests of frame_mass and frame_attention: hostile frame layouts and visibilities."""
+"""Inputs that the tests of the attention operators share, their results by name, and the comparison with fp64."""
 
 from typing import Any, NamedTuple
 
 import torch
+from attention_layouts import FRAMES, bounds, frames
 from torch import Tensor
 
+from appo_kernels import frame_attention, frame_mass
+from appo_kernels.ops.frame_attention import reference as attention_reference
+from appo_kernels.ops.frame_mass import reference as mass_reference
 from appo_kernels.ops.frame_mass.reference import visible_keys
-
-FRAMES = 6
-LAYOUTS = ("equal", "unequal", "interleaved", "shuffled", "scattered", "none")
-VISIBILITIES = ("all", "causal", "left padding", "packed", "shared prefix", "blind rows")
+from appo_kernels.testing import compare
 
 
 class Case(NamedTuple):
@@ -28,52 +29,6 @@ class Case(NamedTuple):
         """(B, 1, R, S) bool."""
         bounds = (self.bounds.get(name) for name in ("first_key", "last_key", "prefix_keys"))
         return visible_keys(self.query, self.key.shape[2], *bounds)
-
-
-def frames(layout: str, batch: int, keys: int) -> Tensor:
-    """(B, S) frame ids below FRAMES; frame 2 has no key in "unequal" and "scattered"."""
-    generator = torch.Generator().manual_seed(len(layout))
-    ids = torch.full((batch, keys), -1)
-    if layout == "equal":  # as Qwen2.5-VL: one run, text around it
-        length = (keys - 4) // FRAMES
-        ids[:, 2 : 2 + FRAMES * length] = torch.arange(FRAMES).repeat_interleave(length)
-    elif layout == "unequal":  # another start in each sequence
-        for b in range(batch):
-            lengths = [3, 1, 0, 17, 2, 9]
-            run = torch.repeat_interleave(torch.arange(FRAMES), torch.tensor(lengths))[: keys - b]
-            ids[b, b : b + len(run)] = run
-    elif layout == "interleaved":  # as Qwen3-VL: timestamps between frames
-        place = torch.arange(keys)
-        ids[:] = torch.where(place % 9 < 6, place // 9, -1)
-        ids[ids >= FRAMES] = -1
-    elif layout == "shuffled":  # frame numbers not in key order, no text at all
-        ids[:] = torch.randperm(FRAMES, generator=generator).repeat_interleave(-(-keys // FRAMES))[:keys]
-    elif layout == "scattered":
-        ids = torch.randint(-1, FRAMES, (batch, keys), generator=generator)
-        ids[ids == 2] = -1
-    return ids
-
-
-def bounds(kind: str, batch: int, rows: int, keys: int) -> dict[str, Tensor]:
-    """Visibility of the last ``rows`` positions (of all keys, repeated, where there are more rows than keys)."""
-    generator = torch.Generator().manual_seed(len(kind))
-    place = (torch.arange(rows) + max(0, keys - rows)).clamp(max=keys - 1).expand(batch, -1)
-    if kind == "all":
-        return {}
-    if kind == "causal":
-        return {"last_key": place}
-    if kind == "left padding":
-        padding = torch.arange(batch)[:, None] * 5 - 3  # negative: starts before the sequence, as a window does
-        return {"first_key": padding.expand_as(place), "last_key": place}
-    if kind == "packed":
-        return {"first_key": place // 7 * 7, "last_key": place}
-    if kind == "shared prefix":  # responses behind one prompt; some intervals overlap it
-        prefix = torch.randint(0, keys + 1, (batch, rows), generator=generator)
-        return {"first_key": place // 7 * 7, "last_key": place, "prefix_keys": prefix}
-    first = torch.randint(0, keys, (batch, rows), generator=generator)
-    last = torch.randint(-1, keys, (batch, rows), generator=generator)
-    last[:, ::3] = -1  # every third row sees nothing, and others where first > last
-    return {"first_key": first, "last_key": last}
 
 
 def case(
@@ -101,10 +56,6 @@ def case(
     return Case(*tensors, frames(layout, batch, keys).to(device), limits)
 
 
-def leaves(example: Case, tensors: str) -> list[Tensor]:
-    return [getattr(example, {"q": "query", "k": "key", "v": "value"}[name]) for name in tensors]
-
-
 def small_tiles(monkeypatch: Any, keys: int = 20, rows: int = 17) -> None:
     """So that the small cases take several tiles of rows and of keys, with remainders, and frames cut in two."""
     from appo_kernels.attention import torch_passes as attention
@@ -114,3 +65,99 @@ def small_tiles(monkeypatch: Any, keys: int = 20, rows: int = 17) -> None:
         monkeypatch.setattr(module, "MAX_KEYS", keys)
         monkeypatch.setattr(module, "TILE_SCORES", keys * rows)
     monkeypatch.setattr(mass, "MIN_KEYS", 1)
+
+
+def true_lse(example: Case, dtype: torch.dtype = torch.float32, scale: float | None = None) -> Tensor:
+    """(B, Hq, R) log-sum-exp over all visible keys, computed in fp64."""
+    double = example.to(torch.float64)
+    output = attention_reference.frame_attention(*double[:4], num_frames=FRAMES, scale=scale, **double.bounds)
+    return output.lse.detach().to(dtype)
+
+
+def random_upstream(results: tuple[Tensor, ...]) -> list[Tensor]:
+    """A gradient of every result, the same numbers rounded to its dtype. A blind row's lse of -inf is a constant: 0."""
+    generator = torch.Generator().manual_seed(1)
+    drawn = [torch.randn(x.shape, generator=generator).to(x.device, x.dtype) for x in results]
+    return [torch.where(x.isneginf(), 0, upstream) for x, upstream in zip(results, drawn, strict=True)]
+
+
+def attention_results(function: Any, example: Case, gradients: bool = True, **options: Any) -> dict[str, Tensor]:
+    """out, lse, mass, and the gradients through all three."""
+    with torch.set_grad_enabled(gradients):
+        output = function(*example[:4], num_frames=FRAMES, **example.bounds, **options)
+    results = {name: tensor.detach() for name, tensor in output._asdict().items()}
+    if gradients:
+        wanted = torch.autograd.grad(tuple(output), example[:3], random_upstream(output))
+        results |= dict(zip(("grad_query", "grad_key", "grad_value"), wanted, strict=True))
+    return results
+
+
+def mass_results(function: Any, example: Case, gradients: bool = True, **options: Any) -> dict[str, Tensor]:
+    """The mass and the gradients through it."""
+    with torch.set_grad_enabled(gradients):
+        mass = function(*example[:2], example.frame_ids, num_frames=FRAMES, **example.bounds, **options)
+    results = {"mass": mass.detach()}
+    if gradients:
+        wanted = torch.autograd.grad(mass, example[:2], *random_upstream((mass,)))
+        results |= dict(zip(("grad_query", "grad_key"), wanted, strict=True))
+    return results
+
+
+def compare_attention(
+    backend: str, example: Case, dtype: torch.dtype, *, gradients: bool = True, **options: Any
+) -> None:
+    """frame_attention in ``dtype`` against its definition in fp64, beside the definition in ``dtype``."""
+    rounded = example.to(dtype)
+    got = attention_results(frame_attention, rounded, gradients, backend=backend, **options)
+    assert (got["out"].dtype, got["lse"].dtype, got["mass"].dtype) == (dtype, torch.float32, torch.float32)
+    exact, framework = (
+        attention_results(attention_reference.frame_attention, rounded.to(kind), **options)
+        for kind in (torch.float64, dtype)
+    )
+    compare(got, exact, framework)
+
+
+def compare_mass(
+    backend: str, example: Case, dtype: torch.dtype, given: bool, *, gradients: bool = True, **options: Any
+) -> None:
+    """frame_mass in ``dtype``, from the true lse or from none, as ``compare_attention``."""
+    rounded = example.to(dtype)
+    lse = true_lse(rounded, scale=options.get("scale")) if given else None
+    got = mass_results(frame_mass, rounded, gradients, backend=backend, lse=lse, **options)
+    assert got["mass"].dtype == torch.float32
+    assert all(tensor.dtype == dtype for name, tensor in got.items() if name.startswith("grad"))
+    exact, framework = (
+        mass_results(mass_reference.frame_mass, rounded.to(kind), **options) for kind in (torch.float64, dtype)
+    )
+    compare(got, exact, framework)
+
+
+def check_probabilities(backend: str, example: Case, given: bool) -> None:
+    """Mass over the frames + mass elsewhere, as one frame more, = 1; exactly 0 in blind rows."""
+    everywhere = torch.where(example.frame_ids < 0, FRAMES, example.frame_ids)
+    lse = true_lse(example) if given else None
+    options: dict[str, Any] = dict(example.bounds, lse=lse, backend=backend)
+    mass = frame_mass(example.query, example.key, example.frame_ids, num_frames=FRAMES, **options)
+    total = frame_mass(example.query, example.key, everywhere, num_frames=FRAMES + 1, **options)
+    sighted = example.seen().any(-1)[:, 0]  # (B, R)
+    torch.testing.assert_close(mass.sum(-1) + total[..., -1], sighted.float(), atol=1e-6, rtol=0)
+    assert not mass[~sighted].any() and not total[~sighted].any()
+    assert not mass[..., 2].any()  # a frame without keys
+
+
+def check_alone_as_in_a_batch(backend: str, alone: Case, other: Case, given: bool) -> None:
+    """``alone`` behind ``other``, packed and padded at the left, has the mass that it has alone."""
+    before_rows, rows, device = other.query.shape[2], alone.query.shape[2], alone.query.device
+    options: dict[str, Any] = {"num_frames": FRAMES, "backend": backend}
+    if given:
+        options["lse"] = true_lse(alone)
+    expected = frame_mass(*alone[:2], alone.frame_ids, **options, **alone.bounds)
+    query, key = (torch.cat([a, b], 2) for a, b in zip(other[:2], alone[:2], strict=True))
+    first = torch.cat([torch.zeros(before_rows), torch.full((rows,), before_rows)]).int()[None].to(device)
+    last = torch.arange(before_rows + rows, device=device, dtype=torch.int32)[None]
+    for before in (other.frame_ids, torch.full_like(other.frame_ids, -1)):  # packed, padded
+        if given:
+            options["lse"] = torch.cat([true_lse(other), true_lse(alone)], 2)
+        ids = torch.cat([before, alone.frame_ids], 1)
+        packed = frame_mass(query, key, ids, first_key=first, last_key=last, **options)
+        torch.testing.assert_close(packed[:, before_rows:], expected, atol=1e-6, rtol=0)

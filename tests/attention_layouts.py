@@ -1,13 +1,61 @@
-"""Inputs that attention kernels get wrong first, and the comparison of a backend with the fp64 reference on them."""
+"""Where frames and visible keys lie in the tests of attention: the layouts that kernels get wrong first."""
 
-import math
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from appo_kernels import dispatch, testing
 from appo_kernels.attention import arguments
-from appo_kernels.ops.frame_attention import reference
+
+FRAMES = 6
+LAYOUTS = ("equal", "unequal", "interleaved", "shuffled", "scattered", "none")
+VISIBILITIES = ("all", "causal", "left padding", "packed", "shared prefix", "blind rows")
+
+
+def frames(layout: str, batch: int, keys: int) -> Tensor:
+    """(B, S) frame ids below FRAMES; frame 2 has no key in "unequal" and "scattered"."""
+    generator = torch.Generator().manual_seed(len(layout))
+    ids = torch.full((batch, keys), -1)
+    if layout == "equal":  # as Qwen2.5-VL: one run, text around it
+        length = (keys - 4) // FRAMES
+        ids[:, 2 : 2 + FRAMES * length] = torch.arange(FRAMES).repeat_interleave(length)
+    elif layout == "unequal":  # another start in each sequence
+        for b in range(batch):
+            lengths = [3, 1, 0, 17, 2, 9]
+            run = torch.repeat_interleave(torch.arange(FRAMES), torch.tensor(lengths))[: keys - b]
+            ids[b, b : b + len(run)] = run
+    elif layout == "interleaved":  # as Qwen3-VL: timestamps between frames
+        place = torch.arange(keys)
+        ids[:] = torch.where(place % 9 < 6, place // 9, -1)
+        ids[ids >= FRAMES] = -1
+    elif layout == "shuffled":  # frame numbers not in key order, no text at all
+        ids[:] = torch.randperm(FRAMES, generator=generator).repeat_interleave(-(-keys // FRAMES))[:keys]
+    elif layout == "scattered":
+        ids = torch.randint(-1, FRAMES, (batch, keys), generator=generator)
+        ids[ids == 2] = -1
+    return ids
+
+
+def bounds(kind: str, batch: int, rows: int, keys: int) -> dict[str, Tensor]:
+    """Visibility of the last ``rows`` positions (of all keys, repeated, where there are more rows than keys)."""
+    generator = torch.Generator().manual_seed(len(kind))
+    place = (torch.arange(rows) + max(0, keys - rows)).clamp(max=keys - 1).expand(batch, -1)
+    if kind == "all":
+        return {}
+    if kind == "causal":
+        return {"last_key": place}
+    if kind == "left padding":
+        padding = torch.arange(batch)[:, None] * 5 - 3  # negative: starts before the sequence, as a window does
+        return {"first_key": padding.expand_as(place), "last_key": place}
+    if kind == "packed":
+        return {"first_key": place // 7 * 7, "last_key": place}
+    if kind == "shared prefix":  # responses behind one prompt; some intervals overlap it
+        prefix = torch.randint(0, keys + 1, (batch, rows), generator=generator)
+        return {"first_key": place // 7 * 7, "last_key": place, "prefix_keys": prefix}
+    first = torch.randint(0, keys, (batch, rows), generator=generator)
+    last = torch.randint(-1, keys, (batch, rows), generator=generator)
+    last[:, ::3] = -1  # every third row sees nothing, and others where first > last
+    return {"first_key": first, "last_key": last}
 
 
 @dataclass(frozen=True)
@@ -67,65 +115,3 @@ def everything_visible() -> Layout:
     """No bounds at all: rows see every key, and there is a frame for every key."""
     S = 130
     return Layout(runs(S, (0, 0, 70), (1, 70, 60))[None], 2, None, None, None, 19)
-
-
-def tensors(layout: Layout, query_heads: int, key_heads: int, head_dim: int, dtype: torch.dtype):
-    """query, key, value, not contiguous: (B, S, heads, d) in memory, as projections leave them."""
-    generator = torch.Generator().manual_seed(head_dim)
-    B, S = layout.frame_ids.shape
-
-    def make(length: int, heads: int) -> torch.Tensor:
-        return torch.randn(B, length, heads, head_dim, generator=generator).to(dtype).transpose(1, 2)
-
-    return make(layout.rows, query_heads), make(S, key_heads), make(S, key_heads)
-
-
-def attention(layout: Layout, inputs, backend: str, *, scale: float, grads=None, weights=None):
-    """out, lse, mass and, for upstream gradients, those of query, key, value; by the backend's own functions.
-
-    All buffers that the operators allocate come filled with NaN.
-    """
-    query = inputs[0]
-    module = dispatch.implementation("frame_attention", backend)
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    device = query.device
-    out = torch.full(query.shape, math.nan, dtype=query.dtype, device=device)
-    lse = torch.full(query.shape[:3], math.nan, dtype=compute, device=device)
-    mass = torch.zeros(query.shape[0], query.shape[2], layout.num_frames, dtype=compute, device=device)
-    common = (*inputs, layout.operands(scale, weights))
-    module.forward(*common, out, lse, mass[:, None])
-    if grads is None:
-        return out, lse, mass
-    gradients = arguments.Gradients(*(torch.full(t.shape, math.nan, dtype=t.dtype, device=device) for t in inputs))
-    grad_out, grad_lse, grad_mass = grads
-    upstream = arguments.Upstream(grad_out.to(query.dtype), grad_lse.to(compute), grad_mass.to(compute)[:, None])
-    module.backward(*common, out, lse, upstream, gradients)
-    return out, lse, mass, *gradients
-
-
-def expected_attention(layout: Layout, inputs, *, scale: float, grads, weights=None):
-    """The same by the reference in fp64 and ordinary autograd."""
-    leaves = [t.detach().double().requires_grad_() for t in inputs]
-    bounds = dict(zip(("first_key", "last_key", "prefix_keys"), layout.bounds, strict=True))
-    result = reference.frame_attention(*leaves, layout.frame_ids, num_frames=layout.num_frames, scale=scale, **bounds)
-    mass = result.mass if weights is None else result.mass * weights.double()[:, None]
-    finite = torch.where(result.lse.isfinite(), result.lse, 0.0)
-    total = (result.out * grads[0]).sum() + (finite * grads[1]).sum() + (mass * grads[2]).sum()
-    return result.out, result.lse, mass, *torch.autograd.grad(total, leaves)
-
-
-def upstream(layout: Layout, inputs) -> tuple[torch.Tensor, ...]:
-    generator = torch.Generator().manual_seed(1)
-    query, dtype = inputs[0], inputs[0].dtype
-    out = torch.randn(query.shape, generator=generator).to(dtype).double()  # exact in the dtype under test
-    lse = torch.randn(query.shape[:3], generator=generator).double()
-    mass = 5 * torch.randn(query.shape[0], query.shape[2], layout.num_frames, generator=generator).double()
-    return out, lse, mass
-
-
-NAMES = ("out", "lse", "mass", "grad_query", "grad_key", "grad_value")
-
-
-def compare(got, expected, framework) -> None:
-    for i, (name, *results) in enumerate(zip(NAMES[: len(got)], got, expected, framework, strict=False)):
-        testing.assert_as_good_as(*results, factor=2.0 if i < 3 else 3.0, atol=3e-6, name=name)

@@ -4,69 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FRAMES, LAYOUTS, VISIBILITIES, Case, case
+from attention_cases import Case, attention_results, case, compare_attention, compare_mass, mass_results, true_lse
+from attention_layouts import FRAMES, LAYOUTS, VISIBILITIES
 from torch import Tensor
 
 from appo_kernels import frame_attention, frame_mass
-from appo_kernels.ops.frame_attention import reference as attention_reference
-from appo_kernels.ops.frame_mass import reference as mass_reference
-from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as
 from cudasim import Emulator
 
 BF16, FP16 = torch.bfloat16, torch.float16
-
-
-def attention_results(function: Any, example: Case, gradients: bool = True, **options: Any) -> dict[str, Tensor]:
-    """out, lse, mass, and the gradients of a sum of all three with random factors (0 for the lse of blind rows)."""
-    with torch.set_grad_enabled(gradients):
-        output = function(*example[:4], num_frames=FRAMES, **example.bounds, **options)
-    results = {name: tensor.detach() for name, tensor in output._asdict().items()}
-    if not gradients:
-        return results
-    generator = torch.Generator().manual_seed(2)
-    upstream = [torch.randn(t.shape, generator=generator).to(t.dtype) for t in output]
-    upstream[1] = torch.where(output.lse.isfinite(), upstream[1], 0.0)
-    upstream[2] = upstream[2] * 8  # of the size of the others' effect
-    grads = torch.autograd.grad(tuple(output), example[:3], upstream)
-    return results | dict(zip(("grad_query", "grad_key", "grad_value"), grads, strict=True))
-
-
-def mass_results(function: Any, example: Case, gradients: bool = True, **options: Any) -> dict[str, Tensor]:
-    with torch.set_grad_enabled(gradients):
-        mass = function(*example[:2], example.frame_ids, num_frames=FRAMES, **example.bounds, **options)
-    results = {"mass": mass.detach()}
-    if not gradients:
-        return results
-    upstream = torch.randn(mass.shape, generator=torch.Generator().manual_seed(3)).to(mass.dtype)
-    grads = torch.autograd.grad(mass, example[:2], upstream)
-    return results | dict(zip(("grad_query", "grad_key"), grads, strict=True))
-
-
-def compare(results: Any, public: Any, reference: Any, example: Case, dtype: torch.dtype, **options: Any) -> None:
-    only_ours = {"lse": options.pop("lse")} if "lse" in options else {}
-    example = example.to(dtype)
-    got = results(public, example, backend="cuda", **options, **only_ours)
-    rounded = Case(*(t.detach() for t in example[:3]), *example[3:])
-    exact = results(reference, rounded.to(torch.float64), **options)
-    framework = results(reference, rounded.to(dtype), **options)
-    for name, tensor in got.items():
-        factor = {"factor": GRADIENT_FACTOR} if name.startswith("grad") else {}
-        assert_as_good_as(tensor, exact[name], framework[name], name=name, **factor)
-
-
-def compare_attention(example: Case, dtype: torch.dtype, **options: Any) -> None:
-    compare(attention_results, frame_attention, attention_reference.frame_attention, example, dtype, **options)
-
-
-def compare_mass(example: Case, dtype: torch.dtype, given: bool, **options: Any) -> None:
-    lse = {"lse": true_lse(example, dtype, options.get("scale"))} if given else {}
-    compare(mass_results, frame_mass, mass_reference.frame_mass, example, dtype, **options, **lse)
-
-
-def true_lse(example: Case, dtype: torch.dtype, scale: float | None) -> Tensor:
-    double = example.to(dtype).to(torch.float64)
-    output = attention_reference.frame_attention(*double[:4], num_frames=FRAMES, scale=scale, **double.bounds)
-    return output.lse.detach().float()
 
 
 # More keys than one tile of 64 and fewer than two, so that every layout meets a whole tile, a cut one and the end; rows
@@ -83,8 +28,8 @@ PAIRS = [
 def test_layouts(layout: str, visibility: str) -> None:
     example = case(batch=1, heads=(2, 1), rows=70, keys=101, head_dim=64, layout=layout, visibility=visibility)
     dtype = BF16 if len(layout) % 2 else FP16
-    compare_attention(example, dtype)
-    compare_mass(example, dtype, given=True)
+    compare_attention("cuda", example, dtype)
+    compare_mass("cuda", example, dtype, given=True)
 
 
 # Every head size with and without a remainder in rows and keys; 7 query heads to a key head; one row, one key.
@@ -96,9 +41,9 @@ def test_layouts(layout: str, visibility: str) -> None:
 def test_head_sizes(head_dim: int, heads: tuple[int, int], rows: int, keys: int, dtype: torch.dtype) -> None:
     example = case(batch=1, heads=heads, rows=rows, keys=keys, head_dim=head_dim, layout="interleaved")
     gradients = head_dim in (64, 128)
-    compare_attention(example, dtype, gradients=gradients)
+    compare_attention("cuda", example, dtype, gradients=gradients)
     for given in (True, False):
-        compare_mass(example, dtype, given, gradients=gradients, reduction="mean")
+        compare_mass("cuda", example, dtype, given, gradients=gradients, reduction="mean")
 
 
 # Negative and zero scales are turned into positive ones; per_head and the mean are other ends of the same kernels.
@@ -109,12 +54,12 @@ def test_options(given: bool, per_head: bool, scale: float) -> None:
     example = case(
         heads=(6, 2), rows=9, keys=70, head_dim=64, layout="unequal", visibility="shared prefix", strided=True
     )
-    compare_mass(example, FP16, given, per_head=per_head, scale=scale, reduction="mean")
-    compare_attention(example, BF16, scale=scale)
+    compare_mass("cuda", example, FP16, given, per_head=per_head, scale=scale, reduction="mean")
+    compare_attention("cuda", example, BF16, scale=scale)
 
 
 def test_one_row_one_key_and_none() -> None:
-    compare_attention(case(rows=1, keys=1, head_dim=64, layout="shuffled", visibility="all"), BF16)
+    compare_attention("cuda", case(rows=1, keys=1, head_dim=64, layout="shuffled", visibility="all"), BF16)
     for rows, keys in ((0, 5), (5, 0)):
         empty = case(rows=rows, keys=keys, head_dim=64, layout="none", visibility="all").to(BF16)
         results = attention_results(frame_attention, empty, gradients=False, backend="cuda")
@@ -161,7 +106,7 @@ def test_bitwise_equal_under_every_schedule(emulator: Emulator, head_dim: int, s
 
     def run() -> list[Tensor]:
         attention = attention_results(frame_attention, example.to(BF16), backend="cuda")
-        mass = mass_results(frame_mass, example.to(FP16), backend="cuda", lse=true_lse(example, FP16, None))
+        mass = mass_results(frame_mass, example.to(FP16), backend="cuda", lse=true_lse(example.to(FP16)))
         return [*attention.values(), *mass.values()]
 
     regular = run()
@@ -194,7 +139,7 @@ def test_no_bank_conflicts(emulator: Emulator, head_dim: int) -> None:
     example = case(batch=1, heads=(1, 1), rows=64, keys=128, head_dim=head_dim, visibility="all").to(BF16)
     emulator.counters()
     attention_results(frame_attention, example, gradients=head_dim in (64, 128), backend="cuda")
-    mass_results(frame_mass, example, gradients=False, backend="cuda", lse=true_lse(example, BF16, None))
+    mass_results(frame_mass, example, gradients=False, backend="cuda", lse=true_lse(example))
     counted = emulator.counters()
     assert counted["ldmatrix"] > 0 and counted["async_copies"] > 0
     assert counted["bank_conflicts"] == 0

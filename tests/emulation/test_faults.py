@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from attention_cases import FRAMES, case
+from attention_cases import case
+from attention_layouts import FRAMES
 from planted_faults import FAULTS, Fault, planted
 
 from appo_kernels import frame_attention, frame_mass, group_divergence_from_logits, logits_weighted_surrogate

@@ -9,11 +9,18 @@ import math
 from typing import Any
 
 import pytest
-import test_frame_attention
-import test_frame_mass
-import test_group_attention
 import torch
-from attention_cases import FRAMES, LAYOUTS, VISIBILITIES, Case, case
+from attention_cases import (
+    Case,
+    case,
+    check_alone_as_in_a_batch,
+    check_probabilities,
+    compare_attention,
+    compare_mass,
+)
+from attention_layouts import FRAMES, LAYOUTS, VISIBILITIES
+from group_cases import LAYOUTS as GROUPS
+from group_cases import compare_groups, tensors
 
 from appo_kernels import GroupLayout, frame_attention, frame_mass
 from appo_kernels.ops.frame_attention import op as attention_op
@@ -38,9 +45,9 @@ GRID = [
 @pytest.mark.parametrize(("layout", "visibility", "dtype"), GRID)
 def test_layouts(layout: str, visibility: str, dtype: torch.dtype) -> None:
     example = case(layout=layout, visibility=visibility, head_dim=64)
-    test_frame_attention.compare("cuda", example, dtype)
+    compare_attention("cuda", example, dtype)
     for given in (True, False):
-        test_frame_mass.compare("cuda", example, dtype, given)
+        compare_mass("cuda", example, dtype, given)
 
 
 # As in tests/kernels, where 32, 37 and 256 have become sizes that have a backward.
@@ -57,9 +64,9 @@ def test_layouts(layout: str, visibility: str, dtype: torch.dtype) -> None:
 )
 def test_shapes(dtype: torch.dtype, heads: tuple[int, int], rows: int, keys: int, head_dim: int) -> None:
     example = case(heads=heads, rows=rows, keys=keys, head_dim=head_dim, layout="scattered")
-    test_frame_attention.compare("cuda", example, dtype, reduction="mean", scale=0.2)
+    compare_attention("cuda", example, dtype, reduction="mean", scale=0.2)
     for given in (True, False):
-        test_frame_mass.compare("cuda", example, dtype, given, reduction="mean", scale=0.2)
+        compare_mass("cuda", example, dtype, given, reduction="mean", scale=0.2)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -67,22 +74,23 @@ def test_shapes(dtype: torch.dtype, heads: tuple[int, int], rows: int, keys: int
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 def test_options_and_strides(given: bool, per_head: bool, reduction: str) -> None:
     example = case(heads=(6, 2), layout="unequal", visibility="shared prefix", strided=True, head_dim=64)
-    test_frame_mass.compare("cuda", example, BF16, given, per_head=per_head, reduction=reduction, scale=-0.3)
+    compare_mass("cuda", example, BF16, given, per_head=per_head, reduction=reduction, scale=-0.3)
     if given and per_head:
-        test_frame_attention.compare("cuda", example, FP16, reduction=reduction, scale=-0.3)
+        compare_attention("cuda", example, FP16, reduction=reduction, scale=-0.3)
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 @pytest.mark.parametrize("visibility", ["shared prefix", "blind rows"])
-def test_probabilities_add_up(visibility: str, given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_frame_mass, "case", half)
-    test_frame_mass.test_probabilities_add_up(None, "cuda", "cpu", visibility, given)
+def test_probabilities_add_up(visibility: str, given: bool) -> None:
+    example = half(heads=(7, 1), rows=63, keys=211, layout="scattered", visibility=visibility)
+    check_probabilities("cuda", example, given)
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
-def test_alone_as_in_a_batch(given: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_frame_mass, "case", half)
-    test_frame_mass.test_alone_as_in_a_batch(None, "cuda", "cpu", given)
+def test_alone_as_in_a_batch(given: bool) -> None:
+    alone = half(batch=1, heads=(7, 1), rows=40, keys=40, layout="interleaved")
+    other = half(batch=1, heads=(7, 1), rows=23, keys=23, layout="scattered")
+    check_alone_as_in_a_batch("cuda", alone, other, given)
 
 
 def test_blind_rows_and_sums_of_attention() -> None:
@@ -180,8 +188,7 @@ def test_compiles_without_graph_breaks() -> None:
 
 
 # Several groups in a row, with and without a response; half the layouts in each type.
-@pytest.mark.parametrize(("name", "dtype"), list(zip(test_group_attention.LAYOUTS, [BF16, FP16] * 4, strict=False)))
+@pytest.mark.parametrize(("name", "dtype"), list(zip(GROUPS, [BF16, FP16] * 4, strict=False)))
 def test_groups(name: str, dtype: torch.dtype) -> None:
-    layout = GroupLayout(*test_group_attention.LAYOUTS[name])
-    inputs = test_group_attention.tensors(layout, (4, 2), 64)
-    test_group_attention.compare("cuda", layout, inputs, dtype)
+    layout = GroupLayout(*GROUPS[name])
+    compare_groups("cuda", layout, tensors(layout, (4, 2), 64), dtype)

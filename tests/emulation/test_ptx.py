@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from attention_cases import FRAMES, case
+from attention_cases import case
+from attention_layouts import FRAMES
 from planted_faults import PTX_FAULTS, Fault, planted
 from test_faults import RUNS
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import attention_layouts as layouts
+import backend_calls as calls
 import pytest
 import torch
 
@@ -29,13 +30,13 @@ def on_gpu(layout: layouts.Layout) -> layouts.Layout:
 @pytest.mark.parametrize(("query_heads", "key_heads"), [(14, 2), (2, 2), (3, 1)])
 def test_attention(dtype, head_dim, query_heads, key_heads):
     layout = on_gpu(layouts.hostile())
-    inputs = [t.cuda() for t in layouts.tensors(layouts.hostile(), query_heads, key_heads, head_dim, dtype)]
-    grads = [t.cuda() for t in layouts.upstream(layouts.hostile(), [t.cpu() for t in inputs])]
-    expected = layouts.expected_attention(layout, inputs, scale=0.2, grads=grads)
-    framework = layouts.attention(layout, inputs, "torch", scale=0.2, grads=grads)
-    got = layouts.attention(layout, inputs, "triton", scale=0.2, grads=grads)
-    layouts.compare(got, expected, framework)
-    again = layouts.attention(layout, inputs, "triton", scale=0.2, grads=grads)
+    inputs = [t.cuda() for t in calls.tensors(layouts.hostile(), query_heads, key_heads, head_dim, dtype)]
+    grads = [t.cuda() for t in calls.upstream(layouts.hostile(), [t.cpu() for t in inputs])]
+    expected = calls.expected_attention(layout, inputs, scale=0.2, grads=grads)
+    framework = calls.attention(layout, inputs, "torch", scale=0.2, grads=grads)
+    got = calls.attention(layout, inputs, "triton", scale=0.2, grads=grads)
+    calls.compare(got, expected, framework)
+    again = calls.attention(layout, inputs, "triton", scale=0.2, grads=grads)
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))
 
 

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FRAMES, LAYOUTS, VISIBILITIES, Case, case, small_tiles
+from attention_cases import Case, attention_results, case, compare_attention, small_tiles
+from attention_layouts import FRAMES, LAYOUTS, VISIBILITIES
 from backends import served
 from torch import Tensor
 
 from appo_kernels import frame_attention, frame_mass
 from appo_kernels.ops.frame_attention import op, reference
-from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as, peak_extra_bytes
+from appo_kernels.testing import peak_extra_bytes
 
 SERVED = served(op.OP, head_dim=32)
 
@@ -26,45 +27,12 @@ def call(function: Any, example: Case, **options: Any) -> Any:
     return function(*example[:4], num_frames=FRAMES, **example.bounds, **options)
 
 
-def gradients(output: Any, example: Case, upstream: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Of query, key and value. A blind row's lse of -inf is a constant: its upstream gradient is 0."""
-    sighted = example.seen().any(-1)  # (B, 1, R)
-    lse = torch.where(sighted, output.lse, 0)
-    weighted = (output.out * upstream[0]).sum() + (lse * upstream[1]).sum() + (output.mass * upstream[2]).sum()
-    return torch.autograd.grad(weighted, example[:3])
-
-
-def compare(backend: str, example: Case, dtype: torch.dtype, **options: Any) -> None:
-    example = example.to(dtype)
-    double = example.to(torch.float64)
-    batch, heads, rows, head_dim = example.query.shape
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((batch, heads, rows, head_dim), (batch, heads, rows), (batch, rows, FRAMES))
-    upstream = tuple(torch.randn(shape, generator=generator).to(example.query.device) for shape in shapes)
-    got = call(frame_attention, example, backend=backend, **options)
-    wanted, framework = call(reference.frame_attention, double, **options), None
-    framework_example = example.to(dtype)
-    framework = call(reference.frame_attention, framework_example, **options)
-    assert (got.out.dtype, got.lse.dtype, got.mass.dtype) == (dtype, torch.float32, torch.float32)
-    for name in ("out", "lse", "mass"):
-        assert_as_good_as(getattr(got, name), getattr(wanted, name), getattr(framework, name), name=name)
-    found = zip(
-        "qkv",
-        gradients(got, example, upstream),
-        gradients(wanted, double, upstream),
-        gradients(framework, framework_example, upstream),
-        strict=True,
-    )
-    for name, ours, exact, theirs in found:
-        assert_as_good_as(ours, exact, theirs, factor=GRADIENT_FACTOR, name=f"gradient of {name}")
-
-
 # Every layout with every visibility: the two decide together which tiles are masked, skipped or cut.
 @pytest.mark.parametrize("visibility", VISIBILITIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_layouts(tiled: None, backend: str, device: str, layout: str, visibility: str) -> None:
-    compare(backend, case(layout=layout, visibility=visibility, device=device), torch.float32)
+    compare_attention(backend, case(layout=layout, visibility=visibility, device=device), torch.float32)
 
 
 # Ratios 1, 7 (no power of two) and 8; one row, odd lengths, primes; head sizes at both ends and a prime one.
@@ -78,13 +46,13 @@ def test_shapes_and_dtypes(
     backend: str, device: str, dtype: torch.dtype, heads: tuple[int, int], rows: int, keys: int, head_dim: int
 ) -> None:
     example = case(heads=heads, rows=rows, keys=keys, head_dim=head_dim, layout="scattered", device=device)
-    compare(backend, example, dtype, reduction="mean", scale=0.2)
+    compare_attention(backend, example, dtype, reduction="mean", scale=0.2)
 
 
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_strides(tiled: None, backend: str, device: str) -> None:
     example = case(heads=(6, 2), layout="unequal", visibility="shared prefix", device=device, strided=True)
-    compare(backend, example, torch.float32, scale=-0.3)
+    compare_attention(backend, example, torch.float32, scale=-0.3)
 
 
 @pytest.mark.parametrize(("backend", "device"), SERVED)
@@ -120,9 +88,7 @@ def test_bitwise_repeatable(backend: str, device: str) -> None:
     results = []
     for _ in range(2):
         example = case(heads=(14, 2), rows=111, keys=300, layout="scattered", device=device).to(torch.float32)
-        output = call(frame_attention, example, backend=backend)
-        upstream = tuple(torch.ones_like(t) for t in output)
-        results.append([*output, *gradients(output, example, upstream)])
+        results.append(attention_results(frame_attention, example, backend=backend).values())
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 

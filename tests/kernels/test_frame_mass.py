@@ -6,14 +6,22 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FRAMES, LAYOUTS, VISIBILITIES, Case, case, small_tiles
+from attention_cases import (
+    case,
+    check_alone_as_in_a_batch,
+    check_probabilities,
+    compare_mass,
+    mass_results,
+    small_tiles,
+    true_lse,
+)
+from attention_layouts import FRAMES, LAYOUTS, VISIBILITIES
 from backends import served
 from torch import Tensor
 
 from appo_kernels import frame_mass
-from appo_kernels.ops.frame_attention import reference as attention
-from appo_kernels.ops.frame_mass import op, reference
-from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as, peak_extra_bytes
+from appo_kernels.ops.frame_mass import op
+from appo_kernels.testing import peak_extra_bytes
 
 SERVED = served(op.OP, head_dim=32)
 
@@ -23,41 +31,13 @@ def tiled(monkeypatch: pytest.MonkeyPatch) -> None:
     small_tiles(monkeypatch)
 
 
-def true_lse(example: Case, dtype: torch.dtype = torch.float32, scale: float | None = None) -> Tensor:
-    """(B, Hq, R) log-sum-exp over all visible keys, computed in fp64."""
-    double = example.to(torch.float64)
-    output = attention.frame_attention(*double[:4], num_frames=FRAMES, scale=scale, **double.bounds)
-    return output.lse.detach().to(dtype)
-
-
-def mass_and_gradients(function: Any, example: Case, upstream: Tensor, **options: Any) -> list[Tensor]:
-    mass = function(example.query, example.key, example.frame_ids, num_frames=FRAMES, **example.bounds, **options)
-    gradients = torch.autograd.grad(mass, (example.query, example.key), upstream.to(mass.dtype))
-    return [mass.detach(), *gradients]
-
-
-def compare(backend: str, example: Case, dtype: torch.dtype, given: bool, **options: Any) -> None:
-    example = example.to(dtype)
-    batch, heads, rows, _ = example.query.shape
-    shape = (batch, heads, rows, FRAMES) if options.get("per_head") else (batch, rows, FRAMES)
-    upstream = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(example.query.device)
-    lse = true_lse(example, scale=options.get("scale")) if given else None
-    got = mass_and_gradients(frame_mass, example, upstream, lse=lse, backend=backend, **options)
-    wanted = mass_and_gradients(reference.frame_mass, example.to(torch.float64), upstream, **options)
-    framework = mass_and_gradients(reference.frame_mass, example.to(dtype), upstream, **options)
-    assert got[0].dtype == torch.float32 and got[1].dtype == got[2].dtype == dtype
-    assert_as_good_as(got[0], wanted[0], framework[0], name="mass")
-    assert_as_good_as(got[1], wanted[1], framework[1], factor=GRADIENT_FACTOR, name="grad_query")
-    assert_as_good_as(got[2], wanted[2], framework[2], factor=GRADIENT_FACTOR, name="grad_key")
-
-
 # Every layout with every visibility: the two decide together which tiles are masked, skipped or cut.
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 @pytest.mark.parametrize("visibility", VISIBILITIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_layouts(tiled: None, backend: str, device: str, layout: str, visibility: str, given: bool) -> None:
-    compare(backend, case(layout=layout, visibility=visibility, device=device), torch.float32, given)
+    compare_mass(backend, case(layout=layout, visibility=visibility, device=device), torch.float32, given)
 
 
 # Ratios 1, 7 (no power of two) and 8; one row, odd lengths, primes; head sizes at both ends and a prime one.
@@ -72,7 +52,7 @@ def test_shapes_and_dtypes(
 ) -> None:
     example = case(heads=heads, rows=rows, keys=keys, head_dim=head_dim, layout="scattered", device=device)
     for given in (True, False):
-        compare(backend, example, dtype, given, reduction="mean", scale=0.2)
+        compare_mass(backend, example, dtype, given, reduction="mean", scale=0.2)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -81,7 +61,7 @@ def test_shapes_and_dtypes(
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_options(tiled: None, backend: str, device: str, given: bool, per_head: bool, reduction: str) -> None:
     example = case(heads=(6, 2), layout="unequal", visibility="shared prefix", device=device, strided=True)
-    compare(backend, example, torch.float32, given, per_head=per_head, reduction=reduction, scale=-0.3)
+    compare_mass(backend, example, torch.float32, given, per_head=per_head, reduction=reduction, scale=-0.3)
 
 
 @pytest.mark.parametrize(("backend", "device"), SERVED)
@@ -104,27 +84,16 @@ def test_strides(backend: str, device: str) -> None:
 def test_probabilities_add_up(tiled: None, backend: str, device: str, visibility: str, given: bool) -> None:
     """Mass over the frames + mass elsewhere, as one frame more, = 1; exactly 0 in blind rows."""
     example = case(heads=(7, 1), rows=63, keys=211, layout="scattered", visibility=visibility, device=device)
-    everywhere = torch.where(example.frame_ids < 0, FRAMES, example.frame_ids)
-    lse = true_lse(example) if given else None
-    options: dict[str, Any] = dict(example.bounds, lse=lse, backend=backend)
-    mass = frame_mass(example.query, example.key, example.frame_ids, num_frames=FRAMES, **options)
-    total = frame_mass(example.query, example.key, everywhere, num_frames=FRAMES + 1, **options)
-    sighted = example.seen().any(-1)[:, 0]  # (B, R)
-    torch.testing.assert_close(mass.sum(-1) + total[..., -1], sighted.float(), atol=1e-6, rtol=0)
-    assert not mass[~sighted].any() and not total[~sighted].any()
-    assert not mass[..., 2].any()  # a frame without keys
+    check_probabilities(backend, example, given)
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_bitwise_repeatable(backend: str, device: str, given: bool) -> None:
     example = case(heads=(14, 2), rows=111, keys=300, layout="scattered", device=device)
-    upstream = torch.randn(2, 111, FRAMES, device=device)
     lse = true_lse(example) if given else None
-    first, second = (
-        mass_and_gradients(frame_mass, example.to(torch.float32), upstream, lse=lse, backend=backend) for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first, second = (mass_results(frame_mass, example.to(torch.float32), lse=lse, backend=backend) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
@@ -133,19 +102,7 @@ def test_alone_as_in_a_batch(tiled: None, backend: str, device: str, given: bool
     """A sequence padded at the left, and one packed behind another, have the mass they have alone."""
     alone = case(batch=1, heads=(7, 1), rows=40, keys=40, layout="interleaved", device=device)
     other = case(batch=1, heads=(7, 1), rows=23, keys=23, layout="scattered", device=device)
-    options: dict[str, Any] = {"num_frames": FRAMES, "backend": backend}
-    if given:
-        options["lse"] = true_lse(alone)
-    expected = frame_mass(*alone[:2], alone.frame_ids, **options, **alone.bounds)
-    query, key = (torch.cat([a, b], 2) for a, b in zip(other[:2], alone[:2], strict=True))
-    first = torch.cat([torch.zeros(23), torch.full((40,), 23)]).int()[None].to(device)
-    last = torch.arange(63, device=device, dtype=torch.int32)[None]
-    for before in (other.frame_ids, torch.full_like(other.frame_ids, -1)):  # packed, padded
-        if given:
-            options["lse"] = torch.cat([true_lse(other), true_lse(alone)], 2)
-        ids = torch.cat([before, alone.frame_ids], 1)
-        packed = frame_mass(query, key, ids, first_key=first, last_key=last, **options)
-        torch.testing.assert_close(packed[:, 23:], expected, atol=1e-6, rtol=0)
+    check_alone_as_in_a_batch(backend, alone, other, given)
 
 
 @pytest.mark.parametrize("per_head", [True, False])
@@ -194,12 +151,14 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_the_gradients_wanted() -> None:
     example = case()
-    both = mass_and_gradients(frame_mass, example.to(torch.float32), torch.ones(2, 13, FRAMES))
+    leaves = example.to(torch.float32)
+    together = frame_mass(*leaves[:2], leaves.frame_ids, num_frames=FRAMES, **leaves.bounds)
+    both = torch.autograd.grad(together.sum(), leaves[:2])
     for index in range(2):
         query, key = example.query.clone(), example.key.clone()
         wanted = (query, key)[index].requires_grad_()
         mass = frame_mass(query, key, example.frame_ids, num_frames=FRAMES, **example.bounds)
-        torch.testing.assert_close(torch.autograd.grad(mass.sum(), wanted)[0], both[1 + index])
+        torch.testing.assert_close(torch.autograd.grad(mass.sum(), wanted)[0], both[index])
 
 
 @pytest.mark.parametrize("sizes", [(0, 63, 6), (13, 0, 6), (13, 63, 0)], ids=["no rows", "no keys", "no frames"])

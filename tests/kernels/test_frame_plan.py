@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import FRAMES, VISIBILITIES, case, small_tiles
+from attention_cases import case, small_tiles
+from attention_layouts import FRAMES, VISIBILITIES
 from backends import served
 from torch import Tensor
 

@@ -8,69 +8,23 @@ import pytest
 import torch
 import torch._dynamo.testing
 from backends import served
+from group_cases import LAYOUTS, compare_groups, results, tensors
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from appo_kernels import GroupLayout, frame_mass, group_attention, merge_attention
 from appo_kernels.attention.reference import attention_matrix, mass_of
 from appo_kernels.ops.group_attention import flash_cpu, op, reference
-from appo_kernels.testing import FORWARD_FACTOR, assert_as_good_as, peak_extra_bytes
+from appo_kernels.testing import peak_extra_bytes
 
 SERVED = served(op.OP, head_dim=32)
-
-# Equal responses; unequal with an empty one; none at all; one-token prompts and responses; several groups with another
-# number of responses each, one of them without; lengths around the 64 from which a response has a call of its own.
-LAYOUTS = {
-    "equal": ([20], [[7, 7, 7]]),
-    "unequal": ([33], [[9, 0, 1, 14]]),
-    "alone": ([17], [[21]]),
-    "no response": ([11], [[0, 0]]),
-    "ones": ([1], [[1, 1]]),
-    "several": ([5, 1, 40, 3, 2], [[4, 30, 0], [2], [], [0, 1, 1, 1], [17, 16]]),
-    "long": ([70], [[65, 64, 63, 3]]),
-}
-
-
-def tensors(layout: GroupLayout, heads: tuple[int, int], head_dim: int, device: str = "cpu") -> list[Tensor]:
-    generator = torch.Generator().manual_seed(layout.tokens)
-    shapes = [(1, count, layout.tokens, head_dim) for count in (heads[0], heads[1], heads[1])]
-    return [torch.randn(shape, generator=generator).to(device) for shape in shapes]
-
-
-def results(
-    function: Any, inputs: list[Tensor], dtype: torch.dtype, layout: GroupLayout, **options: Any
-) -> list[Tensor]:
-    """out, lse and the gradients of query, key and value through both."""
-    leaves = [x.to(dtype).requires_grad_() for x in inputs]
-    out, lse = function(*leaves, layout, **options)
-    generator = torch.Generator().manual_seed(1)
-    upstream = [torch.randn(x.shape, generator=generator).to(x.device, torch.bfloat16) for x in (out, lse)]
-    total = (out * upstream[0].to(out.dtype)).sum() + (lse * upstream[1].to(lse.dtype)).sum()
-    return [out, lse, *torch.autograd.grad(total, leaves)]
-
-
-def framework(query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, **options: Any) -> tuple[Tensor, Tensor]:
-    """torch's own attention with a dense mask; its lse, which it does not return, from the scores in its dtype."""
-    seen = reference.visible(layout).to(query.device)
-    out = scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True, **options)
-    return out, reference.group_attention(query, key, value, layout, **options)[1].to(op.compute_dtype(query.dtype))
-
-
-def compare(backend: str, layout: GroupLayout, inputs: list[Tensor], dtype: torch.dtype, **options: Any) -> None:
-    rounded = [x.to(dtype) for x in inputs]
-    got = results(group_attention, rounded, dtype, layout, backend=backend, **options)
-    exact = results(reference.group_attention, rounded, torch.float64, layout, **options)
-    theirs = results(framework, rounded, dtype, layout, **options)
-    assert got[0].dtype == dtype and got[1].dtype == op.compute_dtype(dtype)
-    for name, ours, true, torchs in zip(("out", "lse", "dq", "dk", "dv"), got, exact, theirs, strict=True):
-        assert_as_good_as(ours, true, torchs, factor=FORWARD_FACTOR, name=name)
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_layouts(backend: str, device: str, name: str) -> None:
     layout = GroupLayout(*LAYOUTS[name])
-    compare(backend, layout, tensors(layout, (6, 2), 32, device), torch.float32)
+    compare_groups(backend, layout, tensors(layout, (6, 2), 32, device), torch.float32)
 
 
 # Ratios 1, 7 and 8 and a single head; head sizes at both ends, and one that no kernel likes.
@@ -81,7 +35,7 @@ def test_shapes_and_dtypes(
     backend: str, device: str, dtype: torch.dtype, heads: tuple[int, int], head_dim: int
 ) -> None:
     layout = GroupLayout(*LAYOUTS["several"])
-    compare(backend, layout, tensors(layout, heads, head_dim, device), dtype, scale=0.2)
+    compare_groups(backend, layout, tensors(layout, heads, head_dim, device), dtype, scale=0.2)
 
 
 # 200 random groups in one test: the claim is about all layouts, and each alone is quick.
@@ -95,7 +49,7 @@ def test_random_groups() -> None:
         groups = 1 + number % 5
         layout = GroupLayout(numbers(1, 50, groups), [numbers(0, 30, 1 + number % 4) for _ in range(groups)])
         heads, head_dim = [(1, 1), (7, 1), (4, 2)][number % 3], (32, 64)[number % 2]
-        compare("torch", layout, tensors(layout, heads, head_dim), torch.float32)
+        compare_groups("torch", layout, tensors(layout, heads, head_dim), torch.float32)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -105,7 +59,7 @@ def test_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     for name in ("several", "long", "ones"):
         layout = GroupLayout(*LAYOUTS[name])
-        compare("torch", layout, tensors(layout, (7, 1), 32), torch.float32)
+        compare_groups("torch", layout, tensors(layout, (7, 1), 32), torch.float32)
 
 
 @pytest.mark.parametrize(("backend", "device"), SERVED)
@@ -132,7 +86,7 @@ def test_bitwise_repeatable_with_any_strides(backend: str, device: str) -> None:
     first, *others = (
         results(group_attention, x, torch.float32, layout, backend=backend) for x in (inputs, inputs, strided)
     )
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    assert all(torch.equal(first[name], other[name]) for other in others for name in first)
 
 
 def test_gradcheck() -> None:

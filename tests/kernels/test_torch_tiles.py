@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from attention_cases import FRAMES, LAYOUTS, case
+from attention_cases import case
+from attention_layouts import FRAMES, LAYOUTS
 
 from appo_kernels.attention.torch_tiles import key_tiles
 

@@ -4,6 +4,7 @@ The interpreter multiplies the raw bits of bf16 numbers in a matrix product, so 
 """
 
 import attention_layouts as layouts
+import backend_calls as calls
 import pytest
 import surrogate_cases
 import torch
@@ -27,18 +28,18 @@ SCALE = 0.21
 )
 def test_attention(dtype, head_dim, query_heads, key_heads):
     layout = layouts.hostile()
-    inputs = layouts.tensors(layout, query_heads, key_heads, head_dim, dtype)
-    grads = layouts.upstream(layout, inputs)
-    expected = layouts.expected_attention(layout, inputs, scale=SCALE, grads=grads)
-    results = [layouts.attention(layout, inputs, backend, scale=SCALE, grads=grads) for backend in ("triton", "torch")]
-    layouts.compare(results[0], expected, results[1])
+    inputs = calls.tensors(layout, query_heads, key_heads, head_dim, dtype)
+    grads = calls.upstream(layout, inputs)
+    expected = calls.expected_attention(layout, inputs, scale=SCALE, grads=grads)
+    results = [calls.attention(layout, inputs, backend, scale=SCALE, grads=grads) for backend in ("triton", "torch")]
+    calls.compare(results[0], expected, results[1])
 
 
 @pytest.mark.parametrize("per_head", [False, True])
 def test_frame_mass(per_head):
     layout = layouts.hostile()
-    query, key, value = layouts.tensors(layout, 4, 2, 32, torch.float16)
-    _, lse, _ = layouts.attention(layout, (query, key, value), "torch", scale=SCALE)
+    query, key, value = calls.tensors(layout, 4, 2, 32, torch.float16)
+    _, lse, _ = calls.attention(layout, (query, key, value), "torch", scale=SCALE)
     shape = (2, 4, layout.rows, 6) if per_head else (2, layout.rows, 6)
     results = []
     for module, given in ((streaming, lse), (frame_mass, lse), (frame_mass, None)):

@@ -3,6 +3,7 @@
 import math
 
 import attention_layouts as layouts
+import backend_calls as calls
 import pytest
 import torch
 
@@ -18,37 +19,37 @@ SCALE = 0.21
 
 def check(layout, query_heads, key_heads, head_dim, dtype, *, seed, scale=SCALE, weights=None):
     """Runs forward and backward under one warp schedule and compares; returns the results."""
-    inputs = layouts.tensors(layout, query_heads, key_heads, head_dim, dtype)
-    grads = layouts.upstream(layout, inputs)
-    expected = layouts.expected_attention(layout, inputs, scale=scale, grads=grads, weights=weights)
-    framework = layouts.attention(layout, inputs, "torch", scale=scale, grads=grads, weights=weights)
+    inputs = calls.tensors(layout, query_heads, key_heads, head_dim, dtype)
+    grads = calls.upstream(layout, inputs)
+    expected = calls.expected_attention(layout, inputs, scale=scale, grads=grads, weights=weights)
+    framework = calls.attention(layout, inputs, "torch", scale=scale, grads=grads, weights=weights)
     with triton_device.simulated(seed=seed) as device:
-        got = layouts.attention(layout, inputs, "triton", scale=scale, grads=grads, weights=weights)
+        got = calls.attention(layout, inputs, "triton", scale=scale, grads=grads, weights=weights)
     assert {"online_kernel", "finish_kernel", "delta_kernel", "query_kernel", "key_kernel"} <= {
         launch.name for launch in device.launches
     }
-    layouts.compare(got, expected, framework)
+    calls.compare(got, expected, framework)
     return got
 
 
 def test_attention_bf16():
     """7 query heads to a key/value head, two of these; two schedules give the same bits."""
     first = check(layouts.hostile(), 14, 2, 64, torch.bfloat16, seed=0)
-    inputs = layouts.tensors(layouts.hostile(), 14, 2, 64, torch.bfloat16)
+    inputs = calls.tensors(layouts.hostile(), 14, 2, 64, torch.bfloat16)
     with triton_device.simulated(seed=1):
-        second = layouts.attention(layouts.hostile(), inputs, "triton", scale=SCALE)
+        second = calls.attention(layouts.hostile(), inputs, "triton", scale=SCALE)
     for a, b in zip(first, second, strict=False):
         assert torch.equal(a, b)
 
 
 def mass_arguments(head_dim=64, dtype=torch.bfloat16):
     layout = layouts.hostile()
-    query, key, _ = layouts.tensors(layout, 14, 2, head_dim, dtype)
+    query, key, _ = calls.tensors(layout, 14, 2, head_dim, dtype)
     bounds = dict(zip(("first_key", "last_key", "prefix_keys"), layout.bounds, strict=True))
     options = {"num_frames": layout.num_frames, "scale": SCALE, **bounds}
     expected = mass_reference.frame_mass(query.double(), key.double(), layout.frame_ids, per_head=True, **options)
-    lse = layouts.expected_attention(
-        layout, (query, key, key), scale=SCALE, grads=layouts.upstream(layout, (query, key, key))
+    lse = calls.expected_attention(
+        layout, (query, key, key), scale=SCALE, grads=calls.upstream(layout, (query, key, key))
     )[1].detach()  # fmt: skip
     return layout, query, key, expected.detach(), lse.float()
 
@@ -120,16 +121,16 @@ def test_attention_without_bounds_and_with_weights():
 def test_equal_alone_and_left_padded():
     """The bits of a sequence do not depend on who else is in the batch, those of a row not on the padding before it."""
     layout = layouts.hostile()
-    inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
-    grads = layouts.upstream(layout, inputs)
+    inputs = calls.tensors(layout, 7, 1, 64, torch.bfloat16)
+    grads = calls.upstream(layout, inputs)
     with triton_device.simulated():
-        together = layouts.attention(layout, inputs, "triton", scale=SCALE, grads=grads)
+        together = calls.attention(layout, inputs, "triton", scale=SCALE, grads=grads)
     own = layouts.Layout(layout.frame_ids[1:], 6, *(bound[1:] for bound in layout.bounds), layout.rows)
     with triton_device.simulated():
-        result = layouts.attention(
+        result = calls.attention(
             own, [t[1:] for t in inputs], "triton", scale=SCALE, grads=[grad[1:] for grad in grads]
         )
-    for name, a, b in zip(layouts.NAMES, result, together, strict=True):
+    for name, a, b in zip(calls.NAMES, result, together, strict=True):
         assert torch.equal(a, b[1:]), name
     pad, rows = 9, slice(2, 40)  # the first sequence sees nothing before key 9
     alone = layouts.Layout(
@@ -138,8 +139,8 @@ def test_equal_alone_and_left_padded():
     query, key, value = inputs
     cut = query[:1, :, rows], key[:1, :, pad:], value[:1, :, pad:]
     with triton_device.simulated():
-        result = layouts.attention(alone, cut, "triton", scale=SCALE)
-    for name, a, b in zip(layouts.NAMES, result, together, strict=False):
+        result = calls.attention(alone, cut, "triton", scale=SCALE)
+    for name, a, b in zip(calls.NAMES, result, together, strict=False):
         b = b[:1, rows] if name == "mass" else b[:1, :, rows]
         assert torch.equal(a, b), name
 
@@ -156,13 +157,13 @@ def test_ends_of_tiles(kind, at):
     nothing = torch.full_like(same, -1)
     bounds = {"prefix": (None, nothing, same), "last": (None, same, None), "first": (same, None, None)}[kind]
     layout = layouts.Layout(ids, 26, *bounds, R)
-    query, key, value = layouts.tensors(layout, 2, 1, 32, torch.float16)
+    query, key, value = calls.tensors(layout, 2, 1, 32, torch.float16)
     wide = torch.full((*value.shape[:3], 48), math.nan, dtype=value.dtype)
     wide[..., :32] = value
     inputs = query, key, wide[..., :32]
-    grads = layouts.upstream(layout, inputs)
-    expected = layouts.expected_attention(layout, inputs, scale=-0.3, grads=grads)
-    framework = layouts.attention(layout, inputs, "torch", scale=-0.3, grads=grads)
+    grads = calls.upstream(layout, inputs)
+    expected = calls.expected_attention(layout, inputs, scale=-0.3, grads=grads)
+    framework = calls.attention(layout, inputs, "torch", scale=-0.3, grads=grads)
     with triton_device.simulated():
-        got = layouts.attention(layout, inputs, "triton", scale=-0.3, grads=grads)
-    layouts.compare(got, expected, framework)
+        got = calls.attention(layout, inputs, "triton", scale=-0.3, grads=grads)
+    calls.compare(got, expected, framework)

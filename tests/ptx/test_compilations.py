@@ -1,6 +1,7 @@
 """Other numbers of rows, keys, frames, sequences or tokens launch kernels that are there: nothing is compiled anew."""
 
 import attention_layouts as layouts
+import backend_calls as calls
 import pytest
 import torch
 
@@ -28,8 +29,8 @@ def attention(batch: int, rows: int, keys: int, frames: int) -> None:
     ids = (torch.arange(keys) * frames // keys).int().expand(batch, keys)
     last = (torch.arange(rows) + keys - rows).int().expand(batch, rows)
     layout = layouts.Layout(ids, frames, None, last, None, rows)
-    inputs = layouts.tensors(layout, 14, 2, 64, torch.bfloat16)
-    layouts.attention(layout, inputs, "triton", scale=0.2, grads=layouts.upstream(layout, inputs))
+    inputs = calls.tensors(layout, 14, 2, 64, torch.bfloat16)
+    calls.attention(layout, inputs, "triton", scale=0.2, grads=calls.upstream(layout, inputs))
     lse, mass = torch.zeros(batch, 14, rows), torch.zeros(batch, rows, frames)
     frame_mass.forward(*inputs[:2], layout.operands(0.2), lse, mass[:, None], None, False)
 

@@ -7,6 +7,7 @@ the compiled kernel, or a wrong descriptor in it, is seen.
 import re
 
 import attention_layouts as layouts
+import backend_calls as calls
 import pytest
 import torch
 import triton
@@ -69,14 +70,14 @@ def small_layouts() -> list[layouts.Layout]:
 def test_forward(head_dim):
     """Mass and attention of two small layouts: tiles without a mask, with one, and both."""
     for layout in small_layouts():
-        inputs = layouts.tensors(layout, 7, 1, head_dim, torch.bfloat16)
-        grads = layouts.upstream(layout, inputs)
-        expected = layouts.expected_attention(layout, inputs, scale=0.3, grads=grads)
-        framework = layouts.attention(layout, inputs, "torch", scale=0.3)
+        inputs = calls.tensors(layout, 7, 1, head_dim, torch.bfloat16)
+        grads = calls.upstream(layout, inputs)
+        expected = calls.expected_attention(layout, inputs, scale=0.3, grads=grads)
+        framework = calls.attention(layout, inputs, "torch", scale=0.3)
         with triton_device.simulated(arch=90, seed=0) as device:
-            got = layouts.attention(layout, inputs, "triton", scale=0.3)
+            got = calls.attention(layout, inputs, "triton", scale=0.3)
         assert all(launch.statistics.opcodes["wgmma"] for launch in device.launches if launch.name == "online_kernel")
-        layouts.compare(got, expected, framework)
+        calls.compare(got, expected, framework)
 
 
 # Every head size that has products of its own shape: one and two groups of 64 columns, a padded one; both 16-bit types.
@@ -96,17 +97,17 @@ def test_forward(head_dim):
 def test_attention(dtype, head_dim, heads, key_heads):
     """Forward, replay of small frames and gradients on hostile layouts; two schedules give the same bits."""
     layout = layouts.hostile()
-    inputs = layouts.tensors(layout, heads, key_heads, head_dim, dtype)
-    grads = layouts.upstream(layout, inputs)
-    expected = layouts.expected_attention(layout, inputs, scale=SCALE, grads=grads)
-    framework = layouts.attention(layout, inputs, "torch", scale=SCALE, grads=grads)
+    inputs = calls.tensors(layout, heads, key_heads, head_dim, dtype)
+    grads = calls.upstream(layout, inputs)
+    expected = calls.expected_attention(layout, inputs, scale=SCALE, grads=grads)
+    framework = calls.attention(layout, inputs, "torch", scale=SCALE, grads=grads)
     results = []
     for seed in (0, 1):
         with triton_device.simulated(arch=90, seed=seed) as device:
-            results.append(layouts.attention(layout, inputs, "triton", scale=SCALE, grads=grads))
+            results.append(calls.attention(layout, inputs, "triton", scale=SCALE, grads=grads))
         for name in ("online_kernel", "replay_kernel") if dtype != torch.float32 else ():
             assert next(launch for launch in device.launches if launch.name == name).statistics.opcodes["wgmma"]
-    layouts.compare(results[0], expected, framework)
+    calls.compare(results[0], expected, framework)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -130,9 +131,9 @@ FAULTS = {
 def run_forward(head_dim: int, seed: int):
     results, launches = [], []
     for layout in small_layouts():
-        inputs = layouts.tensors(layout, 7, 1, head_dim, torch.bfloat16)
+        inputs = calls.tensors(layout, 7, 1, head_dim, torch.bfloat16)
         with triton_device.simulated(arch=90, seed=seed) as device:
-            results += layouts.attention(layout, inputs, "triton", scale=0.3)
+            results += calls.attention(layout, inputs, "triton", scale=0.3)
         launches += device.launches
     return results, launches
 

@@ -1,6 +1,7 @@
 """Elements beyond the reach of 31-bit offsets, in sparse files: the same bits as from contiguous copies."""
 
 import attention_layouts as layouts
+import backend_calls as calls
 import numpy as np
 import pytest
 import torch
@@ -52,17 +53,17 @@ def test_logits(spread):
 def test_attention(spread):
     """Query rows, keys and heads of values, each where a product of 32-bit numbers would be too small."""
     layout = layouts.hostile()
-    inputs = layouts.tensors(layout, 7, 1, 32, torch.bfloat16)
+    inputs = calls.tensors(layout, 7, 1, 32, torch.bfloat16)
     query, key, value = inputs
     far = (
         spread(query, ((1 << 32) + 64, 32, 1 << 26, 1)),
         spread(key, (32, 32, 1 << 24, 1)),
         spread(value, ((1 << 31) + 32, 32, 64, 1)),
     )
-    grads = layouts.upstream(layout, inputs)
+    grads = calls.upstream(layout, inputs)
     results = []
     for tensors in (inputs, far):
         with triton_device.simulated():
-            results.append(layouts.attention(layout, tensors, "triton", scale=0.2, grads=grads))
-    for name, near, distant in zip(layouts.NAMES, *results, strict=True):
+            results.append(calls.attention(layout, tensors, "triton", scale=0.2, grads=grads))
+    for name, near, distant in zip(calls.NAMES, *results, strict=True):
         assert torch.equal(near, distant), name

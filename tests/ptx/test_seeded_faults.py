@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import attention_layouts as layouts
+import backend_calls as calls
 import pytest
 import torch
 
@@ -33,12 +34,12 @@ def small_layout() -> layouts.Layout:
 
 def compare_forward() -> None:
     layout = small_layout()
-    inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
-    expected = layouts.expected_attention(layout, inputs, scale=0.3, grads=layouts.upstream(layout, inputs))
-    framework = layouts.attention(layout, inputs, "torch", scale=0.3)
+    inputs = calls.tensors(layout, 7, 1, 64, torch.bfloat16)
+    expected = calls.expected_attention(layout, inputs, scale=0.3, grads=calls.upstream(layout, inputs))
+    framework = calls.attention(layout, inputs, "torch", scale=0.3)
     with triton_device.simulated(seed=0):
-        got = layouts.attention(layout, inputs, "triton", scale=0.3)
-    layouts.compare(got, expected, framework)
+        got = calls.attention(layout, inputs, "triton", scale=0.3)
+    calls.compare(got, expected, framework)
 
 
 def mutated(tmp_path: Path, text: str, replacement: str):
@@ -71,9 +72,9 @@ def test_a_barrier_taken_out_of_a_shipped_kernel_is_seen(monkeypatch):
     """Four barriers of the compiled attention kernel, one at a time: what it guards goes wrong under some schedule."""
     monkeypatch.setattr(machine, "STEP_LIMIT", 150_000)  # a loop over a count read too early would not end
     layout = small_layout()
-    inputs = layouts.tensors(layout, 7, 1, 64, torch.bfloat16)
+    inputs = calls.tensors(layout, 7, 1, 64, torch.bfloat16)
     with triton_device.simulated(seed=0) as device:
-        right = layouts.attention(layout, inputs, "triton", scale=0.3)
+        right = calls.attention(layout, inputs, "triton", scale=0.3)
     ptx = next(launch.ptx for launch in device.launches if launch.name == "online_kernel").read_text()
     barriers = list(re.finditer(r"bar\.sync\s+0;", ptx))
 
@@ -87,7 +88,7 @@ def test_a_barrier_taken_out_of_a_shipped_kernel_is_seen(monkeypatch):
         for seed in range(3):
             try:
                 with triton_device.simulated(seed=seed):
-                    got = layouts.attention(layout, inputs, "triton", scale=0.3)
+                    got = calls.attention(layout, inputs, "triton", scale=0.3)
             except (IndexError, RuntimeError):
                 return True
             if any(not torch.equal(a, b) for a, b in zip(got, right, strict=True)):
