@@ -1,11 +1,13 @@
 """The parts of a step that a user may replace: engine, choice of frames, token weights, loss."""
 
+import itertools
 import json
 
 import pytest
 import torch
 import training
 
+from appo.rollout import rewards
 from appo.rollout.engine import Completion
 from appo.train.evaluate import evaluate
 from appo.train.rules import weigh_tokens
@@ -143,3 +145,50 @@ def test_a_batch_without_any_frames_trains(tmp_path):
     trainer = Trainer(model, processor, records, config=training.config(tmp_path))
     metrics = trainer.step(1)
     assert metrics["grad_norm"] > 0 and "weight/mean" not in metrics
+
+
+@rewards.register("by_place")
+def by_place(completions, records):
+    """Differs within a group whatever the responses say."""
+    return [float(place % 2) for place in range(len(completions))]
+
+
+class Silent:
+    """An engine whose responses have so many tokens, by prompt in turn."""
+
+    def __init__(self, *lengths):
+        self.lengths = itertools.cycle(lengths)
+
+    def generate(self, prompts, sampling, seeds):
+        found = []
+        for length in itertools.islice(self.lengths, len(prompts)):
+            ids = torch.arange(sampling.group_size * length).view(sampling.group_size, length) % 7 + 5
+            found.append([Completion(row, torch.full((length,), -1.0), "stop", 0) for row in ids])
+        return found
+
+    def update_weights(self, model, version):
+        pass
+
+
+# In one row, one by one, split by tokens; every count that a loss is divided by is 0 where all responses are empty.
+@pytest.mark.parametrize("changes", [{}, {"micro_groups": 1}, {"micro_tokens": 40}, {"share_prompt": "off"}], ids=str)
+@pytest.mark.parametrize("aggregation", ["dapo", "bnpo"])
+def test_responses_without_a_token_train_nothing(aggregation, changes, tmp_path):
+    model, processor = training.tiny()
+
+    def step(*lengths):
+        settings = {"aggregation": aggregation, "rewards": {"by_place": 1.0}, "max_steps": 1, "beta": 0.1} | changes
+        config = training.config(tmp_path / str(len(lengths)), **settings)
+        trainer = Trainer(model, processor, training.records(), config=config, engine=Silent(*lengths))
+        return trainer, trainer.step(1)
+
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    trainer, metrics = step(0)
+    assert metrics["grad_norm"] == 0 and metrics["length/mean"] == 0
+    assert all(group.weights is None and group.target_frames is None for group in trainer.groups)
+    decayed = 1 - trainer.config.learning_rate * trainer.config.weight_decay
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        torch.testing.assert_close(parameter, old * decayed, rtol=1e-6, atol=0)
+    trainer, metrics = step(0, 3)  # beside groups that have tokens
+    assert metrics["grad_norm"] > 0
+    assert [group.weights is None for group in trainer.groups] == [True, False] * (len(trainer.groups) // 2)

@@ -97,10 +97,10 @@ def weigh_groups(groups: Sequence[Group], policy: Policy, weigh_tokens: WeighTok
 
     def weigh_all() -> None:
         for group in groups:
-            if group.hidden is not None and group.lse is not None:
+            if group.hidden is not None and group.target_frames is not None:
                 weight, bias = policy.output_head(group.hidden.dtype)
                 group.weights = weigh_tokens(group, divergence_of(group, weight, bias), config).cpu()
-                group.hidden = group.lse = None
+            group.hidden = group.lse = None
 
     def divergence_of(group: Group, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         hidden, lse = group.hidden, group.lse

@@ -232,9 +232,9 @@ class Trainer:
                 self.meter.total("groups/nonfinite", 1.0)
 
     def select(self, groups: Sequence[Group]) -> None:
-        """The frames that matter for each group (docs/method.md 4); a group without frames has none."""
+        """The frames that matter for each group (docs/method.md 4); one without frames or without a token has none."""
         for group in groups:
-            if group.mass is not None:
+            if group.mass is not None and group.tokens:
                 group.target_frames = self.choose_frames(group, self.config).cpu()
 
     def weigh(self, groups: Sequence[Group]) -> None:
@@ -291,10 +291,10 @@ class Trainer:
         with self.autocast():
             result = self.policy(batch, head)
         count = sum(map(sum, batch.lengths))
-        weighted = sum(int((part.take(token_weights_of(part.group)) > 1).sum()) for part in parts) / count
+        weighted = sum(int((part.take(token_weights_of(part.group)) > 1).sum()) for part in parts) / max(count, 1)
         measure_loss(self.meter, result, count, weighted)
         # "dapo" divides by the tokens of the whole batch itself; the others are means over these responses alone.
-        portion = {"dapo": 1.0, "bnpo": count / tokens}.get(config.aggregation, len(batch.mask) / responses)
+        portion = {"dapo": 1.0, "bnpo": count / max(tokens, 1.0)}.get(config.aggregation, len(batch.mask) / responses)
         return result.loss * portion
 
     def idle_backward(self, group: Group) -> None:

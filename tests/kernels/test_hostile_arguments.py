@@ -192,7 +192,7 @@ SHARED = torch.zeros(1000)
         ("frame_mass", {"query": SHARED[:384].view(B, 4, T, 16), "out": SHARED[380:392].view(B, T, 2)}, "out"),
         ("frame_mass", {"lse": SHARED[:24].view(B, 4, T), "out": SHARED[:12].view(B, T, 2)}, "out"),
         ("group_divergence", {"hidden": HIDDEN[:0], "lse": torch.zeros(0, T), "slots": TARGETS[None, :0]}, "hidden"),
-        ("group_divergence", {"hidden": HIDDEN[:, :0], "lse": torch.zeros(B, 0)}, "hidden"),
+        ("group_divergence", {"hidden": HIDDEN[:, :0], "lse": torch.zeros(B, 0)}, "slots"),
         ("token_logprobs", {"weight": torch.zeros(0, D), "bias": torch.zeros(0)}, "weight"),
         ("weighted_surrogate", {"rollout_correction": "truncate"}, "rollout_floor"),
         ("weighted_surrogate", {"rollout_floor": 3.0}, "rollout_floor"),

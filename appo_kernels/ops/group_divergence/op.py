@@ -66,7 +66,7 @@ def group_divergence(
 
     Raises:
         ValueError: a wrong shape, dtype or device, an unknown kind, a slot outside [-1, N), an lse that is not finite,
-            an empty group, a temperature or cap that is not positive.
+            a group without a response, a temperature or cap that is not positive.
     """
     checks.rank(OP, "hidden", hidden, 3, "(G, N, D)")
     temperature, softcap = check_projection(OP, hidden, weight, bias, temperature, softcap)
@@ -105,9 +105,9 @@ def group_divergence_from_logits(
 
 def _check_group(op: str, name: str, group: Tensor, lse: Tensor, slots: Tensor, kind: str) -> None:
     checks.choice(op, "kind", kind, KINDS, 'Pass "kl" for the paper\'s divergence.')
-    if min(group.shape) < 1:
-        remedy = "Skip empty groups."
-        checks.fail(op, name, "at least one response and position", f"shape {tuple(group.shape)}", remedy)
+    if group.shape[0] < 1 or group.shape[2] < 1:
+        remedy = "Skip groups without a response."
+        checks.fail(op, name, "at least one response", f"shape {tuple(group.shape)}", remedy)
     checks.dtype(op, "lse", lse, (torch.float32, torch.float64))
     remedy = f"Pass the lse of every position of `{name}`, as token_logprobs returns it, reshaped to (G, N)."
     checks.shape(op, "lse", lse, group.shape[:2], "(G, N)", remedy)
@@ -124,7 +124,10 @@ def _check_slots(op: str, lse: Tensor, slots: Tensor, *others: Tensor) -> list[i
     if not checks.values_enabled() or not slots.numel():
         return checks.on_host(*others)
     positions = lse.shape[1]
-    used = lse.expand(slots.shape[0], -1, -1).gather(2, slots.clamp(0, positions - 1).long())
+    if positions:
+        used = lse.expand(slots.shape[0], -1, -1).gather(2, slots.clamp(0, positions - 1).long())
+    else:  # responses without a token
+        used = lse.new_zeros(slots.shape)
     low, high, bad, *numbers = checks.on_host(*slots.aminmax(), ((slots >= 0) & ~used.isfinite()).sum(), *others)
     if low < -1 or high >= positions:
         expected = f"positions in [0, {positions}), or -1 for a missing member"
@@ -165,4 +168,7 @@ def from_logits_op(
     logits: Tensor, lse: Tensor, slots: Tensor, kind: str, temperature: float, divergence: Tensor, backend: str
 ) -> None:
     _check_slots(OP_LOGITS, lse, slots)
+    if not lse.numel():
+        divergence.zero_()
+        return
     dispatch.backend_module(OP, backend).forward_from_logits(logits, lse, slots, kind, temperature, divergence)
