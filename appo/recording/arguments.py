@@ -22,14 +22,14 @@ def response_rows(prompt_length: int, response_length: int) -> slice:
 
 
 class Rows:
-    """The query positions to record: ``positions`` (B, R) int64, and what is known of them on the host."""
+    """The query positions to record: ``positions`` (B, R) int64, and on the host."""
 
     def __init__(self, positions: Tensor) -> None:
-        self.positions = positions
-        self.lowest, self.highest = (int(bound) for bound in positions.aminmax())
-        first, count = int(positions[0, 0]), positions.shape[1]
-        run = torch.arange(first, first + count, device=positions.device)
-        self.run = slice(first, first + count) if bool((positions == run).all()) else None  # of every sequence
+        self.positions, self.on_host = positions, positions.cpu()
+        self.lowest, self.highest = (int(bound) for bound in self.on_host.aminmax())
+        first, count = int(self.on_host[0, 0]), positions.shape[1]
+        neighbours = bool((self.on_host == torch.arange(first, first + count)).all())
+        self.run = slice(first, first + count) if neighbours else None  # of every sequence
 
     def of(self, values: Tensor, first_row: int) -> Tensor:
         """(B, H, L, d) of the positions from ``first_row`` on -> (B, H, R, d); a view where all rows are one run."""

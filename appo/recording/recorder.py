@@ -239,12 +239,11 @@ class FrameMassRecorder:
         shared = mask if layout is None else layout
         if (known := self._plans.get((id(shared), window))) is not None:
             return known[1]
-        rows = self._rows.positions
         if layout is not None:
-            plan = FramePlan.of_layout(self._frame_ids, self._num_frames, layout, rows=rows)
+            plan = FramePlan.of_layout(self._frame_ids, self._num_frames, layout, rows=self._rows.on_host)
         else:
             seen = visible_keys(
-                rows,
+                self._rows.positions,
                 mask,
                 num_queries=query.shape[2],
                 num_keys=key.shape[2],

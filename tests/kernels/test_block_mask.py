@@ -1,0 +1,160 @@
+"""Tiles of keys and the block mask of the Triton kernels, against every pair of row and key."""
+
+import itertools
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from appo_kernels.attention.triton_block_mask import FULL, SKIP, block_mask, key_plan, row_blocks, row_bounds
+
+Bounds = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class Example(NamedTuple):
+    name: str  # of its bounds
+    frame_ids: Tensor  # (B, S) int32
+    frames: int
+    rows: int
+    given: Bounds
+
+    @property
+    def keys(self) -> int:
+        return self.frame_ids.shape[1]
+
+    def visible(self) -> Tensor:
+        """(B, R, S) bool, by the rule of docs/method.md."""
+        (B, S), key = self.frame_ids.shape, torch.arange(self.keys)
+        first, last, prefix = (
+            torch.full((B, self.rows), default) if bound is None else bound.long()
+            for bound, default in zip(self.given, (0, S - 1, 0), strict=True)
+        )
+        return ((key >= first[..., None]) & (key <= last[..., None])) | (key < prefix[..., None])
+
+
+FRAMES = {
+    "none": lambda F, S, draw: torch.full((S,), -1),
+    "one": lambda F, S, draw: torch.zeros(S),
+    "runs": lambda F, S, draw: draw(-1, F, S).sort().values,
+    "scattered": lambda F, S, draw: draw(-1, F, S),
+    "unequal": lambda F, S, draw: draw(-1, F, S).clamp(max=1),  # frames without a key, and small ones beside large
+}
+# Every default and every given bound; rows that see nothing, negative starts, whole prefixes, the ends of int32.
+BOUNDS = {
+    "all": lambda S, R, draw: (None, None, None),
+    "causal": lambda S, R, draw: (None, (torch.arange(R) + max(0, S - R)).clamp(max=S - 1), None),
+    "window": lambda S, R, draw: (torch.arange(R) - 5, torch.arange(R).clamp(max=S - 1), None),
+    "group": lambda S, R, draw: (draw(0, S, 2, R), draw(-1, S - 1, 2, R), torch.full((2, R), S // 2)),
+    "random": lambda S, R, draw: (draw(-3, S + 3, 2, R), draw(-3, S - 1, 2, R), draw(0, S, 2, R)),
+    "nothing": lambda S, R, draw: (torch.full((2, R), 2**31 - 1), torch.full((2, R), -(2**31)), torch.zeros(2, R)),
+    "first alone": lambda S, R, draw: (draw(-(2**31), S + 1, 2, R), None, None),
+    "prefix alone": lambda S, R, draw: (torch.full((2, R), S), torch.full((2, R), -1), draw(0, S, 2, R)),
+}  # fmt: skip
+
+
+def examples() -> list[Example]:
+    """All frames with all bounds, sizes in turn: below, at and beyond multiples of the tiles."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator)
+
+    found, sizes = [], itertools.cycle([(37, 9), (64, 33), (8, 4), (71, 17), (1, 1), (50, 20), (40, 16)])
+    for number, frames in enumerate(FRAMES.values()):
+        for (name, bounds), (keys, rows) in zip(BOUNDS.items(), sizes, strict=False):
+            F = (1, 3, 6)[(number + keys) % 3]
+            ids = torch.stack([frames(F - 1, keys, draw) for _ in range(2)]).int()
+            first, last, prefix = (None if b is None else b.expand(2, rows).int() for b in bounds(keys, rows, draw))
+            found.append(Example(name, ids, F, rows, (first, last, prefix)))
+    return found
+
+
+EXAMPLES = examples()
+
+
+# Tiles smaller and larger than frames; as large as all keys.
+@pytest.mark.parametrize("size", [2, 8, 128])
+def test_tiles_hold_every_key_that_is_seen_once(size: int) -> None:
+    for example in EXAMPLES:
+        bounds = row_bounds(2, example.rows, example.keys, *example.given)
+        plan = key_plan(example.frame_ids, example.frames, bounds, size)
+        seen = example.visible().any(1)
+        for b in range(2):
+            held, ids, none = [], example.frame_ids[b], example.frames + 1  # -1 % none: F
+            for number, (start, length, frame, _) in enumerate(plan.tiles[b].tolist()):
+                positions = plan.order[b, start : start + length].long()
+                assert 0 <= length <= size and len(positions) == length
+                if not length:
+                    continue
+                held.append(positions)
+                assert torch.equal(plan.frames[b, start : start + length], ids[positions] % none)
+                assert (int(plan.low[b, number]) <= positions).all() and (positions <= int(plan.high[b, number])).all()
+                if frame <= example.frames:  # not a mixed tile
+                    assert (ids[positions] % none == frame).all()
+                    assert (positions.diff() > 0).all()
+                    assert [int(x[b, number]) for x in (plan.low, plan.high)] == positions[[0, -1]].tolist()
+                if frame < example.frames:
+                    begin, end = plan.frame_tiles[b, frame : frame + 2].tolist()
+                    assert begin <= number < end
+            together = torch.cat([torch.zeros(0, dtype=torch.int64), *held])
+            assert len(together.unique()) == len(together)
+            assert seen[b, together.sort().values].sum() == seen[b].sum(), "a key that a row sees is in no tile"
+            of_frames = [plan.order[b, plan.small[b, f] : plan.small[b, f + 1]].long() for f in range(example.frames)]
+            for f, positions in enumerate(of_frames):
+                assert (ids[positions] == f).all()
+                own_tiles = bool(((plan.tiles[b, :, 2] == f) & (plan.tiles[b, :, 1] > 0)).any())
+                assert own_tiles or len(positions) == int((ids[together] == f).sum())
+
+
+# Single keys and single rows; tiles that neither divide nor hold all of them.
+@pytest.mark.parametrize(("size", "tile_rows"), [(1, 4), (8, 1), (8, 4), (32, 16)])
+def test_the_mask_is_that_of_all_pairs(size: int, tile_rows: int) -> None:
+    kept = total = 0
+    for example in EXAMPLES:
+        bounds = row_bounds(2, example.rows, example.keys, *example.given)
+        plan = key_plan(example.frame_ids, example.frames, bounds, size)
+        mask = block_mask(plan, example.frames, bounds, example.rows, tile_rows, size)
+        visible = example.visible()
+        for b in range(2):
+            for n, first in enumerate(range(0, example.rows, tile_rows)):
+                for t, (start, length, frame, _) in enumerate(plan.tiles[b].tolist()):
+                    pairs = visible[b, first : first + tile_rows][:, plan.order[b, start : start + length].long()]
+                    kind = int(mask.kinds[b, n, t])
+                    if kind == SKIP:
+                        assert not pairs.any()
+                    if kind == FULL:
+                        assert pairs.all() and length == size and frame != example.frames + 1
+                    total, kept = total + (not pairs.any()), kept + (not pairs.any() and kind != SKIP)
+                indices, (full, some) = mask.kv_indices[b, n].tolist(), mask.kv_num_blocks[b, n].tolist()
+                kinds = mask.kinds[b, n]
+                assert indices[:some] == (kinds != SKIP).nonzero().flatten().tolist()
+                assert sorted(indices) == list(range(len(kinds)))
+                assert (kinds[indices[:full]] == FULL).all() and (full == some or kinds[indices[full]] != FULL)
+        rows, counts = row_blocks(mask)
+        for b, t in [(b, t) for b in range(2) for t in range(mask.kinds.shape[2])]:
+            full, some = counts[b, t].tolist()
+            chosen = rows[b, t, :some].long()
+            assert set(chosen.tolist()) == set((mask.kinds[b, :, t] != SKIP).nonzero().flatten().tolist())
+            assert (mask.kinds[b, chosen[:full], t] == FULL).all() and (mask.kinds[b, chosen[full:], t] != FULL).all()
+    assert kept < 0.3 * total, "tiles that no row sees are left out, but for rows with gaps between them"
+
+
+# Rows in order whose intervals have no gaps: nothing is visited in vain.
+@pytest.mark.parametrize("name", ["all", "causal", "window", "nothing"])
+def test_nothing_in_vain_where_rows_see_runs(name: str) -> None:
+    for example in EXAMPLES:
+        if example.name != name:
+            continue
+        bounds = row_bounds(2, example.rows, example.keys, *example.given)
+        plan = key_plan(example.frame_ids, example.frames, bounds, 8)
+        mask, visible = block_mask(plan, example.frames, bounds, example.rows, 4, 8), example.visible()
+        for b in range(2):
+            for t, (start, length, frame, _) in enumerate(plan.tiles[b].tolist()):
+                positions = plan.order[b, start : start + length].long()
+                if frame > example.frames or (length > 1 and (positions.diff() != 1).any()):
+                    continue
+                for n in range(mask.kinds.shape[1]):
+                    pairs = visible[b, 4 * n : 4 * n + 4][:, positions]
+                    assert (int(mask.kinds[b, n, t]) == SKIP) == (not pairs.any())
+                    assert (int(mask.kinds[b, n, t]) == FULL) == (length == 8 and bool(pairs.all()))
