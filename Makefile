@@ -97,6 +97,7 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python -m pytest benchmarks
 	$(BENCH)/bin/python -m benchmarks
 	$(BENCH)/bin/python -m benchmarks.whole_model
+	$(BENCH)/bin/python -m benchmarks.group_step
 	$(BENCH)/bin/python -m benchmarks.training_step
 	$(BENCH)/bin/python -m benchmarks.growth
 	$(BENCH)/bin/python -m benchmarks.peer_losses

@@ -13,7 +13,14 @@ from typing import Any
 
 import torch
 
-from appo_kernels import frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
+from appo_kernels import (
+    GroupLayout,
+    frame_mass,
+    group_attention,
+    group_divergence,
+    linear_weighted_surrogate,
+    token_logprobs,
+)
 from benchmarks import harness, plots
 
 
@@ -38,6 +45,23 @@ def attention(device: str, **changed: int) -> Callable[[], object]:
     ids = (torch.arange(keys) * frames // keys).int()[None].to(device)
     lse = torch.stack([(one @ key[0, 0].t()).mul_(128**-0.5).logsumexp(-1) for one in query[0]])[None]
     return lambda: frame_mass(query, key, ids, num_frames=frames, lse=lse)
+
+
+def groups(device: str, **changed: int) -> Callable[[], object]:
+    """group_attention, forward and backward."""
+    sizes = {"prompt": 1024, "response": 128, "responses": 4} | changed
+    layout = GroupLayout([sizes["prompt"]], [[sizes["response"]] * sizes["responses"]])
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randn(1, heads, layout.tokens, 64, generator=generator).to(device).requires_grad_() for heads in (2, 1, 1)
+    ]
+    upstream = torch.randn(inputs[0].shape, generator=generator).to(device)
+
+    def run() -> object:
+        out, lse = group_attention(*inputs, layout)
+        return out, lse, torch.autograd.grad(out, inputs, upstream)
+
+    return run
 
 
 def vocabulary(device: str, **changed: int) -> dict[str, Any]:
@@ -93,6 +117,7 @@ def sweeps(device: str) -> list[Sweep]:
         return lambda v: work(device, vocabulary=65_536, hidden=64, tokens=v)
 
     by_words, by_tokens = "512 tokens, D 64", "8 responses, D 64, V 65,536"
+    prompts, responses = (1024, 2048, 4096, 8192, 16_384), (256, 512, 1024, 2048, 4096)
     return [
         Sweep("frame_mass", "keys", keys, lambda v: attention(device, keys=v), "7/1 heads, 256 rows, 16 frames"),
         Sweep(
@@ -109,6 +134,14 @@ def sweeps(device: str) -> list[Sweep]:
         Sweep("token_logprobs", "tokens", tokens, tokens_of(logprobs), by_tokens),
         Sweep("linear_weighted_surrogate", "vocabulary", words, vocabulary_of(surrogate), f"{by_words}, frozen head"),
         Sweep("linear_weighted_surrogate", "tokens", tokens, tokens_of(surrogate), f"{by_tokens}, frozen head"),
+        Sweep(
+            "group_attention", "prompt", prompts, lambda v: groups(device, prompt=v),
+            "2/1 heads, d 64, 4 responses of 128, forward and backward",
+        ),
+        Sweep(
+            "group_attention", "response", responses, lambda v: groups(device, response=v),
+            "2/1 heads, d 64, 4 responses, prompt 1,024, forward and backward",
+        ),
     ]  # fmt: skip
 
 
@@ -174,10 +207,13 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", help="an operator: the other sweeps of the result files stay")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows, fits = [], []
-    for sweep in sweeps(options.device):
+    name = f"growth-{options.device}"
+    old = (options.only and harness.load(name)) or {"rows": [], "fits": []}
+    rows, fits = ([row for row in old[part] if row["op"] != options.only] for part in ("rows", "fits"))
+    for sweep in (sweep for sweep in sweeps(options.device) if options.only in (None, sweep.op)):
         found = measure(sweep, options.device, options.rounds)
         fit = {"op": sweep.op, "axis": sweep.axis, "fixed": sweep.fixed}
         fit |= {quantity: exponent(found, quantity) for quantity in ("seconds", "extra_bytes")}
@@ -188,7 +224,7 @@ def main() -> None:
             f"(at most {most:.1f} MiB)  {sweep.fixed}",
             flush=True,
         )
-    path = harness.save(f"growth-{options.device}", rows, device=options.device, fits=fits)
+    path = harness.save(name, rows, device=options.device, fits=fits)
     draw(rows, fits, path.with_suffix(".png"))
     print(f"written: {path}, .csv, .png")
 

@@ -212,6 +212,7 @@ def text() -> str:
     lines = [INTRODUCTION]
     lines += section("Operators", "operators", contest)
     lines += section("A group behind one prompt", "group-attention", contest)
+    lines += section("A group behind one prompt, from scoring to gradients", "group-step", contest)
     lines += section("Whole models: what recording costs", "whole-model", contest)
     lines += section("A training step: where the time goes", "training-step", training_step)
     lines += section("Growth", "growth", growth)

@@ -5,19 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from attention_cases import served
+from backends import served
 from torch import Tensor
 
 import appo_kernels as kernels
 from appo_kernels import FramePlan, GroupLayout
 
 LAYOUT = GroupLayout([3, 1], [[0, 0], []])  # prompts alone
-NO_ROWS = torch.zeros(0, dtype=torch.int64)
 D, V = 8, 11
 
 
 def leaf(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    return torch.randn(*shape, requires_grad=True)
 
 
 def frame_mass(batch: int, rows: int, backend: str) -> tuple[list[Tensor], Any]:
@@ -40,13 +39,15 @@ def frame_attention(batch: int, rows: int, backend: str) -> tuple[list[Tensor], 
 
 def mass_of_groups(batch: int, rows: int, backend: str) -> tuple[list[Tensor], Any]:
     leaves = [leaf(1, 4, 0, 16), leaf(1, 2, LAYOUT.tokens, 16)]
-    plan = FramePlan.of_layout(torch.zeros(1, LAYOUT.tokens, dtype=torch.int32), 1, LAYOUT, rows=NO_ROWS)
+    plan = FramePlan.of_layout(
+        torch.zeros(1, LAYOUT.tokens, dtype=torch.int32), 1, LAYOUT, rows=torch.zeros(0, dtype=torch.int64)
+    )
     return leaves, kernels.frame_mass(*leaves, plan=plan, backend=backend)
 
 
 def token_logprobs(batch: int, rows: int, backend: str) -> tuple[list[Tensor], Any]:
     leaves = [leaf(batch * rows, D), leaf(V, D)]
-    return leaves, tuple(kernels.token_logprobs(*leaves, NO_ROWS, backend=backend))
+    return leaves, tuple(kernels.token_logprobs(*leaves, torch.zeros(0, dtype=torch.int64), backend=backend))
 
 
 def tokens(batch: int, rows: int) -> list[Tensor]:
@@ -81,31 +82,30 @@ CALLS: dict[str, tuple[str, Callable[..., tuple[list[Tensor], Any]]]] = {
 }
 
 
+SERVED = [(call, *pair) for call, (op, _) in CALLS.items() for pair in served(op, head_dim=16)]
+
+
 # No row in a sequence, no sequence, and neither.
 @pytest.mark.parametrize(("batch", "rows"), [(3, 0), (0, 4), (0, 0)])
-@pytest.mark.parametrize("call", list(CALLS))
-def test_results_and_gradients(call: str, batch: int, rows: int) -> None:
-    op, make = CALLS[call]
-    for backend, device in served(op):
-        if device != "cpu":
-            continue  # tests/gpu
-        leaves, results = make(batch, rows, backend)
-        results = results if isinstance(results, tuple) else (results,)
-        total = sum(result.sum() for result in results if result.requires_grad)
-        assert isinstance(total, Tensor) and not total.detach().any()
-        for leaf_, gradient in zip(leaves, torch.autograd.grad(total, leaves, allow_unused=True), strict=True):
-            assert gradient is None or (gradient.shape == leaf_.shape and not gradient.any())
+@pytest.mark.parametrize(("call", "backend", "device"), SERVED)
+def test_results_and_gradients(call: str, backend: str, device: str, batch: int, rows: int) -> None:
+    with torch.device(device):
+        leaves, results = CALLS[call][1](batch, rows, backend)
+    results = results if isinstance(results, tuple) else (results,)
+    total = sum(result.sum() for result in results if result.requires_grad)
+    assert isinstance(total, Tensor) and not total.detach().any()
+    for given, gradient in zip(leaves, torch.autograd.grad(total, leaves, allow_unused=True), strict=True):
+        assert gradient is None or (gradient.shape == given.shape and not gradient.any())
 
 
 @pytest.mark.parametrize("kind", ["kl", "k3"])
-def test_a_divergence_of_nobody(kind: str) -> None:
-    slots = torch.full((2, 3, 4), -1)
-    for backend, device in served("group_divergence"):
-        if device == "cpu":
-            hidden, weight, lse = torch.zeros(3, 0, D), torch.zeros(V, D), torch.zeros(3, 0)
-            found = kernels.group_divergence(hidden, weight, lse, slots, kind=kind, backend=backend)
-            assert found.shape == (2, 4) and not found.any()
-            from_logits = kernels.group_divergence_from_logits(torch.zeros(3, 0, V), lse, slots, kind=kind)
-            assert torch.equal(found, from_logits)
+@pytest.mark.parametrize(("backend", "device"), served("group_divergence"))
+def test_a_divergence_of_nobody(backend: str, device: str, kind: str) -> None:
+    with torch.device(device):
+        slots, lse = torch.full((2, 3, 4), -1), torch.zeros(3, 0)
+        hidden, weight, logits = torch.zeros(3, 0, D), torch.zeros(V, D), torch.zeros(3, 0, V)
+    found = kernels.group_divergence(hidden, weight, lse, slots, kind=kind, backend=backend)
+    assert found.shape == (2, 4) and not found.any()
+    assert torch.equal(found, kernels.group_divergence_from_logits(logits, lse, slots, kind=kind, backend=backend))
     with pytest.raises(ValueError, match=r"group_divergence: `slots`: expected positions in \[0, 0\), or -1"):
-        kernels.group_divergence(torch.zeros(3, 0, D), torch.zeros(V, D), torch.zeros(3, 0), slots + 1, kind=kind)
+        kernels.group_divergence(hidden, weight, lse, slots + 1, kind=kind, backend=backend)
