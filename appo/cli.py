@@ -229,10 +229,13 @@ def plan(
     memory: Annotated[float, typer.Option(help="Of a GPU, GiB.")] = 80.0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the backward.")] = False,
     micro_groups: Annotated[int, typer.Option(help="Groups in one forward and backward.")] = 1,
+    micro_tokens: Annotated[
+        int, typer.Option(help="Tokens in one forward and backward, at most; a larger group is split. 0: any number.")
+    ] = 0,
     train_vision: Annotated[bool, typer.Option(help="Train the vision tower as well.")] = False,
     share_prompt: Annotated[
-        bool, typer.Option(help="A group behind one prompt, in a packed row without a mask.")
-    ] = False,
+        bool, typer.Option(help="A group behind one prompt, in a packed row without a mask, as training does.")
+    ] = True,
     lora_rank: Annotated[int, typer.Option(help="Adapters on a frozen model; 0: all weights.")] = 0,
     fit: Annotated[bool, typer.Option("--fit", help="Look for options with which it fits.")] = False,
     rate: Annotated[float, typer.Option(help="Rate that products reach, TFLOP/s; 400 of an H100's 989.")] = 400.0,
@@ -255,6 +258,7 @@ def plan(
         prompts=max(16, gpus) if prompts is None else prompts,
         gpus=gpus,
         micro_groups=micro_groups,
+        micro_tokens=micro_tokens,
         checkpointing=gradient_checkpointing,
         freeze_vision=not train_vision,
         share_prompt=share_prompt,

@@ -10,58 +10,22 @@ Times are no measurements: FLOPs over a rate and bytes over a bandwidth that the
 from dataclasses import dataclass, replace
 from typing import Any
 
-from appo.models.architectures import Architecture
+from appo.planned_tokens import PlannedTokens
 from appo.workload import Machine as Machine
 from appo.workload import Workload as Workload
 
 GIB = float(1 << 30)
 # Backward products per forward one: two for a matrix; attention kernels compute the scores again.
 MATRIX_BACKWARD, ATTENTION_BACKWARD = 2.0, 2.5
-# The largest tile of logits of the operators over the vocabulary.
-HEAD_TILE = 256 << 20
+# Tiles of logits on a GPU: bytes, whatever the number of tokens, and tokens (`appo_kernels.vocabulary.output_head`).
+HEAD_TILE, HEAD_TILE_ROWS = 512 << 20, 4096
 # Copies of (B, V) fp32 alive while a token is sampled: logits, scores, allowed scores, probabilities, noise.
 SAMPLING_COPIES = 5
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(PlannedTokens):
     """The costs of one step of ``Trainer``; bytes and FLOPs are those of one GPU."""
-
-    model: Architecture
-    work: Workload
-
-    # Tokens
-
-    @property
-    def prompt_tokens(self) -> int:
-        work = self.work
-        return work.text + work.frames * (work.frame_tokens + self.model.frame_text)
-
-    @property
-    def sequence(self) -> int:
-        return self.prompt_tokens + self.work.response
-
-    @property
-    def group_tokens(self) -> int:
-        """Tokens of a group in scoring and update: each response with its prompt, or all behind one."""
-        work = self.work
-        if work.share_prompt:
-            return self.prompt_tokens + work.responses * work.response
-        return work.responses * self.sequence
-
-    @property
-    def pairs(self) -> int:
-        """Query-key pairs of a group in scoring and update: of packed groups those that are seen
-        (`appo_kernels.GroupLayout.pairs`), of separate sequences, whose padding needs a mask, the full square."""
-        work, P, N = self.work, self.prompt_tokens, self.work.response
-        if work.share_prompt:
-            return P * (P + 1) // 2 + work.responses * (P * N + N * (N + 1) // 2)
-        return work.responses * self.sequence**2
-
-    @property
-    def keys(self) -> float:
-        """Keys of a token in scoring and update, on average."""
-        return self.pairs / self.group_tokens
 
     # FLOPs
 
@@ -100,7 +64,7 @@ class Plan:
         """One forward, log-probabilities, and what the weights take."""
         work, rows = self.work, self.work.prompts_per_gpu * self.work.responses
         forward = sum(self.layers_flop(work.prompts_per_gpu * self.group_tokens, self.keys))
-        vision = work.prompts_per_gpu * self.vision_flop()
+        vision = work.prompts_per_gpu * self.pieces * self.vision_flop()
         return vision + forward + self.head_flop(rows * work.response) + self.recording_flop() + self.divergence_flop()
 
     def recording_flop(self) -> float:
@@ -123,7 +87,7 @@ class Plan:
         matrix_backward = MATRIX_BACKWARD / 2 if work.lora_rank else MATRIX_BACKWARD
         layers = matrices * (1 + again + matrix_backward) + attention * (1 + again + ATTENTION_BACKWARD)
         frozen_tower = work.freeze_vision or work.lora_rank
-        vision = work.prompts_per_gpu * self.vision_flop() * (1.0 if frozen_tower else 3.0 + again)
+        vision = work.prompts_per_gpu * self.pieces * self.vision_flop() * (1.0 if frozen_tower else 3.0 + again)
         return vision + layers + (2 if work.lora_rank else 3) * self.head_flop(rows * work.response)
 
     # Memory
@@ -160,31 +124,37 @@ class Plan:
         # Gate, its activation, up, and the product that a trained matrix reads.
         return residual_and_norm + inputs + attention + (3 if lora else 4) * m.intermediate * w
 
-    @property
-    def micro_tokens(self) -> int:
-        """Tokens of one micro-batch."""
-        return min(self.work.micro_groups, self.work.prompts_per_gpu) * self.group_tokens
-
     def activations(self) -> float:
         """Bytes kept by the forward of one micro-batch."""
         m, work = self.model, self.work
         ends = 4 * m.hidden * 3  # embeddings, and the last norm's input and normalised input
-        if work.checkpointing:
-            passed = work.width if work.lora_rank else 4  # a frozen model's hidden states have its dtype
-            return self.micro_tokens * (passed * m.hidden * m.layers + self.layer_activations() + ends)
-        return self.micro_tokens * (m.layers * self.layer_activations() + ends)
+        passed = work.width if work.lora_rank else 4  # a frozen model's hidden states have its dtype
+        layer = passed * m.hidden if work.checkpointing else self.layer_activations()
+        return self.micro_tokens * (m.layers * layer + ends)
 
     def layer_workspace(self) -> float:
         """Bytes that the backward of the last feed-forward layer adds: two gradients of its hidden units beyond what it
         has set free. The gradients of the residual take the place of what the last norm kept."""
         return 2.0 * self.micro_tokens * self.model.intermediate * self.work.width
 
+    def backward_workspace(self) -> float:
+        """Bytes that the backward of a layer adds; with checkpointing its activations are made for it."""
+        again = self.micro_tokens * self.layer_activations() if self.work.checkpointing else 0.0
+        return again + self.layer_workspace()
+
+    def head_tile(self) -> float:
+        """Bytes of the logits that the loss makes at a time: all of a micro-batch where they take less than a gradient
+        of the head would, else a tile of them."""
+        m, tokens = self.model, self.micro_responses * self.work.response
+        budget = HEAD_TILE
+        if tokens <= min(m.hidden, HEAD_TILE_ROWS):
+            budget = max(budget, 4 * m.head_parameters)
+        return 4.0 * m.vocabulary * max(1, min(tokens, HEAD_TILE_ROWS, budget // (4 * m.vocabulary)))
+
     def head_workspace(self) -> float:
         """Bytes that the loss adds: it makes the head's gradient in its forward, in fp32, and a tile of logits."""
-        work, m = self.work, self.model
-        rows = min(work.micro_groups, work.prompts_per_gpu) * work.responses * work.response
-        gradient = 0.0 if work.lora_rank else 4.0 * m.head_parameters
-        return gradient + min(HEAD_TILE, 4.0 * rows * m.vocabulary)
+        gradient = 0.0 if self.work.lora_rank else 4.0 * self.model.head_parameters
+        return gradient + self.head_tile()
 
     def standing(self) -> dict[str, float]:
         """Bytes that are there in every phase. On several GPUs weights and optimizer are sharded (FSDP, full shard)."""
@@ -212,7 +182,7 @@ class Plan:
         return {
             "gradients": 4 * self.trained / self.work.gpus,
             "activations": self.activations(),
-            "at work": max(self.layer_workspace(), self.head_workspace()),  # one after the other
+            "at work": max(self.backward_workspace(), self.head_workspace()),  # one after the other
         }
 
     def optimizer_bytes(self) -> dict[str, float]:
@@ -259,6 +229,7 @@ class Plan:
             f"{m.name}: {m.parameters / 1e9:.2f} G parameters, {self.trained / 1e9:.2f} G trained; {sharing}",
             f"{work.prompts} prompts x {work.responses} responses a step; {work.frames} frames x {work.frame_tokens} "
             f"tokens, prompt {self.prompt_tokens:,}, response {work.response:,}",
+            f"{self.micro_responses} responses in one forward and backward, {self.micro_tokens:,} tokens",
             "",
             "Memory of a GPU, GiB",
         ]
@@ -280,6 +251,11 @@ class Plan:
         lines.append(f"  step            {'':18s}{sum(seconds.values()):8.1f} s (an estimate: no GPU was asked)")
         return "\n".join(lines)
 
+    @property
+    def least_tokens(self) -> int:
+        """Of micro-batches of one response."""
+        return self.prompt_tokens + self.work.response
+
     def _advice(self, memory: float) -> str:
         if self.peak() <= memory:
             return ""
@@ -287,19 +263,22 @@ class Plan:
             return "; try --gradient-checkpointing"
         if self.work.micro_groups > 1:
             return "; try --micro-groups 1"
+        if self.pieces < self.work.responses:
+            return f"; try --micro-tokens {self.least_tokens}"
         return "; use more GPUs, fewer frames or shorter responses, or let --fit look"
 
 
 def fit(plan: Plan, memory: float) -> tuple[Plan, list[str]] | None:
     """The plan with the fewest changes that fits in ``memory`` bytes a GPU, and these as options; None if none does.
 
-    In this order: activations once more in the backward, a group behind one prompt, one group at a time (none of which
-    changes what is learned), then LoRA, then up to 64 times the GPUs.
+    In this order: activations once more in the backward, a group behind one prompt, one group at a time, one response
+    at a time (none of which changes what is learned), then LoRA, then up to 64 times the GPUs.
     """
     changes: list[tuple[str, dict[str, Any]]] = [
         ("--gradient-checkpointing", {"checkpointing": True}),
         ("--share-prompt", {"share_prompt": True}),
         ("--micro-groups 1", {"micro_groups": 1}),
+        (f"--micro-tokens {plan.least_tokens}", {"micro_tokens": plan.least_tokens}),
     ]
     lora = ("--lora-rank 64", {"lora_rank": 64})
     ways = [changes[:count] for count in range(len(changes) + 1)]

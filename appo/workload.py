@@ -16,6 +16,7 @@ class Workload:
     responses: int = setting(8, at_least=1)  # G
     prompts: int = setting(16, at_least=1)  # over all GPUs
     micro_groups: int = setting(1, at_least=1)
+    micro_tokens: int = setting(0, at_least=0)  # of a micro-batch at most, a larger group is split; 0: any number
     layers: int = setting(3, at_least=1)  # recorded
     target_frames: int = setting(5, at_least=1)  # K
     slots: int = setting(64, at_least=1)  # K3

@@ -47,7 +47,7 @@ def attention(device: str, **changed: int) -> Callable[[], object]:
     return lambda: frame_mass(query, key, ids, num_frames=frames, lse=lse)
 
 
-def groups(device: str, **changed: int) -> Callable[[], object]:
+def packed_groups(device: str, **changed: int) -> Callable[[], object]:
     """group_attention, forward and backward."""
     sizes = {"prompt": 1024, "response": 128, "responses": 4} | changed
     layout = GroupLayout([sizes["prompt"]], [[sizes["response"]] * sizes["responses"]])
@@ -135,11 +135,11 @@ def sweeps(device: str) -> list[Sweep]:
         Sweep("linear_weighted_surrogate", "vocabulary", words, vocabulary_of(surrogate), f"{by_words}, frozen head"),
         Sweep("linear_weighted_surrogate", "tokens", tokens, tokens_of(surrogate), f"{by_tokens}, frozen head"),
         Sweep(
-            "group_attention", "prompt", prompts, lambda v: groups(device, prompt=v),
+            "group_attention", "prompt", prompts, lambda v: packed_groups(device, prompt=v),
             "2/1 heads, d 64, 4 responses of 128, forward and backward",
         ),
         Sweep(
-            "group_attention", "response", responses, lambda v: groups(device, response=v),
+            "group_attention", "response", responses, lambda v: packed_groups(device, response=v),
             "2/1 heads, d 64, 4 responses, prompt 1,024, forward and backward",
         ),
     ]  # fmt: skip

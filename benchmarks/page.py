@@ -44,8 +44,11 @@ S^2 of a sequence (the full square), P (P + 1) / 2 + G (P N + N (N + 1) / 2) of 
 | bf16 copies of weights | 2 bytes a parameter of the decoder layers, kept by autocast |
 | activations of a layer | 16h + 10h (8h in fp32) + 4qc + Sc + 4 heads + 4Ic bytes a token, \
 2(q + k)c in the place of 4qc + Sc behind one prompt (no mask); Qwen3: 8 (q + k) more |
-| with checkpointing | 4h bytes a token and layer, and one layer in full |
-| at work | the larger of 2Ic bytes a token, and 4hV + a tile of logits of at most 256 MiB |
+| with checkpointing | 4h bytes a token and layer; one layer in full at work |
+| at work, in turns | 2Ic bytes a token; and 4hV + the logits of a micro-batch of at most min(h, 4,096) response \
+tokens where they take less than 4hV, else a tile of at most 512 MiB |
+| `micro_tokens` | a group that does not fit is split by responses: each part computes the prompt again, and \
+activations are those of one part |
 | cache while sampling | k (4 + c) bytes a token and layer: keys are fp32, as rotary positions are |
 
 Weights, gradients and optimizer are divided by the number of GPUs (FSDP, full shard), activations are not. Not counted
@@ -194,7 +197,7 @@ def plans() -> list[str]:
     lines = [
         "### Planned, not measured",
         "",
-        "16 frames x 64 tokens, 8 responses of 384 tokens, gradient checkpointing:",
+        "16 frames x 64 tokens, 8 responses of 384 tokens behind one prompt, gradient checkpointing:",
     ]
     lines += [
         "",
@@ -202,7 +205,8 @@ def plans() -> list[str]:
         "|---|---|---|---|---|",
     ]
     for model, gpus in (("Qwen2.5-VL-3B", 1), ("Qwen2.5-VL-7B", 8), ("Qwen2.5-VL-72B", 64)):
-        plan = Plan(ARCHITECTURES[model], Workload(gpus=gpus, prompts=max(16, gpus), checkpointing=True))
+        work = Workload(gpus=gpus, prompts=max(16, gpus), checkpointing=True, share_prompt=True)
+        plan = Plan(ARCHITECTURES[model], work)
         work = gpus * sum(plan.flop().values()) / 1e15
         lines.append(f"| {model} | {gpus} | {plan.work.prompts} | {plan.peak() / GIB:.1f} GiB | {work:,.1f} |")
     return [*lines, ""]

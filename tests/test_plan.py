@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from appo.config import ConfigError
 from appo.models.architectures import ARCHITECTURES, Architecture, find_architecture, from_config
 from appo.plan import GIB, Machine, Plan, Workload, fit
+from appo.train.micro_batches import micro_batches
 from appo_kernels import GroupLayout, frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
 from appo_kernels.ops.frame_mass import op as frame_mass_op
 from appo_kernels.ops.group_divergence import op as group_divergence_op
 from appo_kernels.ops.token_logprobs import op as token_logprobs_op
 from appo_kernels.ops.weighted_surrogate import autograd as surrogate_op
+from appo_kernels.vocabulary.output_head import tile_rows
 
 WITHIN = 0.10
 
@@ -246,6 +249,7 @@ from appo.models.loaded import enable_checkpointing, unwrapped
 from appo.models.packed_attention import packed_mask, use_packed_attention
 from tests.test_plan import adapted, build, medium
 name, checkpointing, rank, shared = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), sys.argv[4] == "True"
+B, P, N = int(sys.argv[5]), 96, 160
 torch.set_num_threads(1)
 sizes = medium(name)
 model = build(sizes).model.language_model
@@ -258,7 +262,6 @@ if rank:
 model.train()
 parameters = [p for p in (*model.parameters(), head) if p.requires_grad]
 optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False)
-B, P, N = 8, 96, 160
 ids = torch.randint(sizes.vocabulary, (B, P + N))
 mask = torch.ones(B, P + N, dtype=torch.long)
 mask[:, :3] = 0
@@ -298,40 +301,56 @@ def medium(name: str) -> Architecture:
 
 
 # Both families as they come; gradient checkpointing, whose peak is of another kind; adapters, whose frozen layers keep
-# less; a group behind one prompt, with as many tokens less and no mask; and all of it together.
+# less; a group behind one prompt, with as many tokens less and no mask; all of it together; groups split into parts.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "checkpointing", "lora_rank", "shared"),
+    ("name", "checkpointing", "lora_rank", "shared", "micro_tokens"),
     [
-        (BOTH[0], False, 0, False),
-        (BOTH[1], False, 0, False),
-        (BOTH[0], True, 0, False),
-        (BOTH[0], False, 16, False),
-        (BOTH[1], False, 16, False),
-        (BOTH[0], False, 0, True),
-        (BOTH[0], True, 16, True),
+        (BOTH[0], False, 0, False, 0),
+        (BOTH[1], False, 0, False, 0),
+        (BOTH[0], True, 0, False, 0),
+        (BOTH[0], False, 16, False, 0),
+        (BOTH[1], False, 16, False, 0),
+        (BOTH[0], False, 0, True, 0),
+        (BOTH[1], False, 0, True, 0),
+        (BOTH[0], True, 16, True, 0),
+        (BOTH[0], False, 0, True, 800),
+        (BOTH[1], False, 0, False, 800),
     ],
 )
-def test_peak_memory_of_an_update(name: str, checkpointing: bool, lora_rank: int, shared: bool) -> None:
-    """A process of its own: peak resident memory of forward, loss and backward, in fp32."""
+def test_peak_memory_of_an_update(
+    name: str, checkpointing: bool, lora_rank: int, shared: bool, micro_tokens: int
+) -> None:
+    """A process of its own: peak of torch's allocator over forward, loss and backward of a micro-batch, in fp32."""
+    sizes = medium(name)
+    work = Workload(
+        frames=1, frame_tokens=1, text=95 - sizes.frame_text, response=160, prompts=1, mixed=False,
+        checkpointing=checkpointing, foreach=False, lora_rank=lora_rank, share_prompt=shared, micro_tokens=micro_tokens,
+    )  # fmt: skip
+    plan = Plan(sizes, work)
+    assert plan.sequence == 256
     run = subprocess.run(
-        [sys.executable, "-c", MEASURE, name, str(checkpointing), str(lora_rank), str(shared)],
+        [
+            sys.executable,
+            "-c",
+            MEASURE,
+            name,
+            str(checkpointing),
+            str(lora_rank),
+            str(shared),
+            str(plan.micro_responses),
+        ],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what the C allocator keeps is not the model's
     )
     measured = json.loads(run.stdout.splitlines()[-1])
-    sizes = medium(name)
-    work = Workload(
-        frames=1, frame_tokens=1, text=95 - sizes.frame_text, response=160, prompts=1, mixed=False,
-        checkpointing=checkpointing, foreach=False, lora_rank=lora_rank, share_prompt=shared,
-    )  # fmt: skip
-    plan = Plan(sizes, work)
-    assert plan.sequence == 256
     parts = plan.update_bytes() | {"gradients": 0.0}
     mib = {part: round(size / 2**20, 1) for part, size in parts.items()}
     print(name, checkpointing, lora_rank, shared, mib, {key: size / 2**20 for key, size in measured.items()})
+    # On a CPU the loss passes over rows in two buffers more, of at most 4 MiB each.
+    parts["at work"] = max(plan.backward_workspace(), plan.head_workspace() + 2 * min(4 << 20, plan.head_tile()))
     assert sum(parts.values()) == pytest.approx(measured["extra"], rel=WITHIN)
     assert 16 * plan.trained == measured["standing"]  # weights, gradients, two moments of what is trained
 
@@ -378,6 +397,40 @@ def test_a_shared_prompt_costs_the_pairs_of_its_layout(text: int, responses: int
     assert attention == pytest.approx(4 * plan.model.layers * plan.model.query_width * layout.pairs)
     longer = Plan(plan.model, replace(work, text=4 * text + 1000))
     assert longer.layer_activations() == plan.layer_activations()  # of a token: no mask that grows with the keys
+
+
+# A few tokens, as many as the hidden size, one more, more than a tile holds.
+@pytest.mark.parametrize(("responses", "response"), [(1, 1), (8, 384), (7, 512), (5, 717), (8, 1000), (64, 384)])
+@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen2.5-VL-72B"])
+def test_tiles_of_logits_are_those_of_the_loss(name: str, responses: int, response: int) -> None:
+    plan = Plan(ARCHITECTURES[name], Workload(responses=responses, response=response))
+    sizes = plan.model
+    rows = tile_rows(responses * response, sizes.vocabulary, sizes.hidden, 4, on_gpu=True)
+    # On a GPU rows of a tile are a multiple of 128.
+    assert rows <= plan.head_tile() / (4 * sizes.vocabulary) < rows + 128
+
+
+# Whole groups, several, one that fits exactly and one token less; two of three responses; one; more than fits alone.
+@pytest.mark.parametrize("micro_tokens", [0, 10_000, 2 * 1534, 1534, 1533, 1150 + 2 * 128, 1150 + 128, 1, 2 * 1278])
+@pytest.mark.parametrize("shared", [False, True])
+def test_splits_are_those_of_the_trainer(micro_tokens: int, shared: bool) -> None:
+    work = Workload(
+        responses=3, response=128, prompts=2, micro_groups=2, micro_tokens=micro_tokens, share_prompt=shared
+    )
+    plan = Plan(ARCHITECTURES["Qwen2.5-VL-7B"], work)
+    assert plan.prompt_tokens == 1150
+    prompt: Any = range(1150)
+    groups: list[Any] = [SimpleNamespace(prompt=prompt, mask=torch.ones(3, 128, dtype=torch.bool)) for _ in range(2)]
+    batches = list(micro_batches(groups, groups_at_most=2, tokens=micro_tokens, shared=shared))
+    sizes = [sum(len(part.responses) for part in batch) for batch in batches]
+    assert plan.micro_responses == max(sizes)
+    prompts = sum(len(batch) if shared else size for batch, size in zip(batches, sizes, strict=True))
+    assert 2 * plan.group_tokens == prompts * 1150 + 6 * 128
+    tokens = [(len(batch) if shared else size) * 1150 + size * 128 for batch, size in zip(batches, sizes, strict=True)]
+    assert plan.micro_tokens == max(tokens)
+    assert 2 * plan.pieces == sum(len(batch) for batch in batches)
+    split = Plan(plan.model, replace(work, micro_tokens=1278))
+    assert split.activations() <= plan.activations() and split.update_flop() >= plan.update_flop()
 
 
 def test_a_fit_is_the_first_that_fits() -> None:
