@@ -17,13 +17,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from appo_kernels import dispatch
+from appo_kernels import cuda_constants, dispatch
+from appo_kernels.cuda_constants import ELEMENTS
 
 FILE_NAME = "libappo_cuda.so"
 DECISION_NAME = "cuda_build.txt"
 LEAST_CAPABILITY = (8, 0)
-ELEMENTS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # csrc/launch.h
-
 LOGITS = tuple(ELEMENTS)
 
 
@@ -62,6 +61,7 @@ def _open(file: str | Path) -> ctypes.CDLL:
     library.appo_built_for.restype = ctypes.c_char_p
     library.appo_error_text.restype = ctypes.c_char_p
     library.appo_error_text.argtypes = [ctypes.c_int]
+    cuda_constants.check(library, file)
     return library
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 import appo_kernels
-from appo_kernels import cuda_library, dispatch, ops
+from appo_kernels import cuda_constants, cuda_library, dispatch, ops
 from appo_kernels.pipes import quiet_on_closed_pipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -48,7 +48,10 @@ def backend_lines(op: str, backend: str, device: torch.device) -> list[str]:
     served = 0
     asked = list(problems(op, device))
     for problem in asked:
-        reason = dispatch.why_not(problem, backend)
+        try:
+            reason = dispatch.why_not(problem, backend)
+        except cuda_constants.StaleLibraryError:
+            return [f"    {backend:7} no: its library was built from other sources, see above"]
         if reason is None:
             served += 1
         else:
@@ -77,7 +80,10 @@ def automatic_line(op: str, device: torch.device) -> str:
 
 def library_lines() -> list[str]:
     lines = []
-    built_for = cuda_library.built_for()
+    try:
+        built_for = cuda_library.built_for()
+    except cuda_constants.StaleLibraryError as error:
+        return [f"CUDA kernels: cannot be used, and calls on a GPU that ask for them fail. {error}"]
     if built_for is None:
         lines.append(cuda_library.build_decision() or "CUDA kernels not built: the package was not installed with pip")
         lines.append(
@@ -86,9 +92,7 @@ def library_lines() -> list[str]:
     else:
         lines.append(f"CUDA kernels: {cuda_library.path()}")
         lines.append(f"  built for {built_for}" + ("" if "compute" in built_for else " (no PTX: not for later GPUs)"))
-        from appo_kernels.attention import cuda_passes
-
-        forward, backward = (", ".join(map(str, d)) for d in (cuda_passes.HEAD_DIMS, cuda_passes.GRAD_HEAD_DIMS))
+        forward, backward = (", ".join(map(str, d)) for d in (cuda_constants.HEAD_DIMS, cuda_constants.GRAD_HEAD_DIMS))
         lines.append(f"  attention: head sizes {forward} forward, {backward} backward; Triton serves the others")
         lines.append(
             "  logits: logits_weighted_surrogate and group_divergence_from_logits; Triton serves the forms that"

@@ -5,6 +5,9 @@ import math
 import torch
 
 LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)  # softmax is taken in base 2, lse is in base e
+# Stands for the log-probability of an impossible token in products with its probability, which is 0: exp of it is
+# exactly 0 in fp32 and fp64, and 0 times it is 0 where 0 * -inf is NaN; the mean of up to 1,677 of it is it.
+LOG_ZERO = -1e4
 HALVES = (torch.float16, torch.bfloat16)
 
 

@@ -1,6 +1,7 @@
 // C interface of the backward of frame_attention and frame_mass: appo_attention_backward.
 #include "attention_backward.cuh"
 
+#include "head_dims.h"
 #include "launch.h"
 
 namespace appo {
@@ -27,8 +28,10 @@ cudaError_t backward(const AttentionBackwardParams& p, cudaStream_t stream) {
 template <class T>
 cudaError_t backward(const AttentionBackwardParams& p, cudaStream_t stream) {
   switch (p.head_dim) {
-    case 64: return backward<T, 64>(p, stream);
-    case 128: return backward<T, 128>(p, stream);
+#define APPO_CASE(D, ...) \
+  case D: return backward<T, D>(p, stream);
+    APPO_GRAD_HEAD_DIMS(APPO_CASE)
+#undef APPO_CASE
     default: return cudaErrorInvalidValue;
   }
 }

@@ -19,7 +19,7 @@ namespace appo {
 
 template <int D>
 struct BackwardShape {
-  static constexpr int kKeys = 64;                     // of a block of the pass over keys
+  static constexpr int kKeys = kKeyTile;               // of a block of the pass over keys
   static constexpr int kStepRows = D <= 64 ? 64 : 32;  // of a stage of that pass, as registers allow
   static constexpr int kStepKeys = D <= 64 ? 64 : 32;  // of a stage of the pass over rows; likewise
   static constexpr int kStages = 2;

@@ -19,7 +19,7 @@ namespace appo {
 
 template <int D>
 struct ForwardShape {
-  static constexpr int kKeys = D <= 128 ? 64 : 32;  // D = 256: registers and the 99 KiB of sm_86 and sm_89
+  static constexpr int kKeys = D <= 128 ? kKeyTile : 32;  // D = 256: registers and the 99 KiB of sm_86 and sm_89
   static constexpr int kStages = D <= 64 ? 3 : 2;
   static constexpr bool kQueryInRegisters = D <= 128;
   template <bool kWithValue>

@@ -1,6 +1,7 @@
 // Choosing the instance of an attention kernel, and launching the forward pass.
 #pragma once
 #include "attention_forward.cuh"
+#include "head_dims.h"
 #include "launch.h"
 
 // Calls function<element type, head size>(params, stream).
@@ -8,13 +9,10 @@
   ((params).element == appo::kFloat16    ? function<__half, D>(params, stream)        \
    : (params).element == appo::kBfloat16 ? function<__nv_bfloat16, D>(params, stream) \
                                          : cudaErrorInvalidValue)
-#define APPO_FOR_HEAD_DIM(function, params, stream)                             \
-  ((params).head_dim == 64    ? APPO_FOR_ELEMENT(function, 64, params, stream)  \
-   : (params).head_dim == 80  ? APPO_FOR_ELEMENT(function, 80, params, stream)  \
-   : (params).head_dim == 96  ? APPO_FOR_ELEMENT(function, 96, params, stream)  \
-   : (params).head_dim == 128 ? APPO_FOR_ELEMENT(function, 128, params, stream) \
-   : (params).head_dim == 256 ? APPO_FOR_ELEMENT(function, 256, params, stream) \
-                              : cudaErrorInvalidValue)
+#define APPO_IF_HEAD_DIM(D, function, params, stream) \
+  (params).head_dim == D ? APPO_FOR_ELEMENT(function, D, params, stream):
+#define APPO_FOR_HEAD_DIM(function, params, stream) \
+  (APPO_HEAD_DIMS(APPO_IF_HEAD_DIM, function, params, stream) cudaErrorInvalidValue)
 
 namespace appo {
 

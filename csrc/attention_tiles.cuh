@@ -11,6 +11,7 @@ namespace appo {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kRows = 64;                  // query rows of a block
+constexpr int kKeyTile = 64;               // keys of a block's largest tile
 constexpr int kWarpRows = kRows / kWarps;  // 16: the rows of one mma
 constexpr int kChunkElements = 8;          // 16 bytes of 16-bit elements
 

@@ -15,7 +15,7 @@ namespace appo {
 
 template <int D>
 struct ReplayShape {
-  static constexpr int kKeys = D <= 128 ? 64 : 32;
+  static constexpr int kKeys = D <= 128 ? kKeyTile : 32;
   static constexpr int kStages = D <= 64 ? 3 : 2;
   static constexpr size_t shared_bytes() { return kStages * (kRows + kKeys) * D * 2; }
 };

@@ -3,8 +3,6 @@
 
 #include "launch.h"
 
-APPO_EXPORT int64_t appo_divergence_chunk_words() { return appo::kDivergenceChunk; }
-
 APPO_EXPORT int appo_divergence_chunks(const appo::DivergenceParams* params, size_t bytes,
                                        cudaStream_t stream) {
   using namespace appo;

@@ -21,7 +21,7 @@ struct DivergenceParams {
   int element;        // Element of logits
 };
 
-constexpr int kDivergenceChunk =
-    8192;  // words per block; a constant, so that a slot's sum does not depend on the others
+// Words per block; a constant, so that a slot's sum does not depend on the others.
+constexpr int kDivergenceChunk = 8192;
 
 }  // namespace appo

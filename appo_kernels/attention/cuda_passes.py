@@ -12,14 +12,10 @@ from torch import Tensor
 
 from appo_kernels import cuda_library
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.cuda_constants import ELEMENTS, FRAME_TILE, GRAD_HEAD_DIMS, HEAD_DIMS, KEY_TILE, ROW_PADDING
 from appo_kernels.dispatch import Problem
 from appo_kernels.dtypes import HALVES
 
-HEAD_DIMS = (64, 80, 96, 128, 256)
-GRAD_HEAD_DIMS = (64, 128)
-FRAME_TILE = 32  # keys per entry of `FrameIds.range`: kFrameTile
-KEY_TILE = 64  # the largest tile of keys of a kernel
-ROW_PADDING = 64  # kRowPadding
 # Operator and launcher of the pass without and with a value.
 FORWARD = (("frame_mass", "appo_frame_mass_one_pass"), ("frame_attention", "appo_frame_attention_forward"))
 
@@ -130,7 +126,7 @@ class Operands(NamedTuple):
             "tiles": self.range.shape[1],
             "scale_log2": self.scale / math.log(2.0),
             "head_dim": query.shape[3],
-            "element": cuda_library.ELEMENTS[query.dtype],
+            "element": ELEMENTS[query.dtype],
         }
 
 

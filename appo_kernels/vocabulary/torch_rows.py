@@ -12,13 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from appo_kernels.dtypes import LOG2_E
+from appo_kernels.dtypes import LOG2_E, LOG_ZERO
 from appo_kernels.vocabulary.torch_tiles import tiles
 
 # Bytes of logits that a CPU takes at a time: they, and the probabilities beside them, stay in cache through all passes.
 CPU_BLOCK_BYTES = 4 << 20
-# Stands for the log-probability of an impossible token in products with its probability: exp(-1e4) is 0 in fp64 too.
-IMPOSSIBLE = -1e4
 
 # (logprobs of some rows, which rows of the tile) -> g and h of them; h is None when the loss has no entropy term.
 Coefficients = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
@@ -77,7 +75,7 @@ def row_pass(
         logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - log_total
         block_entropy = log_total - torch.linalg.vecdot(p, z) / total
         if not bool(block_entropy.isfinite().all()):  # 0 * -inf of tokens that logits of -inf forbid
-            z.clamp_(min=IMPOSSIBLE)
+            z.clamp_(min=LOG_ZERO)
             block_entropy = log_total - torch.linalg.vecdot(p, z) / total
         entropy[rows] = block_entropy
         if coefficients is None:
@@ -101,7 +99,7 @@ def row_pass(
         else:
             z.add_((block_entropy - log_total)[:, None]).mul_(h[:, None]).add_(g[:, None])  # h (log p + H) + g
             dz.copy_(p.mul_(z).div_((-temperature * total)[:, None]))  # not straight into dz: it can overlap z
-            at_target = at_target - h * torch.where(logp > IMPOSSIBLE, logp.exp() * (logp + block_entropy), 0.0)
+            at_target = at_target - h * torch.where(logp > LOG_ZERO, logp.exp() * (logp + block_entropy), 0.0)
         dz.scatter_(1, target[:, None], (at_target / temperature)[:, None])
         if tanh is not None:
             dz.addcmul_(dz, tanh.square_(), value=-1)

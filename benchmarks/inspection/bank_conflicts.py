@@ -4,8 +4,8 @@ import torch
 
 import cudasim
 from appo_kernels import frame_attention, frame_mass
+from appo_kernels.cuda_constants import GRAD_HEAD_DIMS, HEAD_DIMS
 
-HEAD_DIMS, GRAD_HEAD_DIMS = (64, 80, 96, 128, 256), (64, 128)
 HEADS, KEY_HEADS, ROWS, KEYS, FRAMES = 2, 1, 70, 150, 6  # lengths that cut tiles
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from appo_kernels import cuda_library
 from appo_kernels.attention import cuda_passes as passes
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.cuda_constants import ROW_TILE
 from appo_kernels.dispatch import Problem
 
 OP = "frame_mass"
-ROW_TILE = 64  # rows of a block: kRows
 
 
 class FrameMassParams(cuda_library.Params):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import cuda_library
+from appo_kernels.cuda_constants import DIVERGENCE_CHUNK, ELEMENTS
 from appo_kernels.dispatch import Problem
 
 OP = "group_divergence_from_logits"
@@ -37,9 +38,6 @@ class DivergenceParams(cuda_library.Params):
     )
 
 
-CHUNK = 8192  # words per block: kDivergenceChunk
-
-
 def unsupported(problem: Problem) -> str | None:
     return cuda_library.why_not(problem, cuda_library.LOGITS)
 
@@ -62,7 +60,7 @@ def forward_from_logits(
         logits = logits.contiguous()
     members = slots.transpose(1, 2).reshape(K * J, G).to(torch.int64).contiguous()
     lse = lse.to(torch.float32).contiguous()
-    chunks = -(-V // CHUNK)
+    chunks = -(-V // DIVERGENCE_CHUNK)
     partial = logits.new_empty(K * J, chunks, dtype=torch.float32)
     params = DivergenceParams(
         logits=logits,
@@ -79,7 +77,7 @@ def forward_from_logits(
         inverse_temperature=1.0 / temperature,
         log_uniform=-math.log(V),
         k3=int(kind == "k3"),
-        element=cuda_library.ELEMENTS[logits.dtype],
+        element=ELEMENTS[logits.dtype],
     )
     cuda_library.call(OP, "appo_divergence_chunks", params, logits.device)
     # Not negative; rounding may leave a trace of it where members almost agree.

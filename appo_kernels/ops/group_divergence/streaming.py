@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
+from appo_kernels.dtypes import LOG_ZERO
+from appo_kernels.ops.group_divergence.reference import CLAMP
 from appo_kernels.ops.group_divergence.selection import Selection, mark, select
 from appo_kernels.vocabulary.torch_tiles import convertible_columns, logits_tile, operand, tiles
 
@@ -20,11 +22,6 @@ CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 32 << 20
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 19, 16 << 20
 # A tile is never narrower than this, so that its matrix product stays one.
 LEAST_COLUMNS = 64
-
-# The log-probability of a word with a logit of -inf. exp of it is exactly 0 in fp32 and fp64, and the mean over up to
-# 1,677 members that all have it is exactly the same number.
-LOG_ZERO = -1e4
-CLAMP = 11.0
 
 
 def unsupported(problem: Problem) -> str | None:

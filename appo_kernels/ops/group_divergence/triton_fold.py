@@ -4,7 +4,11 @@
 import triton
 import triton.language as tl
 
+from appo_kernels.dtypes import LOG_ZERO
+from appo_kernels.ops.group_divergence.reference import CLAMP
 from appo_kernels.vocabulary.triton_rows import exp_minus_line, scaled
+
+NO_PROBABILITY, LARGEST = tl.constexpr(LOG_ZERO), tl.constexpr(CLAMP)
 
 
 @triton.jit(do_not_specialize=["T", "missing", "S", "G", "v", "first_chunk", "chunks"])
@@ -34,8 +38,7 @@ def slots_kernel(
         x = tl.load(row[:, None] + column[None, :], mask=present[:, None] & inside[None, :], other=0.0).to(tl.float32)
         if BIAS:
             x += tl.load(p_bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-        # A word that cannot be said has log p = -1e4: exp of it is exactly 0, and equal values have an exact mean.
-        log_p = tl.maximum(scaled(x, cap, temperature, CAP) - lse[:, None], -1e4)
+        log_p = tl.maximum(scaled(x, cap, temperature, CAP) - lse[:, None], NO_PROBABILITY)  # where a logit is -inf
         if KL:
             p = tl.where(present[:, None] & inside[None, :], tl.exp(log_p), 0.0)
             mixture = tl.maximum(tl.sum(p, 0) / count, 1.1754943508222875e-38)
@@ -44,7 +47,7 @@ def slots_kernel(
             log_p = tl.where(present[:, None], log_p, log_uniform)
             log_p = tl.where((g < G)[:, None], log_p, 0.0)
             d = tl.sum(log_p, 0)[None, :] / G - log_p
-            d = tl.minimum(tl.maximum(d, -11.0), 11.0)
+            d = tl.minimum(tl.maximum(d, -LARGEST), LARGEST)
             terms = tl.where((g < G)[:, None] & inside[None, :], exp_minus_line(d), 0.0)
         total += tl.sum(tl.sum(terms, 0), 0)
     total = total / (tl.maximum(count, 1.0) if KL else G)

@@ -10,11 +10,8 @@ import torch
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
+from appo_kernels.dtypes import LOG_ZERO
 from appo_kernels.vocabulary.torch_tiles import add_product_, logits_tile, operand, raw_gradient_, tile_shape, tiles
-
-# Log-probabilities below this count as this: exp gives exactly 0 in fp32 and fp64, and 0 * -1000 is 0 where 0 * -inf is
-# NaN. So words with a logit of -inf drop out of every sum.
-LOG_ZERO = -1000.0
 
 
 class Running(NamedTuple):

@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
+from appo_kernels.dtypes import LOG_ZERO
 from appo_kernels.triton_launch import unsupported as _unsupported
 from appo_kernels.vocabulary.torch_tiles import add_product_, operand, product, tile_shape, tiles
 from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state, results
-
-# Log-probabilities below this count as this where they are multiplied with their probability, which is 0.
-LOG_ZERO = -1000.0
 
 
 def unsupported(problem: Problem) -> str | None:

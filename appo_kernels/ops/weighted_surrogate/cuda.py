@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import cuda_library
+from appo_kernels.cuda_constants import ELEMENTS
 from appo_kernels.dispatch import Problem
 from appo_kernels.ops.weighted_surrogate import streaming
 from appo_kernels.ops.weighted_surrogate.kinds import MASK, SHARE, Options
@@ -107,7 +108,7 @@ def logits_forward(
             vocabulary=V,
             inverse_temperature=1.0 / options.temperature,
             softcap=options.softcap or 0.0,
-            element=cuda_library.ELEMENTS[logits.dtype],
+            element=ELEMENTS[logits.dtype],
         )
         cuda_library.call(OP, launcher, params, logits.device)
 

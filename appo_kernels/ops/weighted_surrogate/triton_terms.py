@@ -7,13 +7,13 @@ Terms are fp32, sums of them fp64. Shapes: B responses, T tokens.
 import triton
 import triton.language as tl
 
+from appo_kernels.dtypes import LOG_ZERO
 from appo_kernels.ops.weighted_surrogate.kinds import DPPO_CAP, SAPO_TAU_GAIN, SAPO_TAU_LOSS
 from appo_kernels.vocabulary.triton_rows import exp_minus_line, row_offset
 
 CLIP, CISPO, SAPO, DPPO_TV, GPG = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3), tl.constexpr(4)
 TAU_GAIN, TAU_LOSS, TV_CAP = tl.constexpr(SAPO_TAU_GAIN), tl.constexpr(SAPO_TAU_LOSS), tl.constexpr(DPPO_CAP)
-# A log-probability below this counts as this in products with its probability, which is 0.
-IMPOSSIBLE = tl.constexpr(-1e4)
+NO_PROBABILITY = tl.constexpr(LOG_ZERO)
 # A program's sums, 16 lanes: the loss, then in the order of METRICS sums (``ratio_max``: the largest), then the numbers
 # of valid tokens and of those with a weight above 1.
 LANES = 16
@@ -254,7 +254,7 @@ def terms_kernel(
                 tl.store(p_slope + base + t, g, mask=inside)
             else:
                 h = -entropy_coef * share
-                p_terms = tl.where(logprob > IMPOSSIBLE, tl.exp(logprob) * (logprob + entropy), 0.0)
+                p_terms = tl.where(logprob > NO_PROBABILITY, tl.exp(logprob) * (logprob + entropy), 0.0)
                 tl.store(p_lse + base + t, lse, mask=inside)
                 tl.store(p_constant + base + t, -g - h * entropy, mask=inside)
                 tl.store(p_slope + base + t, h, mask=inside)
