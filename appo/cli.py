@@ -42,6 +42,10 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 36,
     method: Annotated[str, typer.Option(help="appo, grpo or dapo.")] = "appo",
     compare: Annotated[bool, typer.Option(help="Train with GRPO as well, beside APPO on the page.")] = True,
+    engine: Annotated[str, typer.Option(help="What samples: transformers, or vllm-server.")] = "transformers",
+    vllm_python: Annotated[
+        str, typer.Option(envvar="APPO_VLLM_PYTHON", help="Interpreter of an environment with vLLM, for vllm-server.")
+    ] = "",
 ) -> None:
     """Make clips, warm up a tiny Qwen2.5-VL, train it with APPO and report. No GPU, no download, a few minutes.
 
@@ -52,7 +56,7 @@ def demo(
     check_output_folder("output", output)
     from appo.demo import run_demo
 
-    run_demo(output, seed=seed, steps=steps, method=method, compare=compare)
+    run_demo(output, seed=seed, steps=steps, method=method, compare=compare, engine=engine, vllm_python=vllm_python)
 
 
 @command()

@@ -4,6 +4,8 @@ Stages, each left alone when its result is there: clips -> warm start -> trainin
 What the demo shows is the method at work on a task where one short moment of a clip decides the answer.
 """
 
+import json
+import os
 import shutil
 import tempfile
 import time
@@ -71,11 +73,23 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_demo(output: Path, *, seed: int = 0, steps: int = 36, method: str = "appo", compare: bool = True) -> Path:
+def run_demo(
+    output: Path,
+    *,
+    seed: int = 0,
+    steps: int = 36,
+    method: str = "appo",
+    compare: bool = True,
+    engine: str = "transformers",
+    vllm_python: str = "",
+) -> Path:
     """Run every stage that has not been run and return the page to open.
 
-    compare: with method "appo", train with GRPO too, from the same warm start on the same questions.
+    compare: with method "appo", train with GRPO too, from the same warm start on the same questions. engine: what
+    samples (docs/engines.md). vllm_python: interpreter of the environment whose vLLM serves it.
     """
+    sampler = engine_settings(engine, vllm_python)
+    APPOConfig(**sampler)  # what is missing is said before anything is made
     if method not in METHODS:
         raise ConfigError(f"`method`: expected one of {', '.join(METHODS)}, got {method!r}.")
     started = time.perf_counter()
@@ -85,8 +99,10 @@ def run_demo(output: Path, *, seed: int = 0, steps: int = 36, method: str = "app
         warm = stage("warm start", output / "warm", lambda folder: warm_start(folder, clips, seed))
         folders = []
         for name in [method, "grpo"] if compare and method == "appo" else [method]:
-            console.print(f"training: {name.upper()}, {output / f'run-{name}'}")
-            folders.append(train(output / f"run-{name}", clips, warm, method=name, seed=seed, steps=steps))
+            run = output / (f"run-{name}" if engine == "transformers" else f"run-{name}-{engine}")
+            console.print(f"training: {name.upper()}, {run}")
+            settings = {"seed": seed, "max_steps": steps} | sampler
+            folders.append(train(run, clips, warm, method=name, settings=settings))
         page = write_report(folders, output / "report.html")
         for line in summary(read_runs(folders)):
             console.print(line, highlight=False)
@@ -173,14 +189,30 @@ def warm_start(
     processor.save_pretrained(folder)
 
 
-def train(run: Path, clips: Path, warm: Path, *, method: str, seed: int, steps: int) -> Path:
-    """Train on the hard split and answer the held-out splits before and after; with APPO, draw a few clips up close."""
+def engine_settings(engine: str, vllm_python: str = "") -> dict[str, Any]:
+    """``engine``, sized for the tiny model."""
+    if engine == "transformers":
+        return {}
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; of vLLM's CPU build
+    arguments = {"enforce_eager": True, "max_model_len": 1024, "max_num_seqs": 256, "gpu_memory_utilization": 0.3}
+    return {"engine": engine, "vllm_python": vllm_python, "vllm_arguments": json.dumps(arguments)}
+
+
+def train(run: Path, clips: Path, warm: Path, *, method: str, settings: dict[str, Any]) -> Path:
+    """Train on the hard split and answer the held-out splits before and after; with APPO, draw a few clips up close.
+
+    settings: seed, max_steps and what else differs from `SETTINGS` and the method's.
+    """
     where = {"model": str(warm), "data": str(clips / "train.json"), "output": str(run)}
-    short = {"seed": seed, "max_steps": steps, "warmup_steps": min(SETTINGS["warmup_steps"], steps)}
-    config = APPOConfig.from_dict(SETTINGS | METHODS[method] | where | short)
+    short = {"warmup_steps": min(SETTINGS["warmup_steps"], settings["max_steps"])}
+    config = APPOConfig.from_dict(SETTINGS | METHODS[method] | where | short | settings)
     held_out = {split: load_records(clips / f"{split}.json") for split in ("validation", "ood")}
     model, processor = load_model(config)
-    Trainer(model, processor, load_records(config.data), config=config, eval_dataset=held_out).train()
+    trainer = Trainer(model, processor, load_records(config.data), config=config, eval_dataset=held_out)
+    try:
+        trainer.train()
+    finally:
+        trainer.close()
     if config.method == "appo":
         stage(
             "close-ups",
@@ -195,7 +227,8 @@ def draw_closeups(folder: Path, config: APPOConfig, held_out: Sequence[Record]) 
     model, processor = load_model(config)
     with tempfile.TemporaryDirectory() as unused:
         records = [held_out[index] for index in range(min(TRIED, len(held_out)))]
-        trainer = Trainer(model, processor, records, config=replace(config, output=unused))
+        own = replace(config, output=unused, engine="transformers", asynchronous=False)
+        trainer = Trainer(model, processor, records, config=own)
         groups = [sample_group(trainer, record) for record in records]
         for group in sorted(groups, key=lambda group: not group.informative)[:CLOSEUPS]:
             draw_group(trainer, group, folder / group.prompt.record.id)

@@ -117,6 +117,12 @@ class Trainer:
         """
         return run(self)
 
+    def close(self) -> None:
+        """End what the engine started, such as a server; the process's end does so as well."""
+        self.forget_ahead()
+        if hasattr(self.engine, "close"):
+            self.engine.close()
+
     def step(self, number: int) -> dict[str, float]:
         """One step: sample responses, find out what they looked at, weight their tokens, update the model.
 
