@@ -100,3 +100,11 @@ def test_an_unknown_method_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(demo.ConfigError, match="`method`: expected one of appo, grpo, dapo, got 'ppo'"):
         demo.run_demo(tmp_path / "out", method="ppo")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_engine_that_is_missing_is_said_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(demo.ConfigError, match="`vllm_python`, the interpreter"):
+        demo.run_demo(tmp_path / "out", engine="vllm-server")
+    with pytest.raises(demo.ConfigError, match="`engine`: expected one of transformers"):
+        demo.run_demo(tmp_path / "out", engine="vlm")
+    assert not (tmp_path / "out").exists()
