@@ -1,5 +1,6 @@
 """Rollouts by vLLM in the trainer's process, which then needs vLLM in its own environment."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,8 @@ class VLLMRollout:
         logprobs_mode: str = "raw_logprobs",
         dtype: torch.dtype | None = None,
     ) -> None:
+        # Its worker is to be in this process, where the weights are; read when vLLM is imported.
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         try:
             from vllm import LLM
         except ImportError as error:
@@ -111,3 +114,7 @@ class VLLMRollout:
         self.version = version
         if self.sleeps:
             self.llm.sleep(level=1)
+
+    def close(self) -> None:
+        """Give back what the engine holds."""
+        self.llm.llm_engine.engine_core.shutdown()
