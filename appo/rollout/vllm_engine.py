@@ -11,6 +11,7 @@ from appo.data.prompts import Prompt
 from appo.models.loaded import end_ids, vision_token_ids
 from appo.rollout.engine import Completion, Sampling
 from appo.rollout.vllm_requests import check_prompt, media_of, sampling_arguments
+from appo.rollout.vllm_worker import whole_prompts
 from appo.rollout.weight_files import weights_of
 
 WHERE = "vLLM in this process"
@@ -62,6 +63,7 @@ class VLLMRollout:
             "trust_remote_code": False,
             "mm_device_do_normalize": False,  # pixels as the processor makes them, which is what the trainer sees
             "enable_sleep_mode": self.sleeps,
+            **whole_prompts(),
         }
         self.llm = LLM(model=model_path, **(settings | (arguments or {})))
         if self.sleeps:

@@ -87,7 +87,8 @@ class Server:
     def call(self, path: str, body: Any = None, *, timeout: float) -> Any:
         """The JSON answer. body: bytes, or what becomes JSON; None asks with GET.
 
-        Raises OSError when nobody answers, EngineError when the server says that something is wrong.
+        Raises OSError when nobody answers or the engine behind the server is gone, EngineError when the server says
+        that something is wrong.
         """
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
@@ -102,6 +103,8 @@ class Server:
                     f"vLLM server {self.url}: refused the token. Set `engine_token` to the APPO_SERVER_TOKEN that the "
                     "server was started with."
                 ) from error
+            if error.code == 503:
+                raise ConnectionError(f"its engine is gone: {text}") from error
             raise EngineError(f"vLLM server {self.url}{path}: {error.code}: {text}") from error
 
 

@@ -104,6 +104,14 @@ class WorkerExtension:
         return self.appo_loaded
 
 
+def whole_prompts() -> dict[str, Any]:
+    """Arguments of an engine on a CPU, where vLLM 0.32 fails at a request with a seed whose prompt is read in parts:
+    it sets back the generator of a request that has sampled nothing yet, and a CPU's has no place to be set to."""
+    from vllm.platforms import current_platform
+
+    return {"enable_chunked_prefill": False} if current_platform.is_cpu() else {}
+
+
 def read_tensors(body: bytes) -> tuple[dict[str, Any], dict[str, Any]]:
     """(arrays, request) of a safetensors message."""
     from safetensors.numpy import load
@@ -129,6 +137,7 @@ class Engine:
             "generation_config": "vllm",  # sampling is what the request says, not what the model's folder suggests
             # Pixels as the processor makes them, which is what the trainer sees.
             "mm_device_do_normalize": False,
+            **whole_prompts(),
             **json.loads(options.arguments),
         }
         self.options, self.version, self.requests = options, options.version, 0
@@ -255,7 +264,9 @@ def application(engine: Engine, token: str) -> Any:
         try:
             return await call_next(request)
         except Exception as error:
-            return JSONResponse({"error": f"{type(error).__name__}: {error}"}, 500)
+            # 503: the engine is gone, and only a new server will do.
+            code = 503 if type(error).__name__ == "EngineDeadError" else 500
+            return JSONResponse({"error": f"{type(error).__name__}: {error}"}, code)
 
     @app.get("/health")
     async def health() -> Any:

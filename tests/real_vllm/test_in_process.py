@@ -56,8 +56,7 @@ def test_steps_with_weights_and_log_probabilities_of_the_trainer(together, tmp_p
 
 
 def test_seeds_decide(together, tmp_path):
-    model, processor, engine = together
-    trainer = trainer_of(together, tmp_path)
+    engine, trainer = together[2], trainer_of(together, tmp_path)
     trainer.sync_engine()
     prompt = trainer.build_prompt(training.records()[0])
     first, again, other = (engine.generate([prompt], Sampling(4, 8), [seed])[0] for seed in (5, 5, 6))
@@ -69,8 +68,7 @@ def test_nothing_of_old_weights_stays(together, tmp_path):
     """Another vision tower, the same prompt: other log-probabilities, and again those of a trainer's forward."""
     model, processor, engine = together
     trainer = trainer_of(together, tmp_path)
-    builder = PromptBuilder(processor, model.config, trainer.config)
-    prompt = builder(training.records()[0])
+    prompt = PromptBuilder(processor, model.config, trainer.config)(training.records()[0])
     found = []
     for version, factor in ((20, 1.0), (21, 1.5)):
         with torch.no_grad():
