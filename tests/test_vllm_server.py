@@ -38,7 +38,8 @@ class Played:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
-                self.answer(played.info())
+                result = played.info()
+                self.answer(*result) if isinstance(result, tuple) else self.answer(result)
 
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -72,8 +73,10 @@ class Played:
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
 
     def info(self):
-        standard = {"protocol": PROTOCOL, "vllm": "9", "transformers": "9", "model": "m", "vocabulary": 315,
-                    "logprobs_mode": "raw_logprobs"}  # fmt: skip
+        standard = {
+            "protocol": PROTOCOL, "vllm": "9", "transformers": "9", "model": "m", "vocabulary": 315,
+            "logprobs_mode": "raw_logprobs", "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+        }  # fmt: skip
         return standard | self.faults.get("info", {})
 
     def update_weights(self, body):
@@ -198,6 +201,10 @@ def nobody():
     ("faults", "message"),
     [
         ({"info": {"protocol": 0}}, "version 1 of the protocol, got 0"),
+        (
+            {"info": {"architectures": ["Qwen3VLForConditionalGeneration"]}},
+            "a Qwen3VLForConditionalGeneration, the model",
+        ),
         ({"info": {"vocabulary": 32000}}, "32000 tokens, the model in training has 315"),
         ({"info": {"logprobs_mode": "processed_logprobs"}}, "--logprobs-mode raw_logprobs"),
         ({"token": "secret"}, "refused the token"),
@@ -213,6 +220,46 @@ def test_what_is_wrong_with_a_server_is_said(faults, message, tiny, tmp_path, mo
     with pytest.raises(EngineError, match=message) as raised:
         rollout(server, tiny, tmp_path).generate([prompt_with_clip()], SAMPLING, [1])
     assert server.url in str(raised.value)
+
+
+def test_prompts_are_dealt_out_to_several_servers(tiny, tmp_path):
+    """Every server has the weights and its share of the prompts; answers come back in the order of the prompts."""
+    servers = [Played() for _ in range(3)]
+    engine = VLLMServerRollout(*tiny, tmp_path / "engine", urls=[server.url for server in servers], timeout=5)
+    engine.update_weights(tiny[0], 4)
+    prompts = [prompt_with_clip() for _ in range(5)]
+    for index, prompt in enumerate(prompts):
+        prompt.input_ids = torch.tensor([1, 2, index])
+    found = engine.ask(prompts, SAMPLING, [10, 11, 12, 13, 14])
+    assert [group["prompt_token_ids"][-1] for group in found] == [0, 1, 2, 3, 4]
+    asked = [[prompt["seed"] for prompt in server.request["prompts"]] for server in servers]
+    assert asked == [[10, 13], [11, 14], [12]]
+    assert [server.version for server in servers] == [4, 4, 4]
+    alone = [engine.ask([prompts[3]], SAMPLING, [13])[0]["prompt_token_ids"][-1]]
+    assert alone == [3]  # fewer prompts than servers
+
+
+def test_one_of_several_servers_is_wrong(tiny, tmp_path):
+    good, bad = Played(), Played(checksum=[1, 2])
+    engine = VLLMServerRollout(*tiny, tmp_path / "engine", urls=[good.url, bad.url], timeout=5)
+    with pytest.raises(EngineError, match=r"checksum \(1, 2\)") as raised:
+        engine.update_weights(tiny[0], 0)
+    assert bad.url in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((None, 200), "version 1 of the protocol, got None"),
+        (({"detail": "Not Found"}, 404), "another kind of server"),
+    ],
+)
+def test_an_address_of_something_else(answer, message, tiny, tmp_path):
+    """A web server that answers, such as vLLM's own."""
+    server = Played()
+    server.info = lambda: answer
+    with pytest.raises(EngineError, match=message):
+        rollout(server, tiny, tmp_path)
 
 
 def test_an_address_where_nobody_is(tiny, tmp_path):

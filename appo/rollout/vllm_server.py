@@ -1,20 +1,12 @@
 """Rollouts from vLLM servers in an environment of their own, over HTTP (``vllm_worker.py`` is the server)."""
 
 import atexit
-import contextlib
 import json
 import logging
-import os
-import secrets
 import shutil
-import signal
-import socket
-import subprocess
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,89 +15,14 @@ import torch.distributed as dist
 from torch import nn
 
 from appo.data.prompts import Prompt
-from appo.models.loaded import end_ids, vision_token_ids
+from appo.models.loaded import end_ids, unwrapped, vision_token_ids
 from appo.rollout.engine import Completion, Sampling
+from appo.rollout.vllm_process import WORKER, Server, own_server
 from appo.rollout.vllm_requests import EngineError, check_prompt, completion_of, request_of
 from appo.rollout.vllm_worker import PROTOCOL
 from appo.rollout.weight_files import write_weights
 
 logger = logging.getLogger(__name__)
-WORKER = Path(__file__).with_name("vllm_worker.py")
-
-
-@dataclass
-class Server:
-    """One server: where it is and, if this process started it, how."""
-
-    url: str
-    token: str = ""
-    command: list[str] = field(default_factory=list)  # empty: it is somebody else's
-    log: Path | None = None
-    process: subprocess.Popen[bytes] | None = None
-
-    def start(self, timeout: float) -> None:
-        """Start the process and wait until it answers."""
-        assert self.log is not None
-        environment = os.environ | {"APPO_SERVER_TOKEN": self.token}
-        # Python adds the worker's own folder to its path, where vLLM's processes find the worker extension.
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-            )
-        deadline = time.monotonic() + timeout
-        while True:
-            if self.process.poll() is not None:
-                raise EngineError(
-                    f"vLLM server {self.url}: ended with code {self.process.returncode} before it was ready. The end "
-                    f"of its log {self.log}:\n{_tail(self.log)}"
-                )
-            try:
-                self.call("/health", timeout=5)
-                return
-            except (OSError, urllib.error.HTTPError):
-                if time.monotonic() > deadline:
-                    self.stop()
-                    raise EngineError(
-                        f"vLLM server {self.url}: not ready after {timeout:g} s (`engine_timeout`). The end of its log "
-                        f"{self.log}:\n{_tail(self.log)}"
-                    ) from None
-                time.sleep(0.5)
-
-    def stop(self) -> None:
-        """End the server and the processes of its engine, which outlive it otherwise."""
-        if self.process is None:
-            return
-        if self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
-        with contextlib.suppress(ProcessLookupError):  # the whole group ended by itself
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.process = None
-
-    def call(self, path: str, body: Any = None, *, timeout: float) -> Any:
-        """The JSON answer. body: bytes, or what becomes JSON; None asks with GET.
-
-        Raises OSError when nobody answers or the engine behind the server is gone, EngineError when the server says
-        that something is wrong.
-        """
-        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        headers = {"Authorization": f"Bearer {self.token}"} if self.token else {}
-        request = urllib.request.Request(self.url + path, data, headers)
-        try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            text = error.read().decode(errors="replace")[:2000]
-            if error.code == 401:
-                raise EngineError(
-                    f"vLLM server {self.url}: refused the token. Set `engine_token` to the APPO_SERVER_TOKEN that the "
-                    "server was started with."
-                ) from error
-            if error.code == 503:
-                raise ConnectionError(f"its engine is gone: {text}") from error
-            raise EngineError(f"vLLM server {self.url}{path}: {error.code}: {text}") from error
 
 
 class VLLMServerRollout:
@@ -115,7 +32,8 @@ class VLLMServerRollout:
         model: the model in training, for its special tokens; weights come by ``update_weights``.
         processor: its processor; saved beside the model's config where a server is started.
         folder: for weights, logs and the served model's folder; a server must be able to read it.
-        urls: servers that run already; process r of several asks number r modulo their count.
+        urls: servers that run already. Each process has a share of them to itself, and deals its prompts out to them;
+            with fewer servers than processes, process r shares number r modulo their count.
         python: interpreter of the environment with vLLM. Process r of several starts a server of its own with it.
         model_path: what a started server serves.
         arguments: further arguments of vLLM's engine, such as ``{"tensor_parallel_size": 2}``.
@@ -154,102 +72,116 @@ class VLLMServerRollout:
         tokenizer = getattr(processor, "tokenizer", processor)
         self.end_ids, self.suppressed = end_ids(model, tokenizer), vision_token_ids(model, tokenizer)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
+        self.architecture = type(unwrapped(model)).__name__.removeprefix("FSDP")
         self.version, self.weights = -1, Path()
         self.checksum = (0, 0)
         if urls:
-            self.server = Server(urls[self.rank % len(urls)].rstrip("/"), token)
+            own = urls[self.rank :: self.world] or [urls[self.rank % len(urls)]]
+            self.servers = [Server(url.rstrip("/"), token) for url in own]
         else:
-            self.server = self._own(python, model_path, logprobs_mode, arguments or {})
-            self.server.start(timeout)
+            log = self.folder / f"vllm-{self.rank}.log"
+            self.servers = [own_server(python, model_path, logprobs_mode, arguments or {}, log)]
+            self.servers[0].start(timeout)
             atexit.register(self.close)
-        self._check(logprobs_mode)
+        self.info = [self._check(server, logprobs_mode) for server in self.servers]
 
-    def _own(self, python: str, model_path: str, logprobs_mode: str, arguments: dict[str, Any]) -> Server:
-        if shutil.which(python) is None:
-            raise EngineError(
-                f"`vllm_python`: expected the interpreter of an environment with vLLM, got {python!r}, which is no "
-                "program. Make one: `python -m venv vllm-env && vllm-env/bin/pip install vllm`."
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        command = [
-            python, str(WORKER), "--model", model_path, "--port", str(port), "--logprobs-mode", logprobs_mode,
-            "--arguments", json.dumps(arguments), "--parent", str(os.getpid()),
-        ]  # fmt: skip
-        return Server(f"http://127.0.0.1:{port}", secrets.token_hex(16), command, self.folder / f"vllm-{self.rank}.log")
-
-    def _check(self, logprobs_mode: str) -> None:
-        """That the server is one of ours, of this version, and serves this model."""
+    def _check(self, server: Server, logprobs_mode: str) -> dict[str, Any]:
+        """What the server says of itself: that it is one of ours, of this version, and serves this model."""
         try:
-            info = self.server.call("/info", timeout=min(self.timeout, 30))
-        except OSError as error:
+            info: dict[str, Any] = server.call("/info", timeout=min(self.timeout, 30))
+        except (OSError, ValueError) as error:  # nobody, or somebody who does not speak JSON
             raise EngineError(
-                f"vLLM server {self.server.url}: does not answer ({error}). Start it with `python {WORKER} --model "
+                f"vLLM server {server.url}: does not answer ({error}). Start it with `python {WORKER} --model "
                 "FOLDER` in its environment, or correct `engine_urls`."
             ) from error
-        if info.get("protocol") != PROTOCOL:
+        protocol = info.get("protocol") if isinstance(info, dict) else None
+        if protocol != PROTOCOL:
             raise EngineError(
-                f"vLLM server {self.server.url}: expected version {PROTOCOL} of the protocol, got "
-                f"{info.get('protocol')!r}. Start it with the vllm_worker.py of this version: {WORKER}."
+                f"vLLM server {server.url}: expected version {PROTOCOL} of the protocol, got "
+                f"{protocol!r}. Start it with the vllm_worker.py of this version: {WORKER}."
             )
         if not self.vocabulary - 1024 <= info["vocabulary"] <= self.vocabulary:
             raise EngineError(
-                f"vLLM server {self.server.url}: serves {info['model']!r} with {info['vocabulary']} tokens, the model "
+                f"vLLM server {server.url}: serves {info['model']!r} with {info['vocabulary']} tokens, the model "
                 f"in training has {self.vocabulary}. Start it on the model that is trained."
+            )
+        if self.architecture not in info["architectures"]:
+            raise EngineError(
+                f"vLLM server {server.url}: serves {info['model']!r}, a {' or '.join(info['architectures'])}, the "
+                f"model in training is a {self.architecture}. Start it on the model that is trained."
             )
         if info["logprobs_mode"] != logprobs_mode:
             raise EngineError(
-                f"vLLM server {self.server.url}: gives {info['logprobs_mode']}, this run needs {logprobs_mode}. Start "
+                f"vLLM server {server.url}: gives {info['logprobs_mode']}, this run needs {logprobs_mode}. Start "
                 f"it with --logprobs-mode {logprobs_mode}."
             )
-        self.info = info
-        logger.info("rollouts by vLLM %s (transformers %s)", info["vllm"], info["transformers"])
+        logger.info("rollouts by vLLM %s (transformers %s) at %s", info["vllm"], info["transformers"], server.url)
+        return info
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[list[Completion]]:
-        """See ``Rollout``. Raises EngineError when the server reads a prompt otherwise than the trainer."""
+        """See ``Rollout``. Raises EngineError when a server reads a prompt otherwise than the trainer."""
         groups = self.ask(prompts, sampling, seeds)
-        for group, prompt in zip(groups, prompts, strict=True):
-            check_prompt(group["prompt_token_ids"], prompt, self.server.url)
         return [[completion_of(each, self.version) for each in group["completions"]] for group in groups]
 
     def ask(self, prompts: Sequence[Prompt], sampling: Sampling, seeds: Sequence[int]) -> list[dict[str, Any]]:
-        """The server's answer for each prompt: ``prompt_token_ids`` and ``completions``."""
-        body = request_of(prompts, sampling, seeds, suppressed=self.suppressed, end_ids=self.end_ids)
-        answer = self._ask("/generate", body)
+        """The answer for each prompt, ``prompt_token_ids`` and ``completions``, of the servers side by side."""
+        shares = [range(start, len(prompts), len(self.servers)) for start in range(len(self.servers))]
+        found: dict[int, dict[str, Any]] = {}
+        with ThreadPoolExecutor(len(self.servers)) as threads:
+            asked = [
+                threads.submit(self._ask_one, server, share, prompts, sampling, seeds)
+                for server, share in zip(self.servers, shares, strict=True)
+                if share
+            ]
+            for share, answer in zip(shares, [each.result() for each in asked], strict=False):
+                found.update(zip(share, answer, strict=True))
+        return [found[index] for index in range(len(prompts))]
+
+    def _ask_one(
+        self,
+        server: Server,
+        share: Sequence[int],
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        seeds: Sequence[int],
+    ) -> list[dict[str, Any]]:
+        own, own_seeds = [prompts[index] for index in share], [seeds[index] for index in share]
+        body = request_of(own, sampling, own_seeds, suppressed=self.suppressed, end_ids=self.end_ids)
+        answer = self._repeat(server, "/generate", body)
         if answer["weight_version"] != self.version:  # somebody started the server again, without our weights
-            self._load(self.server)
-            answer = self._ask("/generate", body)
+            self._load(server)
+            answer = self._repeat(server, "/generate", body)
         if answer["weight_version"] != self.version:
             raise EngineError(
-                f"vLLM server {self.server.url}: sampled with weights of version {answer['weight_version']}, this run "
+                f"vLLM server {server.url}: sampled with weights of version {answer['weight_version']}, this run "
                 f"is at {self.version}. Does another run hand it weights?"
             )
-        return answer["groups"]
+        groups: list[dict[str, Any]] = answer["groups"]
+        for group, prompt in zip(groups, own, strict=True):
+            check_prompt(group["prompt_token_ids"], prompt, server.url)
+        return groups
 
-    def _ask(self, path: str, body: Any) -> Any:
+    def _repeat(self, server: Server, path: str, body: Any) -> Any:
         """Ask, and ask again when nobody answers: a server that died is started again with the weights it had."""
         for attempt in range(self.retries + 1):
             try:
-                return self.server.call(path, body, timeout=self.timeout)
+                return server.call(path, body, timeout=self.timeout)
             except OSError as error:
                 problem = error
-                logger.warning(
-                    "vLLM server %s: %s (try %d of %d)", self.server.url, error, attempt + 1, self.retries + 1
-                )
-                if self.server.command and attempt < self.retries:
-                    self.server.stop()
-                    self.server.start(self.timeout)
-                    self._load(self.server)
-                else:
+                logger.warning("vLLM server %s: %s (try %d of %d)", server.url, error, attempt + 1, self.retries + 1)
+                if server.command and attempt < self.retries:
+                    self._start_again(server)
+                    self._load(server)
+                elif attempt < self.retries:
                     time.sleep(min(2.0**attempt, 30))
-        remedy = (
-            f"See {self.server.log}." if self.server.log else "Start it again; the run goes on from its checkpoint."
-        )
+        remedy = f"See {server.log}." if server.log else "Start it again; the run goes on from its checkpoint."
         raise EngineError(
-            f"vLLM server {self.server.url}: no answer in {self.retries + 1} tries ({problem}). {remedy}"
+            f"vLLM server {server.url}: no answer in {self.retries + 1} tries ({problem}). {remedy}"
         ) from problem
+
+    def _start_again(self, server: Server) -> None:
+        server.stop()
+        server.start(self.timeout)
 
     def update_weights(self, model: nn.Module, version: int) -> None:
         """Write the weights and have every server load them. Every process calls it; see ``Rollout``."""
@@ -260,7 +192,8 @@ class VLLMServerRollout:
             saved = json.loads((self.weights / "checksum.json").read_text())
             self.checksum = (saved["sum"], saved["count"])
         self.version = version
-        self._load(self.server)
+        with ThreadPoolExecutor(len(self.servers)) as threads:
+            list(threads.map(self._load, self.servers))
         self._barrier()
         if self.rank == 0 and before != Path() and before != self.weights:
             shutil.rmtree(before)
@@ -274,8 +207,7 @@ class VLLMServerRollout:
         except OSError:
             if not server.command:
                 raise EngineError(f"vLLM server {server.url}: no answer while it was handed weights.") from None
-            server.stop()
-            server.start(self.timeout)
+            self._start_again(server)
             server.call("/update_weights", {"path": str(self.weights), "version": self.version}, timeout=self.timeout)
             found = server.call("/checksum", {}, timeout=self.timeout)
         for worker in found["workers"]:
@@ -291,10 +223,7 @@ class VLLMServerRollout:
 
     def close(self) -> None:
         """Stop the server that this process started, and remove the weights that were handed over."""
-        self.server.stop()
+        for server in self.servers:
+            server.stop()
         if self.rank == 0 and self.weights != Path():
             shutil.rmtree(self.weights, ignore_errors=True)
-
-
-def _tail(path: Path, lines: int = 15) -> str:
-    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])

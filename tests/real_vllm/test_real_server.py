@@ -112,7 +112,7 @@ def test_training_goes_on_when_the_server_is_killed(served, records, tmp_path):
     trainer = trainer_of(served, records, tmp_path, rewards={f"{tmp_path}/reward.py:odd": 1.0})
     first = trainer.step(1)
     assert first["engine/effective_sample_size"] > 0.5
-    os.killpg(served[2].server.process.pid, signal.SIGKILL)
+    os.killpg(served[2].servers[0].process.pid, signal.SIGKILL)
     second = trainer.step(2)
     assert second["engine/logprob_diff"] < 0.5 and trainer.version == 2
-    assert served[2].server.call("/info", timeout=10)["weight_version"] == served[2].version
+    assert served[2].servers[0].call("/info", timeout=10)["weight_version"] == served[2].version
