@@ -82,9 +82,11 @@ def train(
     from appo.data.load import check_media, load_records
     from appo.train.setup import load_model
     from appo.train.sharding import check_launch
+    from appo.train.trackers import check_trackers
     from appo.train.trainer import Trainer
 
     check_launch(settings)
+    check_trackers(settings)
 
     source: dict[str, Any] = {
         "data_root": settings.data_root,

@@ -15,6 +15,7 @@ from appo.yaml_files import dump_yaml, read_yaml
 REWARD_NAMES = {
     "accuracy", "format", "math", "multiple_choice", "ocr", "regression", "rouge", "temporal_iou", "think_length",
 }  # fmt: skip
+TRACKERS = ("wandb", "trackio", "swanlab", "mlflow", "comet_ml", "aim", "clearml")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 
@@ -154,7 +155,11 @@ class APPOConfig:
     sample_every: int = setting(10, at_least=0)  # steps between rollouts written to samples.jsonl
     heads_every: int = setting(0, at_least=0)  # steps between records of which heads look, in heads.jsonl; 0: never
     eval_looking: bool = setting(False)  # record what evaluated answers looked at: one more forward
+    save_best: bool = setting(False)  # the model of the best evaluation so far, by accuracy, in best/
     tensorboard: bool = setting(True)
+    # Further ones, by their names in accelerate.
+    trackers: list[str] = setting(factory=list, each=Constraint(choices=TRACKERS))
+    project: str = setting("appo", required=True)  # in which they keep the run
 
     # Going on after what goes wrong.
     # A run in `output` goes on when its settings are the same; "force": whatever they are.

@@ -66,6 +66,19 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
     assert "holds over several seeds" in text
 
 
+def test_settings_in_which_runs_differ_stand_first(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, steps=5, seed=seed) for seed, name in enumerate(("a", "b"))]
+    for number, run in enumerate(runs):
+        path = run / "config.yaml"
+        kept = [line for line in path.read_text().splitlines() if not line.startswith(("alpha:", "output:"))]
+        path.write_text("\n".join([*kept, f"alpha: {number + 0.5}", f"output: place-{number}"]))
+    text = write_report(runs, tmp_path / "page.html").read_text()
+    settings = text[text.index("first where they differ") :]
+    assert "<tr><td>alpha</td><td>0.5</td><td>1.5</td></tr>" in settings
+    assert settings.index("<td>alpha</td>") < settings.index("<pre>")
+    assert "<td>output</td>" not in text and "<td>max_steps</td>" not in text
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_small_run(tmp_path / seed / "run") for seed in ("s0", "s1")]
     text = write_report(runs, tmp_path / "report.html").read_text()

@@ -118,9 +118,16 @@ def _accuracy_tile(run: Run, split: str, *, first: bool) -> str:
 TILES = (
     ("Questions without signal", ("groups/no_signal",), "{:.0%}", "All their answers were equally good."),
     ("Time per step", ("time/step",), "{:.2f} s", "Rollout, scoring, update."),
+    (
+        "Speed of a process",
+        ("time/tokens_per_second",),
+        "{:,.0f} tokens/s",
+        "Prompts, each once a group, and responses.",
+    ),
 )
 
 
+OF_THE_MACHINE = ("output", "data_root", "frame_cache", "engine_urls", "engine_token", "vllm_python")
 COLUMNS = (
     ("Entropy", ("entropy",), "{:.2f}"),
     ("Gradient norm", ("grad_norm",), "{:.2f}"),
@@ -129,6 +136,9 @@ COLUMNS = (
     ("Picks that decide", ("frames/precision",), "{:.0%}"),
     ("No signal", ("groups/no_signal",), "{:.0%}"),
     ("s / step", ("time/step",), "{:.2f}"),
+    ("Tokens / s and GPU", ("time/tokens_per_second",), "{:,.0f}"),
+    ("Rollout", ("time/share/rollout",), "{:.0%}"),
+    ("Padding", ("padding",), "{:.0%}"),
 )
 
 
@@ -230,6 +240,22 @@ def _closeup(run: Run, output: Path, several: bool) -> str:
     )
 
 
+def _differences(runs: list[Run]) -> str:
+    """The settings in which runs differ, a row each; those of machine and folders are left out."""
+    names = list(dict.fromkeys(name for run in runs for name in run.config if name not in OF_THE_MACHINE))
+    differ = [name for name in names if len({repr(run.config.get(name)) for run in runs if run.config}) > 1]
+    if len(runs) < 2 or not differ:
+        return ""
+    head = "".join(f"<th>{escape(label)}</th>" for label in ("Setting", *(run.label for run in runs)))
+    rows = "".join(
+        f"<tr><td>{escape(name)}</td>"
+        + "".join(f"<td>{escape(str(run.config[name])) if name in run.config else MISSING}</td>" for run in runs)
+        + "</tr>"
+        for name in differ
+    )
+    return f'<div class="card table"><table><tr>{head}</tr>{rows}</table></div>'
+
+
 def _settings(runs: list[Run]) -> str:
     blocks = []
     for run in runs:
@@ -240,4 +266,5 @@ def _settings(runs: list[Run]) -> str:
                 f'<details class="card sample"><summary>{escape(run.label)}<span>config.yaml</span></summary>'
                 f"<pre>{text}</pre></details>"
             )
-    return section("Settings", "What the run was started with.", "".join(blocks))
+    several = "What runs were started with: first where they differ." if len(runs) > 1 else ""
+    return section("Settings", several or "What the run was started with.", _differences(runs) + "".join(blocks))

@@ -1,17 +1,20 @@
-"""What a run leaves behind: metrics, evaluations and samples as JSON lines, and TensorBoard events."""
+"""What a run leaves behind: metrics, evaluations and samples as JSON lines, as TensorBoard events, and for trackers."""
 
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from torch import Tensor
+
+from appo.train.trackers import as_markdown, log_numbers, log_table, rollout_table
 
 FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "heads.jsonl", "broken.jsonl")
 
@@ -77,8 +80,16 @@ class Meter:
 class RunLog:
     """Appends to the files of a run folder. Only the main process writes."""
 
-    def __init__(self, folder: str | Path, *, tensorboard: bool, enabled: bool = True, resume_step: int = 0) -> None:
-        self.folder, self.enabled = Path(folder), enabled
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        tensorboard: bool,
+        enabled: bool = True,
+        resume_step: int = 0,
+        trackers: Sequence[GeneralTracker] = (),
+    ) -> None:
+        self.folder, self.enabled, self.trackers = Path(folder), enabled, trackers
         self._writer: Any = None
         if not enabled:
             return
@@ -100,6 +111,10 @@ class RunLog:
 
     def sample(self, step: int, value: dict[str, Any]) -> None:
         self._write("samples.jsonl", {"step": step} | value)
+        table = rollout_table(value)
+        log_table(self.trackers, "rollouts", table, step)
+        if self._writer is not None:
+            self._writer.add_text("rollouts", as_markdown(table), step)
 
     def heads(self, step: int, value: dict[str, Any]) -> None:
         self._write("heads.jsonl", {"step": step} | value)
@@ -112,6 +127,8 @@ class RunLog:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+        for tracker in self.trackers:
+            tracker.finish()
 
     def _write(self, name: str, value: dict[str, Any]) -> None:
         if self.enabled:
@@ -119,6 +136,7 @@ class RunLog:
                 file.write(json.dumps(value, ensure_ascii=False) + "\n")
 
     def _scalars(self, prefix: str, step: int, values: dict[str, float]) -> None:
+        log_numbers(self.trackers, prefix, values, step)
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(f"{prefix}/{name}", value, step)

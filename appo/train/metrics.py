@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from appo.train.groups import Group
+from accelerate import Accelerator
+
+from appo.train.groups import Group, ResponseBatch
 from appo.train.logs import Meter
 from appo.train.looking import measure_looking
 from appo_kernels import SurrogateOutput
@@ -66,6 +68,31 @@ def measure_loss(meter: Meter, result: SurrogateOutput, tokens: int, weighted: f
     meter.add("kl/ref", values["ref_kl"], tokens)
     meter.maximum("ratio/max", values["ratio_max"])
     meter.add("tokens/effective", values["effective_tokens"])
+
+
+def measure_padding(meter: Meter, batch: ResponseBatch, *, shared: bool) -> None:
+    """The share of positions of an update's forwards that hold no token; packed groups (``shared``) have none."""
+    real = sum(
+        prompt + length
+        for prompt, lengths in zip(batch.prompt_lengths, batch.lengths, strict=True)
+        for length in lengths
+    )
+    places = sum(batch.sizes) * (max(batch.prompt_lengths) + batch.mask.shape[1])
+    meter.add("padding", 0.0 if shared else 1 - real / places, places)
+
+
+def speed(meter: Meter, groups: Sequence[Group], accelerator: Accelerator) -> dict[str, float]:
+    """The numbers of a step over all processes, and how fast it was; every process calls it.
+
+    time/tokens_per_second, time/samples_per_second: tokens (of prompts, each once a group, and of responses) and
+    responses of the step, for each process. time/share/rollout, score, update: of the step's time.
+    """
+    meter.total("tokens", sum(len(group.prompt) + group.tokens for group in groups))
+    meter.total("samples", sum(len(group.mask) for group in groups))
+    values = meter.result(accelerator)
+    seconds = values["time/step"]
+    fast = {f"time/{name}_per_second": values.pop(name) / seconds for name in ("tokens", "samples")}
+    return values | fast | {f"time/share/{p}": values[f"time/{p}"] / seconds for p in ("rollout", "score", "update")}
 
 
 def token_texts(group: Group, processor: Any) -> list[list[str]]:

@@ -1,5 +1,6 @@
 """A run: steps from the newest checkpoint to the last, with evaluations, checkpoints and logs in one folder."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -18,11 +19,15 @@ from appo.train.interrupt import StopFlag, Stopped
 from appo.train.logs import RunLog
 from appo.train.looking import head_shares
 from appo.train.metrics import sample_record
+from appo.train.model_card import model_card, newest_evaluations
 from appo.train.progress import training_progress
 from appo.train.sharding import full_weights, gathered
+from appo.train.trackers import start_trackers
 
 if TYPE_CHECKING:
     from appo.train.trainer import Trainer
+
+BEST = "best.json"
 
 
 def run(trainer: "Trainer") -> Path:
@@ -41,6 +46,7 @@ def run(trainer: "Trainer") -> Path:
             tensorboard=trainer.config.tensorboard,
             enabled=trainer.accelerator.is_main_process,
             resume_step=start,
+            trackers=start_trackers(trainer.accelerator, trainer.config, output, start),
         )
         try:
             _steps(trainer, output, log, start)
@@ -87,7 +93,7 @@ def _steps(trainer: "Trainer", output: Path, log: RunLog, start: int) -> None:
                 _save(trainer, output, state)
                 saved = step
             if last or (_due(step, config.eval_every) and stop.requested(accelerator) is None):
-                _evaluate(trainer, log, step)
+                _keep_best(trainer, output, step, _evaluate(trainer, log, step))
             signal = stop.requested(accelerator)
             if signal is not None and not last:
                 if saved < step:
@@ -96,7 +102,7 @@ def _steps(trainer: "Trainer", output: Path, log: RunLog, start: int) -> None:
                 if accelerator.is_main_process:
                     print(f"{stopped}; the same command goes on from there.", file=sys.stderr)
                 raise stopped
-    save_model(trainer, output / "final")
+    save_model(trainer, output / "final", config.max_steps)
 
 
 def _restore(trainer: "Trainer", output: Path) -> int:
@@ -142,8 +148,9 @@ def _save(trainer: "Trainer", output: Path, state: dict[str, Any]) -> None:
     )
 
 
-def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> None:
-    """Answers to the held-out records, each process its share."""
+def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> float | None:
+    """Answers to the held-out records, each process its share; the accuracy on the first split."""
+    found: list[float] = []
     trainer.policy.eval()
     trainer.sync_engine()
     for split, records in trainer.eval_splits.items():
@@ -158,6 +165,20 @@ def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> None:
                 accelerator=trainer.accelerator,
             )
         log.evaluation(step, split, values)
+        found += [values["accuracy"]] if "accuracy" in values else []
+    return found[0] if found else None
+
+
+def _keep_best(trainer: "Trainer", output: Path, step: int, accuracy: float | None) -> None:
+    """With ``save_best`` the model in ``best/``, where its evaluation is better than those of earlier steps."""
+    if not trainer.config.save_best or accuracy is None:
+        return
+    kept = output / "best" / BEST
+    before = from_main(
+        trainer.accelerator, lambda: json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else None
+    )
+    if before is None or accuracy > before["accuracy"]:
+        save_model(trainer, output / "best", step, {"step": step, "accuracy": accuracy})
 
 
 def _record_heads(trainer: "Trainer", log: RunLog, step: int) -> None:
@@ -171,18 +192,25 @@ def _record_heads(trainer: "Trainer", log: RunLog, step: int) -> None:
         log.heads(step, shares.as_json())
 
 
-def save_model(trainer: "Trainer", folder: Path) -> None:
-    """The model (or its adapters) and the processor, as ``from_pretrained`` loads them; complete or not there."""
+def save_model(trainer: "Trainer", folder: Path, step: int, best: dict[str, float] | None = None) -> None:
+    """The model (or its adapters) of a step, the processor and a card, as ``from_pretrained`` loads them; complete or
+    not there. best: written beside a model that was chosen."""
     trainer.updates.check_weights(f"after step {trainer.version}")
     weights = full_weights(trainer.unwrapped)
-    from_main(trainer.accelerator, lambda: _write_model(trainer, folder, weights))
+    from_main(trainer.accelerator, lambda: _write_model(trainer, folder, weights, step, best))
 
 
-def _write_model(trainer: "Trainer", folder: Path, weights: dict[str, Tensor] | None) -> None:
+def _write_model(
+    trainer: "Trainer", folder: Path, weights: dict[str, Tensor] | None, step: int, best: dict[str, float] | None
+) -> None:
     partial = folder.with_name("." + folder.name)
     shutil.rmtree(partial, ignore_errors=True)
     trainer.model.save_pretrained(partial, state_dict=weights)
     trainer.processor.save_pretrained(partial)
+    card = model_card(trainer.config, step, newest_evaluations(Path(trainer.config.output) / "eval.jsonl"))
+    (partial / "README.md").write_text(card, encoding="utf-8")
+    if best is not None:
+        (partial / BEST).write_text(json.dumps(best), encoding="utf-8")
     checkpoints.put_in_place(partial, folder)
 
 

@@ -9,7 +9,7 @@ but for those inside `gathered`.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -70,12 +71,20 @@ def check_launch(config: APPOConfig) -> None:
         )
 
 
-def processes(config: APPOConfig) -> Accelerator:
-    """The processes of this run. Autocast is our own: accelerate's would widen what the policy's forward returns."""
+def processes(config: APPOConfig, trackers: Sequence[GeneralTracker] = ()) -> Accelerator:
+    """The processes of this run, with its trackers.
+
+    Autocast is our own: accelerate's would widen what the policy's forward returns.
+    """
     group: dict[str, Any] = {"timeout": PATIENCE}
     if config.offload and torch.cuda.is_available():
         group["backend"] = "cuda:nccl,cpu:gloo"  # the optimizer's numbers are on the host
-    return Accelerator(mixed_precision="no", kwargs_handlers=[COPIES, InitProcessGroupKwargs(**group)])
+    return Accelerator(
+        mixed_precision="no",
+        log_with=[*config.trackers, *trackers] or None,
+        project_dir=config.output,
+        kwargs_handlers=[COPIES, InitProcessGroupKwargs(**group)],
+    )
 
 
 def loads_weights(config: APPOConfig) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
 
 from appo.config import APPOConfig, ConfigError
@@ -25,7 +26,7 @@ from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
 from appo.train.groups import Group, Part, batch_parts, loss_operands, token_weights_of, whole_groups
 from appo.train.logs import Meter, peak_memory_gib
-from appo.train.metrics import measure_groups, measure_loss
+from appo.train.metrics import measure_groups, measure_loss, measure_padding, speed
 from appo.train.micro_batches import micro_batches
 from appo.train.policy import Policy
 from appo.train.rules import ChooseFrames, WeighTokens, choose_frames, weigh_tokens
@@ -33,6 +34,7 @@ from appo.train.run import run
 from appo.train.scoring import score_parts, score_reference, weigh_groups
 from appo.train.setup import autocast, learning_rate, prepare_model, reference_policy
 from appo.train.sharding import check_launch, gathered, idle_group, missing, no_loss, place, processes, reshard
+from appo.train.trackers import check_trackers
 from appo.train.updates import Updates, shares
 from appo_kernels import SurrogateOutput, linear_weighted_surrogate
 
@@ -52,6 +54,7 @@ class Trainer:
         choose_frames: (group, config) -> target frames (K,) int64 of a scored group.
         weigh_tokens: (group, divergence, config) -> weights (G, N) fp32; ``divergence(slots)`` is (K, J).
         surrogate: called as `appo_kernels.linear_weighted_surrogate` is, and returns what it does.
+        trackers: of accelerate's kind, beside those that ``config.trackers`` names.
 
     A run lives in ``config.output``; ``train()`` goes on from its newest checkpoint.
     """
@@ -69,13 +72,15 @@ class Trainer:
         choose_frames: ChooseFrames = choose_frames,
         weigh_tokens: WeighTokens = weigh_tokens,
         surrogate: Any = linear_weighted_surrogate,
+        trackers: Sequence[GeneralTracker] = (),
     ) -> None:
         self.config = config = config or APPOConfig()
         config.check()
         check_launch(config)
+        check_trackers(config)
         check_fits(config, model, processor)
         self.reward_weights = rewards or config.rewards
-        self.accelerator = processes(config)
+        self.accelerator = processes(config, trackers)
         if config.prompts_per_step % self.accelerator.num_processes:
             raise ValueError(
                 f"`prompts_per_step`: expected a multiple of the {self.accelerator.num_processes} processes, got "
@@ -160,7 +165,7 @@ class Trainer:
         self.meter.add("time/step", time.perf_counter() - started)
         self.meter.maximum("memory/peak_gib", peak_memory_gib(self.accelerator.device))
         self.groups = groups
-        return self.meter.result(self.accelerator)
+        return speed(self.meter, groups, self.accelerator)
 
     def next_groups(self, number: int) -> list[Group]:
         """The rewarded groups of a step: sampled now, or with ``asynchronous`` while the step before was updating."""
@@ -297,6 +302,7 @@ class Trainer:
         with self.autocast():
             result = self.policy(batch, head)
         count = sum(map(sum, batch.lengths))
+        measure_padding(self.meter, batch, shared=self.unwrapped.share_prompt)
         weighted = sum(int((part.take(token_weights_of(part.group)) > 1).sum()) for part in parts) / max(count, 1)
         measure_loss(self.meter, result, count, weighted)
         # "dapo" divides by the tokens of the whole batch itself; the others are means over these responses alone.
