@@ -111,10 +111,10 @@ class RunLog:
 
     def sample(self, step: int, value: dict[str, Any]) -> None:
         self._write("samples.jsonl", {"step": step} | value)
-        table = rollout_table(value)
-        log_table(self.trackers, "rollouts", table, step)
+        if self.trackers:
+            log_table(self.trackers, "rollouts", rollout_table(value), step)
         if self._writer is not None:
-            self._writer.add_text("rollouts", as_markdown(table), step)
+            self._writer.add_text("rollouts", as_markdown(rollout_table(value)), step)
 
     def heads(self, step: int, value: dict[str, Any]) -> None:
         self._write("heads.jsonl", {"step": step} | value)
