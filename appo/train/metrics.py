@@ -92,7 +92,8 @@ def speed(meter: Meter, groups: Sequence[Group], accelerator: Accelerator) -> di
     values = meter.result(accelerator)
     seconds = values["time/step"]
     fast = {f"time/{name}_per_second": values.pop(name) / seconds for name in ("tokens", "samples")}
-    return values | fast | {f"time/share/{p}": values[f"time/{p}"] / seconds for p in ("rollout", "score", "update")}
+    phases = [phase for phase in ("rollout", "wait", "score", "update") if f"time/{phase}" in values]
+    return values | fast | {f"time/share/{phase}": values[f"time/{phase}"] / seconds for phase in phases}
 
 
 def token_texts(group: Group, processor: Any) -> list[list[str]]:
