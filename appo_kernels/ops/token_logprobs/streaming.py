@@ -11,7 +11,8 @@ from torch import Tensor
 
 from appo_kernels.dispatch import Problem
 from appo_kernels.dtypes import LOG_ZERO
-from appo_kernels.vocabulary.torch_tiles import add_product_, logits_tile, operand, raw_gradient_, tile_shape, tiles
+from appo_kernels.ops.token_logprobs.gradients import RowCoefficients, backward_by_tiles, row_coefficients
+from appo_kernels.vocabulary.torch_tiles import logits_tile, operand, raw_gradient_, tile_shape, tiles
 
 
 class Running(NamedTuple):
@@ -96,43 +97,17 @@ def backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
-    (M, D), V = hidden.shape, weight.shape[0]
-    tall, wide = tile_shape(M, V, weight)
+    tall, wide = tile_shape(hidden.shape[0], weight.shape[0], weight)
     scratch, spare, third = lse.new_empty(3, tall * wide)
-    # Sums run in fp32: in the gradient itself where it is fp32, else in a buffer that is rounded once at the end.
-    in_place = hidden.dtype == lse.dtype
-    hidden_sum = grad_hidden if in_place or grad_hidden is None else lse.new_empty(M, D)
-    weight_buffer = None if in_place or grad_weight is None else lse.new_empty(wide, D)
-    if hidden_sum is not None:
-        hidden_sum.zero_()
-    for columns in tiles(V, wide):
-        width = columns.stop - columns.start
-        weight_tile = operand(weight[columns])
+    coefficients = row_coefficients(logprobs, entropy, grad_logprobs, grad_entropy, grad_lse)
+
+    def gradient_of_tile(hidden_tile: Tensor, weight_tile: Tensor, rows: slice, columns: slice) -> Tensor:
         bias_tile = None if bias is None else bias[columns]
-        weight_sum = None
-        if grad_weight is not None:
-            weight_sum = (grad_weight[columns] if weight_buffer is None else weight_buffer[:width]).zero_()
-        bias_sum = None if grad_bias is None else lse.new_zeros(width)
-        for rows in tiles(M, tall):
-            hidden_tile = operand(hidden[rows])
-            logits = logits_tile(hidden_tile, weight_tile, bias_tile, temperature, softcap, scratch)
-            gradient = tile_gradient(
-                logits, targets[rows] - columns.start, temperature, softcap, logprobs[rows], entropy[rows], lse[rows],
-                grad_logprobs[rows], grad_entropy[rows], grad_lse[rows], spare, third,
-            )  # fmt: skip
-            if bias_sum is not None:
-                bias_sum += gradient.sum(0)
-            gradient = gradient.to(weight_tile.dtype)
-            if hidden_sum is not None:
-                add_product_(hidden_sum[rows], gradient, weight_tile)
-            if weight_sum is not None:
-                add_product_(weight_sum, gradient.t(), hidden_tile)
-        if grad_weight is not None and weight_buffer is not None:
-            grad_weight[columns] = weight_buffer[:width]
-        if grad_bias is not None and bias_sum is not None:
-            grad_bias[columns] = bias_sum
-    if grad_hidden is not None and hidden_sum is not None and not in_place:
-        grad_hidden.copy_(hidden_sum)
+        logits = logits_tile(hidden_tile, weight_tile, bias_tile, temperature, softcap, scratch)
+        column = targets[rows] - columns.start
+        return tile_gradient(logits, column, temperature, softcap, lse[rows], coefficients.rows(rows), spare, third)
+
+    backward_by_tiles(hidden, weight, grad_hidden, grad_weight, grad_bias, lse.dtype, (tall, wide), gradient_of_tile)
 
 
 def tile_gradient(
@@ -140,31 +115,21 @@ def tile_gradient(
     column: Tensor,
     temperature: float,
     softcap: float | None,
-    logprobs: Tensor,
-    entropy: Tensor,
     lse: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    grad_lse: Tensor,
+    coefficients: RowCoefficients,
     spare: Tensor,
     third: Tensor,
 ) -> Tensor:
     """Gradient of the raw logits (before bias, cap and temperature) of one tile, (m, v), in ``spare``.
 
-    d logprob / dz_v = [v = target] - p_v;  d entropy / dz_v = -p_v (log p_v + entropy);  d lse / dz_v = p_v.
-    ``logits`` is overwritten; the other operands are (m,); ``column`` as in ``fold_tile``.
+    ``logits`` is overwritten; lse and coefficients are (m,); ``column`` as in ``fold_tile``.
     """
     m, v = logits.shape
     log_p = torch.sub(logits, lse[:, None], out=spare[: m * v].view(m, v)).clamp_(min=LOG_ZERO)
     p = torch.exp(log_p, out=third[: m * v].view(m, v))
-    constant = grad_lse - grad_logprobs - grad_entropy * entropy
-    gradient = log_p.mul_(-grad_entropy[:, None]).add_(constant[:, None]).mul_(p)
-
-    # 1 - p of the target as -expm1(log p): exact where p is close to 1.
-    bounded = logprobs.clamp(min=LOG_ZERO)
-    others = bounded.exp() * (grad_lse - grad_entropy * (bounded + entropy))
-    at_target = others - grad_logprobs * torch.expm1(bounded)
+    gradient = log_p.mul_(-coefficients.slope[:, None]).add_(coefficients.constant[:, None]).mul_(p)
     here = ((column >= 0) & (column < v))[:, None]
     index = column.clamp(0, v - 1).long()[:, None]
-    gradient.scatter_(1, index, torch.where(here, at_target[:, None], gradient.gather(1, index)))
+    at_target = torch.where(here, coefficients.at_target[:, None], gradient.gather(1, index))
+    gradient.scatter_(1, index, at_target)
     return raw_gradient_(gradient, logits, temperature, softcap)
