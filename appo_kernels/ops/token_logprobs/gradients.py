@@ -36,7 +36,7 @@ def row_coefficients(
     # 1 - p of the target as -expm1(log p): exact where p is close to 1.
     bounded = logprobs.clamp(min=LOG_ZERO)
     others = bounded.exp() * (grad_lse - grad_entropy * (bounded + entropy))
-    return RowCoefficients(constant, grad_entropy.contiguous(), others - grad_logprobs * torch.expm1(bounded))
+    return RowCoefficients(constant, grad_entropy, others - grad_logprobs * torch.expm1(bounded))
 
 
 def backward_by_tiles(

@@ -60,7 +60,7 @@ def backward(
 ) -> None:
     tall, wide = tile_shape(hidden.shape[0], weight.shape[0], weight)
     tile = lse.new_empty(tall, wide)
-    coefficients = row_coefficients(logprobs, entropy, grad_logprobs, grad_entropy, grad_lse)
+    coefficients = row_coefficients(logprobs, entropy, grad_logprobs, grad_entropy.contiguous(), grad_lse)
 
     def gradient_of_tile(hidden_tile: Tensor, weight_tile: Tensor, rows: slice, columns: slice) -> Tensor:
         logits = tile[: rows.stop - rows.start, : columns.stop - columns.start]
