@@ -33,6 +33,7 @@ def record_frame_mass(
     rows: slice | Tensor,
     layers: int | Sequence[int] = 3,
     reduction: str = "mean",
+    gradient: bool = False,
 ) -> "FrameMassRecorder":
     """Context manager that records the frame attention mass (docs/method.md section 3) of every forward of ``model``.
 
@@ -48,21 +49,25 @@ def record_frame_mass(
         layers: the last n layers that have attention (linear-attention layers do not count), or a list of layer numbers
             (negative ones count from the end of the decoder).
         reduction: "mean" over the keys of a frame, or "sum".
+        gradient: the mass keeps its gradient, which reaches whatever the tapped layers' queries and keys depend on. It
+            is computed once, when the forward ends: under gradient checkpointing (the kind with use_reentrant=False)
+            layers that are computed again do not record again, and the context may be left before the backward.
 
     Returns:
-        The recorder; ``recorder.mass`` is (B, R, F) fp32, the mean over query heads and tapped layers, detached, of the
-        last forward (each forward starts anew; a recomputation under gradient checkpointing changes nothing).
+        The recorder; ``recorder.mass`` is (B, R, F) fp32, the mean over query heads and tapped layers, detached unless
+        ``gradient``, of the last forward (each forward starts anew; a recomputation under gradient checkpointing changes nothing).
         A row that sees no key, and a frame without keys, have exactly 0. Attention dropout is left out of account.
         The recorder can be entered again, and within other recorders of the same model.
 
     Raises:
         ValueError: here, for arguments that do not fit the model; in the forward, for keys that do not fit
-            ``frame_ids``, a mask that is no interval per row (bidirectional blocks, biases), soft caps and sinks.
+            ``frame_ids``, a mask that is no interval per row (bidirectional blocks, biases), soft caps and sinks; with
+            ``gradient``, for a forward in which no tapped layer's query or key carries one.
         RuntimeError: at ``.mass``, before a forward has passed the tapped layers.
 
     Compiled models can be recorded as well; the tapped layers break the graph.
     """
-    return FrameMassRecorder(model, frame_ids, rows, layers, reduction)
+    return FrameMassRecorder(model, frame_ids, rows, layers, reduction, gradient)
 
 
 class FrameMassRecorder:
@@ -75,13 +80,18 @@ class FrameMassRecorder:
         rows: slice | Tensor,
         layers: int | Sequence[int],
         reduction: str,
+        gradient: bool = False,
     ) -> None:
         if reduction not in ("mean", "sum"):
             checks.fail(OP, "reduction", '"mean" or "sum"', repr(reduction), "Pass one of these.")
+        checks.flag(OP, "gradient", gradient)
         self._frame_ids, self._num_frames = check_frame_ids(frame_ids)
         self._rows = check_rows(rows, *self._frame_ids.shape)
         self._decoder, self._layers = attention_layers(model, layers)
-        self._reduction = reduction
+        self._reduction, self._gradient = reduction, gradient
+        # With a gradient, what was recorded waits for the end of the forward: (query, key, their operands) by layer.
+        # Inside a checkpointed layer, frame_mass would save tensors that a recomputation had to save again.
+        self._waiting: list[tuple[int, Tensor, Tensor, dict[str, Any]]] = []
         self._hooks: list[Any] = []
         self._depth = 0  # how often the context is open
         self._in_forward = False
@@ -97,7 +107,7 @@ class FrameMassRecorder:
 
     @property
     def mass(self) -> Tensor:
-        """(B, R, F) fp32 mass of the last forward, mean over heads and tapped layers; detached."""
+        """(B, R, F) fp32 mass of the last forward, mean over heads and tapped layers; detached unless ``gradient``."""
         missing = [layer for layer in self.layers if layer not in self._recorded]
         if self._total is None or missing:
             raise RuntimeError(
@@ -130,14 +140,14 @@ class FrameMassRecorder:
             self._close()
 
     def _close(self) -> None:
-        self._depth, self._in_forward, self._plans = 0, False, {}
+        self._depth, self._in_forward, self._plans, self._waiting = 0, False, {}, []
         for module in self._layers.values():
             untap_module(module, self)
         while self._hooks:
             self._hooks.pop().remove()
 
     def _reset(self) -> None:
-        self._total, self._recorded, self._plans = None, [], {}
+        self._total, self._recorded, self._plans, self._waiting = None, [], {}, []
 
     def _begin_forward(self, decoder: nn.Module, arguments: Any, keywords: dict[str, Any]) -> None:
         self._reset()
@@ -154,7 +164,9 @@ class FrameMassRecorder:
         self._in_forward = True
 
     def _end_forward(self, decoder: nn.Module, arguments: Any, output: Any) -> None:
-        self._in_forward, self._plans = False, {}
+        if output is not None:  # None: it raised
+            self._add_waiting()
+        self._in_forward, self._plans, self._waiting = False, {}, []
 
     def record(
         self,
@@ -198,16 +210,35 @@ class FrameMassRecorder:
         if options.get("group_layout") is not None and lse is None:
             remedy = 'Use attn_implementation "appo" for the text layers.'
             checks.fail(OP, "model", "attention that returns the lse of a packed row", f"none in layer {layer}", remedy)
+        operands = {
+            "plan": self._plan_of(query, key, mask, implementation, is_causal, options),
+            "lse": None if lse is None else self._rows.of(lse[..., None], first_row)[..., 0],
+            "scale": options.get("scaling"),
+        }
+        if self._gradient:
+            self._waiting.append((layer, query, key, operands | {"first_row": first_row}))
+            return
         query, key = query.detach(), key.detach().to(query.dtype)
-        self._add(
-            layer,
-            self._rows.of(query, first_row),
-            key,
-            plan=self._plan_of(query, key, mask, implementation, is_causal, options),
-            lse=None if lse is None else self._rows.of(lse[..., None], first_row)[..., 0],
-            scale=options.get("scaling"),
-        )
+        self._add(layer, self._rows.of(query, first_row), key, **operands)
         self._recorded.append(layer)
+
+    def _add_waiting(self) -> None:
+        """Adds the mass of a forward's layers with its gradient, outside of whatever is computed again."""
+        if not self._waiting:
+            return
+        if not (torch.is_grad_enabled() and any(q.requires_grad or k.requires_grad for _, q, k, _ in self._waiting)):
+            remedy = (
+                "Open it around a forward outside of torch.no_grad() of a model with something to train before them, "
+                "checkpointed, if at all, with use_reentrant=False; or record with gradient=False."
+            )
+            expected = f"a gradient on query or key of a tapped layer, out of {self.layers}"
+            checks.fail(OP, "gradient", expected, "none", remedy)
+        for layer, query, key, operands in self._waiting:
+            self._move_to(query.device)
+            with torch.autocast(query.device.type, enabled=False):
+                rows = self._rows.of(query, operands.pop("first_row"))
+                self._add(layer, rows, key.to(query.dtype), **operands)
+            self._recorded.append(layer)
 
     def _add(self, layer: int, query: Tensor, key: Tensor, **operands: Any) -> None:
         """Adds the mass of the rows of one layer to the total."""
