@@ -55,7 +55,8 @@ def record_frame_mass(
 
     Returns:
         The recorder; ``recorder.mass`` is (B, R, F) fp32, the mean over query heads and tapped layers, detached unless
-        ``gradient``, of the last forward (each forward starts anew; a recomputation under gradient checkpointing changes nothing).
+        ``gradient``, of the last forward (each forward starts anew; a recomputation under gradient checkpointing
+        changes nothing).
         A row that sees no key, and a frame without keys, have exactly 0. Attention dropout is left out of account.
         The recorder can be entered again, and within other recorders of the same model.
 
