@@ -5,8 +5,8 @@
 // is computed with, the next are on their way. With one barrier an iteration, after which (1) the stage to
 // read has landed for all threads and (2) the stage to overwrite has been read by all.
 //
-// Online softmax keeps, per row, the largest score so far (top) and sum exp(score - top). A frame's sum is
-// kept likewise, relative to the top at the time of its last key, and corrected once at the end.
+// Online softmax keeps, per row, the largest score so far (row_max) and sum exp(score - row_max). A frame's sum is
+// kept likewise, relative to the row_max at the time of its last key, and corrected once at the end.
 #pragma once
 #include <float.h>
 
@@ -34,7 +34,7 @@ struct OnlineFrameSink {
   const AttentionForwardParams& p;
   int64_t first;  // of the F sums of the upper row; the lower one is 8 rows further
   int existing;   // how many of the two rows exist
-  const float (&top)[2];
+  const float (&row_max)[2];
 
   __device__ __forceinline__ int64_t index(int half, int frame) const {
     return first + half * 8 * p.frame_count + frame;
@@ -45,9 +45,9 @@ struct OnlineFrameSink {
       const float sum = quad_sum(total[half]);
       if (threadIdx.x % 4 != 0 || half >= existing || sum == 0.f) continue;
       const int64_t i = index(half, frame);
-      const float before = p.sums[i] * platform::exp2(p.tops[i] - top[half]);  // 0 the first time: top -inf
+      const float before = p.sums[i] * platform::exp2(p.maxima[i] - row_max[half]);  // 0 the first time: row_max -inf
       p.sums[i] = before + sum;
-      p.tops[i] = top[half];
+      p.maxima[i] = row_max[half];
     }
   }
 };
@@ -90,18 +90,18 @@ __global__ void __launch_bounds__(kThreads)
   for (int index = 0; index < kStages - 1; index++) start_stage(index, index);
 
   RowView view[2];
-  // Scores and tops in powers of 2. A top starts below all scores but finite: a key that is not seen has
-  // exp2(-inf - top) = 0.
-  float top[2] = {-FLT_MAX, -FLT_MAX}, sum[2] = {0.f, 0.f};
+  // Scores and maxima in powers of 2. A row_max starts below all scores but finite: a key that is not seen has
+  // exp2(-inf - row_max) = 0.
+  float row_max[2] = {-FLT_MAX, -FLT_MAX}, row_sum[2] = {0.f, 0.f};
   const int row = first_row + warp * kWarpRows + lane / 4;  // the upper of this lane's two
   const int64_t row_index = (static_cast<int64_t>(b) * p.query_heads + h) * p.rows + row;
-  OnlineFrameSink sink{p, row_index * p.frame_count, (row < p.rows) + (row + 8 < p.rows), top};
+  OnlineFrameSink sink{p, row_index * p.frame_count, (row < p.rows) + (row + 8 < p.rows), row_max};
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     if (half >= sink.existing) continue;
     view[half].load(p.visibility, static_cast<int64_t>(b) * p.rows + row + 8 * half, p.keys);
     for (int f = lane % 4; f < p.frame_count; f += 4)
-      p.sums[sink.index(half, f)] = 0.f, p.tops[sink.index(half, f)] = -INFINITY;
+      p.sums[sink.index(half, f)] = 0.f, p.maxima[sink.index(half, f)] = -INFINITY;
   }
   __syncwarp();  // the four lanes of a quad have written what one of them will read
 
@@ -134,22 +134,22 @@ __global__ void __launch_bounds__(kThreads)
     float part[2] = {0.f, 0.f};
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      float tile_top = -INFINITY;
+      float tile_max = -INFINITY;
 #pragma unroll
       for (int i = 0; i < kKeys / 8; i++)
-        tile_top = fmaxf(tile_top, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
-      const float new_top = fmaxf(top[half], quad_max(tile_top) * p.scale_log2);
-      const float correction = platform::exp2(top[half] - new_top);
-      top[half] = new_top;
+        tile_max = fmaxf(tile_max, fmaxf(score[i][2 * half], score[i][2 * half + 1]));
+      const float new_max = fmaxf(row_max[half], quad_max(tile_max) * p.scale_log2);
+      const float correction = platform::exp2(row_max[half] - new_max);
+      row_max[half] = new_max;
 #pragma unroll
       for (int i = 0; i < kKeys / 8; i++) {
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; e++) {
-          score[i][e] = platform::exp2(fmaf(score[i][e], p.scale_log2, -new_top));
+          score[i][e] = platform::exp2(fmaf(score[i][e], p.scale_log2, -new_max));
           part[half] += score[i][e];
         }
       }
-      sum[half] = sum[half] * correction + part[half];
+      row_sum[half] = row_sum[half] * correction + part[half];
       carried.total[half] *= correction;
       if constexpr (kWithValue) {
 #pragma unroll
@@ -170,14 +170,14 @@ __global__ void __launch_bounds__(kThreads)
   float inverse[2];
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    sum[half] = quad_sum(sum[half]);
-    const bool sees = sum[half] > 0.f;
-    inverse[half] = sees ? 1.f / sum[half] : 0.f;
+    row_sum[half] = quad_sum(row_sum[half]);
+    const bool sees = row_sum[half] > 0.f;
+    inverse[half] = sees ? 1.f / row_sum[half] : 0.f;
     if (half >= sink.existing) continue;
-    if (lane % 4 == 0) p.lse[row_index + 8 * half] = sees ? top[half] * kLn2 + logf(sum[half]) : -INFINITY;
+    if (lane % 4 == 0) p.lse[row_index + 8 * half] = sees ? row_max[half] * kLn2 + logf(row_sum[half]) : -INFINITY;
     for (int f = lane % 4; f < p.frame_count; f += 4) {
       const int64_t i = sink.index(half, f);
-      p.sums[i] = p.sums[i] == 0.f ? 0.f : p.sums[i] * platform::exp2(p.tops[i] - top[half]) * inverse[half];
+      p.sums[i] = p.sums[i] == 0.f ? 0.f : p.sums[i] * platform::exp2(p.maxima[i] - row_max[half]) * inverse[half];
     }
   }
   if constexpr (kWithValue) {

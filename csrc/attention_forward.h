@@ -16,7 +16,7 @@ struct AttentionForwardParams {
   void* out;          // (B, Hq, R, D); null without values
   float* lse;         // (B, Hq, R) contiguous, natural logarithm
   float* sums;        // (B, Hq, R, F) contiguous: the mass per head when the pass is done
-  float* tops;        // (B, Hq, R, F) contiguous, scratch: what the sums are relative to
+  float* maxima;      // (B, Hq, R, F) contiguous, scratch: what the sums are relative to
   Visibility visibility;
   FrameIds frames;
   int64_t query_stride_b, query_stride_h, query_stride_r;

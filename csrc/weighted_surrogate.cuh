@@ -15,38 +15,38 @@ constexpr int kSurrogateWarps = kSurrogateThreads / kWarpSize;
 
 // Running (max, sum exp(z - max), sum exp(z - max) (z - max)): all that log-probability and entropy need.
 struct OnlineSoftmax {
-  float top = -INFINITY, sum = 0.f, weighted = 0.f;
+  float row_max = -INFINITY, row_sum = 0.f, weighted_sum = 0.f;
 
-  __device__ __forceinline__ void raise(float new_top) {
-    if (new_top == top) return;
-    if (sum > 0.f) {
-      const float down = top - new_top, factor = platform::exp2(down * kLog2E);
-      weighted = factor > 0.f ? factor * (weighted + sum * down) : 0.f;
-      sum *= factor;
+  __device__ __forceinline__ void raise(float new_max) {
+    if (new_max == row_max) return;
+    if (row_sum > 0.f) {
+      const float down = row_max - new_max, factor = platform::exp2(down * kLog2E);
+      weighted_sum = factor > 0.f ? factor * (weighted_sum + row_sum * down) : 0.f;
+      row_sum *= factor;
     }
-    top = new_top;
+    row_max = new_max;
   }
-  // z must not exceed top. A logit of -inf has probability 0 and adds nothing.
+  // z must not exceed row_max. A logit of -inf has probability 0 and adds nothing.
   __device__ __forceinline__ void add(float z) {
     if (z == -INFINITY) return;
-    const float d = z - top, p = platform::exp2(d * kLog2E);
-    sum += p;
-    weighted += p * d;
+    const float d = z - row_max, p = platform::exp2(d * kLog2E);
+    row_sum += p;
+    weighted_sum += p * d;
   }
-  __device__ __forceinline__ void merge(float other_top, float other_sum, float other_weighted) {
-    raise(fmaxf(top, other_top));
+  __device__ __forceinline__ void merge(float other_max, float other_sum, float other_weighted_sum) {
+    raise(fmaxf(row_max, other_max));
     if (other_sum == 0.f) return;  // but NaN goes on
-    const float down = other_top - top, factor = platform::exp2(down * kLog2E);
-    sum += other_sum * factor;
-    if (factor > 0.f) weighted += factor * (other_weighted + other_sum * down);
+    const float down = other_max - row_max, factor = platform::exp2(down * kLog2E);
+    row_sum += other_sum * factor;
+    if (factor > 0.f) weighted_sum += factor * (other_weighted_sum + other_sum * down);
   }
   __device__ __forceinline__ void merge_warp() {
 #pragma unroll
     for (int lanes = kWarpSize / 2; lanes; lanes /= 2) {
-      const float other_top = __shfl_xor_sync(kAllLanes, top, lanes);
-      const float other_sum = __shfl_xor_sync(kAllLanes, sum, lanes);
-      const float other_weighted = __shfl_xor_sync(kAllLanes, weighted, lanes);
-      merge(other_top, other_sum, other_weighted);
+      const float other_max = __shfl_xor_sync(kAllLanes, row_max, lanes);
+      const float other_sum = __shfl_xor_sync(kAllLanes, row_sum, lanes);
+      const float other_weighted_sum = __shfl_xor_sync(kAllLanes, weighted_sum, lanes);
+      merge(other_max, other_sum, other_weighted_sum);
     }
   }
 };
@@ -69,13 +69,13 @@ __global__ void __launch_bounds__(kSurrogateThreads)
 
   OnlineSoftmax state;
   for_each_vector(logits, p.vocabulary, [&](const Vector<T>& values, int64_t, int count) {
-    float z[Vector<T>::kSize], top = state.top;
+    float z[Vector<T>::kSize], row_max = state.row_max;
 #pragma unroll
     for (int i = 0; i < Vector<T>::kSize; i++) {
       z[i] = i < count ? scaled_logit(to_float(values.element[i]), p) : -INFINITY;
-      top = fmaxf(top, z[i]);
+      row_max = fmaxf(row_max, z[i]);
     }
-    state.raise(top);
+    state.raise(row_max);
 #pragma unroll
     for (int i = 0; i < Vector<T>::kSize; i++) state.add(z[i]);
   });
@@ -85,17 +85,17 @@ __global__ void __launch_bounds__(kSurrogateThreads)
   auto* warp_states = reinterpret_cast<float*>(memory);  // (kSurrogateWarps, 3)
   if (threadIdx.x % kWarpSize == 0) {
     float* mine = warp_states + threadIdx.x / kWarpSize * 3;
-    mine[0] = state.top, mine[1] = state.sum, mine[2] = state.weighted;
+    mine[0] = state.row_max, mine[1] = state.row_sum, mine[2] = state.weighted_sum;
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
   for (int warp = 1; warp < kSurrogateWarps; warp++)
     state.merge(warp_states[warp * 3], warp_states[warp * 3 + 1], warp_states[warp * 3 + 2]);
-  const float log_sum = logf(state.sum);
-  p.row_max[row] = state.top;
+  const float log_sum = logf(state.row_sum);
+  p.row_max[row] = state.row_max;
   p.log_sum[row] = log_sum;
-  p.logprobs[row] = scaled_logit(to_float(logits[p.targets[row]]), p) - state.top - log_sum;
-  p.entropy[row] = log_sum - state.weighted / state.sum;
+  p.logprobs[row] = scaled_logit(to_float(logits[p.targets[row]]), p) - state.row_max - log_sum;
+  p.entropy[row] = log_sum - state.weighted_sum / state.row_sum;
 }
 
 template <class T>
@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kSurrogateThreads)
     });
     return;
   }
-  const float top = p.row_max[row], log_sum = p.log_sum[row], entropy = p.entropy[row],
+  const float row_max = p.row_max[row], log_sum = p.log_sum[row], entropy = p.entropy[row],
               logp = p.logprobs[row];
   const int64_t target = p.targets[row];
   // 1 - p without cancellation where p is close to 1.
@@ -135,7 +135,7 @@ __global__ void __launch_bounds__(kSurrogateThreads)
         uncapped_slope *= 1.f - tanh_x * tanh_x;
         x = p.softcap * tanh_x;
       }
-      const float log_p = x * p.inverse_temperature - top - log_sum,
+      const float log_p = x * p.inverse_temperature - row_max - log_sum,
                   probability = platform::exp2(log_p * kLog2E);
       float dz = first + i == target ? at_target : -probability * g;
       if (h != 0.f && probability > 0.f) dz -= h * probability * (log_p + entropy);

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from appo.recording.hooks import OP
 from appo_kernels import checks
 
-OP = "record_frame_mass"
 # exp(-1e4) is 0 in every dtype, so an additive mask from here down hides the key. Masks use -inf, finfo.min or -1e9.
 HIDDEN = -1e4
 

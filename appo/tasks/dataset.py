@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from appo.data.options import LETTERS
 from appo.tasks.questions import KINDS, NUMBERS, Difficulty, Question
 from appo.tasks.render import draw, encode
 
-LETTERS = "ABCDEFGH"
 SOURCE = "appo-tasks"
 
 # The warm start sees the easy split only. Training and validation share a harder distribution; the last split

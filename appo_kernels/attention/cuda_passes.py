@@ -41,7 +41,7 @@ SIZES = counts("batch", "query_heads", "key_heads", "rows", "keys", "frame_count
 
 class AttentionForwardParams(cuda_library.Params):
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "lse", "sums", "tops")),
+        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "lse", "sums", "maxima")),
         ("visibility", Visibility),
         ("frames", FrameIds),
         *strides("query", "bhr"),
@@ -184,7 +184,7 @@ def attend(
         out=out,
         lse=lse,
         sums=row_sums,
-        tops=row_maxima,
+        maxima=row_maxima,
         **stride_fields("value", "bhs", value),
         **stride_fields("out", "bhr", out),
     )

@@ -12,7 +12,7 @@ from appo_kernels.vocabulary.torch_tiles import WEIGHT_TILE_BYTES, add_product_,
 # Bytes of a tile of logits, whatever the number of tokens. Each further tile reads and writes the whole gradient of the
 # weight once more: at a vocabulary of 152,064, tiles of 256 rows cost 6% over one product for 512 tokens, of 128 16%.
 # On a GPU a tile may take what the fp32 sum of that gradient would, if it then holds all tokens: nothing is summed.
-CPU_TILE_BYTES, GPU_TILE_BYTES = 160 << 20, 512 << 20
+CPU_HEAD_TILE_BYTES, GPU_HEAD_TILE_BYTES = 160 << 20, 512 << 20
 MAX_TILE_ROWS = 4096
 LINE = 64  # elements
 ROW_MULTIPLE = 128  # rows of a tile of the vendor's products on a GPU
@@ -20,7 +20,7 @@ ROW_MULTIPLE = 128  # rows of a tile of the vendor's products on a GPU
 
 def tile_rows(tokens: int, V: int, D: int, item: int, *, on_gpu: bool) -> int:
     """Tokens of a tile of logits, at least 1."""
-    budget = GPU_TILE_BYTES if on_gpu else CPU_TILE_BYTES
+    budget = GPU_HEAD_TILE_BYTES if on_gpu else CPU_HEAD_TILE_BYTES
     if on_gpu and tokens <= min(D, MAX_TILE_ROWS):
         budget = max(budget, V * D * item)
     rows = max(1, min(MAX_TILE_ROWS, budget // (max(1, V) * item)))

@@ -68,15 +68,15 @@ def row_pass(
             z.div_(temperature)
 
         # One exponential, to base 2 as it takes half the time of base e. p is not divided by its sum until it is used.
-        top = z.amax(1, keepdim=True)
-        z.sub_(top)
-        total = torch.mul(z, LOG2_E, out=p).exp2_().sum(1)
-        log_total = total.log()
-        logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - log_total
-        block_entropy = log_total - torch.linalg.vecdot(p, z) / total
+        row_max = z.amax(1, keepdim=True)
+        z.sub_(row_max)
+        row_sum = torch.mul(z, LOG2_E, out=p).exp2_().sum(1)
+        log_sum = row_sum.log()
+        logprobs[rows] = z.gather(1, targets[rows, None])[:, 0] - log_sum
+        block_entropy = log_sum - torch.linalg.vecdot(p, z) / row_sum
         if not bool(block_entropy.isfinite().all()):  # 0 * -inf of tokens that logits of -inf forbid
             z.clamp_(min=LOG_ZERO)
-            block_entropy = log_total - torch.linalg.vecdot(p, z) / total
+            block_entropy = log_sum - torch.linalg.vecdot(p, z) / row_sum
         entropy[rows] = block_entropy
         if coefficients is None:
             continue
@@ -88,17 +88,17 @@ def row_pass(
             continue
         target, logp = targets[rows], logprobs[rows]
         if k < z.shape[0]:
-            p, target, logp, g, total = p[keep], target[keep], logp[keep], g[keep], total[keep]
+            p, target, logp, g, row_sum = p[keep], target[keep], logp[keep], g[keep], row_sum[keep]
             tanh = None if tanh is None else tanh[keep]
             if h is not None:
-                z, h, log_total, block_entropy = z[keep], h[keep], log_total[keep], block_entropy[keep]
+                z, h, log_sum, block_entropy = z[keep], h[keep], log_sum[keep], block_entropy[keep]
         dz = logits[used : used + k]
         at_target = -torch.expm1(logp) * g  # 1 - p without cancellation
         if h is None:
-            torch.mul(p, (-g / (total * temperature))[:, None], out=dz)
+            torch.mul(p, (-g / (row_sum * temperature))[:, None], out=dz)
         else:
-            z.add_((block_entropy - log_total)[:, None]).mul_(h[:, None]).add_(g[:, None])  # h (log p + H) + g
-            dz.copy_(p.mul_(z).div_((-temperature * total)[:, None]))  # not straight into dz: it can overlap z
+            z.add_((block_entropy - log_sum)[:, None]).mul_(h[:, None]).add_(g[:, None])  # h (log p + H) + g
+            dz.copy_(p.mul_(z).div_((-temperature * row_sum)[:, None]))  # not straight into dz: it can overlap z
             at_target = at_target - h * torch.where(logp > LOG_ZERO, logp.exp() * (logp + block_entropy), 0.0)
         dz.scatter_(1, target[:, None], (at_target / temperature)[:, None])
         if tanh is not None:

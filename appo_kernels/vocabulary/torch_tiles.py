@@ -17,7 +17,7 @@ from appo_kernels.dtypes import HALVES, compute_dtype
 
 # Bytes of one tile of logits. On a CPU a tile is read again by the passes after its matrix product and should
 # still be in the last level of cache then; a GPU wants few launches and matrix products that fill it.
-CPU_TILE_BYTES, GPU_TILE_BYTES = 4 << 20, 128 << 20
+CPU_LOGITS_TILE_BYTES, GPU_LOGITS_TILE_BYTES = 4 << 20, 128 << 20
 # Rows of a tile: enough that reading the weight is cheap beside multiplying with it.
 CPU_TILE_ROWS, GPU_TILE_ROWS = 512, 2048
 # Bytes of the fp32 copy of one vocabulary tile of a half-precision weight, where products need such a copy.
@@ -60,7 +60,7 @@ def tile_shape(rows: int, columns: int, weight: Tensor, *, tile_bytes: int | Non
     """
     on_gpu = weight.is_cuda
     item = compute_dtype(weight.dtype).itemsize
-    budget = tile_bytes or (GPU_TILE_BYTES if on_gpu else CPU_TILE_BYTES)
+    budget = tile_bytes or (GPU_LOGITS_TILE_BYTES if on_gpu else CPU_LOGITS_TILE_BYTES)
     tall = max(1, min(rows, GPU_TILE_ROWS if on_gpu else CPU_TILE_ROWS))
     wide = min(max(64, budget // (tall * item)), convertible_columns(weight))
     return tall, whole_lines(columns, wide)

@@ -19,8 +19,9 @@ from appo_kernels.triton_launch import on_its_device
 
 FOLD_COLUMNS, GRADIENT_COLUMNS = 4096, 2048
 FEW_COLUMNS = 512  # for the last tile of a vocabulary, or a small one: at most two kernels for all widths
-# Rows of the state that ``fold`` keeps: largest logit, sum of e = exp(z - peak), sum of (z - peak) e, target's logit.
-PEAK, TOTAL, MOMENT, PICKED = range(4)
+# Rows of the state that ``fold`` keeps: largest logit, sum of e = exp(z - row_max), sum of (z - row_max) e, and the
+# target's logit.
+ROW_MAX, ROW_SUM, WEIGHTED_SUM, TARGET_LOGIT = range(4)
 
 
 # Read one number at a time: where they start, which slices of them decide, is no reason to compile another kernel.
@@ -79,25 +80,27 @@ def fold_kernel(
         if unread:
             return
     p_logits += row_offset(r, T, stride_b, stride_t)
-    peak = tl.load(p_state + r)
-    total = tl.load(p_state + stride_state + r)
-    moment = tl.load(p_state + 2 * stride_state + r)
+    row_max = tl.load(p_state + r)
+    row_sum = tl.load(p_state + stride_state + r)
+    weighted_sum = tl.load(p_state + 2 * stride_state + r)
     for start in range(0, v, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < v
         z = scaled(load_logits(p_logits, p_bias, column, inside, BIAS), cap, temperature, CAP)
         z = tl.where(inside, z, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(z, 0))
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        new_max = tl.maximum(row_max, tl.max(z, 0))
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
         e = tl.exp(z - base)
-        step = tl.where(peak == float("-inf"), 0.0, peak - base)  # what was summed moves to the new peak
-        decay = tl.where(peak == float("-inf"), 0.0, tl.exp(step))
-        moment = (moment + step * total) * decay + tl.sum(tl.where(z == float("-inf"), 0.0, (z - base) * e), 0)
-        total = total * decay + tl.sum(e, 0)
-        peak = new_peak
-    tl.store(p_state + r, peak)
-    tl.store(p_state + stride_state + r, total)
-    tl.store(p_state + 2 * stride_state + r, moment)
+        step = tl.where(row_max == float("-inf"), 0.0, row_max - base)  # what was summed moves to the new maximum
+        decay = tl.where(row_max == float("-inf"), 0.0, tl.exp(step))
+        weighted_sum = (weighted_sum + step * row_sum) * decay + tl.sum(
+            tl.where(z == float("-inf"), 0.0, (z - base) * e), 0
+        )
+        row_sum = row_sum * decay + tl.sum(e, 0)
+        row_max = new_max
+    tl.store(p_state + r, row_max)
+    tl.store(p_state + stride_state + r, row_sum)
+    tl.store(p_state + 2 * stride_state + r, weighted_sum)
     target = tl.load(p_targets + r) - first_column
     if (target >= 0) & (target < v):
         x = tl.load(p_logits + target).to(tl.float32)
@@ -140,7 +143,7 @@ def gradient_kernel(
 def new_state(rows: int, like: Tensor) -> Tensor:
     """(4, rows) fp32: the state of rows of which nothing has been seen."""
     state = torch.zeros(4, rows, dtype=torch.float32, device=like.device)
-    state[PEAK] = float("-inf")
+    state[ROW_MAX] = float("-inf")
     return state
 
 
@@ -175,9 +178,9 @@ def fold(
 
 def results(state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probability of the target, entropy and lse, each (m,), of rows whose whole vocabulary is in ``state``."""
-    peak, total, moment, picked = state
-    log_total = total.log()
-    return picked - peak - log_total, log_total - moment / total, peak + log_total
+    row_max, row_sum, weighted_sum, target_logit = state
+    log_sum = row_sum.log()
+    return target_logit - row_max - log_sum, log_sum - weighted_sum / row_sum, row_max + log_sum
 
 
 @on_its_device

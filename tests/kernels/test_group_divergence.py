@@ -20,7 +20,7 @@ SERVED = served(op.OP, needs_grad=False)
 def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, so that the shapes below take several of them, and several chunks of slots, and leave remainders."""
     monkeypatch.setattr(streaming, "LEAST_COLUMNS", 40)
-    monkeypatch.setattr(streaming, "CPU_TILE_BYTES", 1)
+    monkeypatch.setattr(streaming, "CPU_SLOT_TILE_BYTES", 1)
     monkeypatch.setattr(streaming, "CPU_CHUNK_BYTES", 4 * 40 * 4 * 5)
 
 

@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles of 5 tokens (of up to 36), blocks of 2 rows, and slices of 16 of the vocabulary's 37 in half precision."""
-    monkeypatch.setattr(output_head, "CPU_TILE_BYTES", 5 * 37 * 4)
+    monkeypatch.setattr(output_head, "CPU_HEAD_TILE_BYTES", 5 * 37 * 4)
     monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 2 * 37 * 4)
     monkeypatch.setattr(output_head, "WEIGHT_TILE_BYTES", 16 * 16 * 4)
 
@@ -269,7 +269,7 @@ def test_opcheck(wanted: bool) -> None:
 def test_memory_does_not_grow_with_the_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     # Tiles of 512 rows; 4,096 tokens at once would take 512 MiB. Above 32 MiB the allocator returns what it frees.
     V, D = 32_768, 16
-    monkeypatch.setattr(output_head, "CPU_TILE_BYTES", 512 * V * 4)
+    monkeypatch.setattr(output_head, "CPU_HEAD_TILE_BYTES", 512 * V * 4)
     monkeypatch.setattr(torch_rows, "CPU_BLOCK_BYTES", 4 << 20)
 
     def extra(tokens: int) -> int:

@@ -20,7 +20,7 @@ SERVED = served(op.OP)
 def many_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small tiles, so that the shapes below take several of them in both directions and leave a remainder."""
     monkeypatch.setattr(tiling, "CPU_TILE_ROWS", 16)
-    monkeypatch.setattr(tiling, "CPU_TILE_BYTES", 16 * 96 * 4)
+    monkeypatch.setattr(tiling, "CPU_LOGITS_TILE_BYTES", 16 * 96 * 4)
 
 
 def problem(M: int, D: int, V: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> tuple[Tensor, ...]:

@@ -74,7 +74,7 @@ def from_logits(tokens: int) -> None:
 @pytest.mark.parametrize("run", [vocabulary, divergence, from_hidden, from_logits])
 def test_vocabulary(run, monkeypatch):
     """Tiles of any width, of which the last may be narrow: two forms of a kernel at most, whatever the lengths."""
-    monkeypatch.setattr(torch_tiles, "CPU_TILE_BYTES", 4 * V * 7)
+    monkeypatch.setattr(torch_tiles, "CPU_LOGITS_TILE_BYTES", 4 * V * 7)
     first, *others = compiled(run, (16,), (5,), (33,), (48,))
     forms = set().union(first, *others)
     assert max(sum(name == other for other, _ in forms) for name, _ in forms) <= 2, forms

@@ -27,7 +27,7 @@ def several_tiles(monkeypatch):
 
     monkeypatch.setattr(logprobs_triton, "tile_shape", lambda *args: (3, 100))
     monkeypatch.setattr(divergence_triton, "TILE_BYTES", 4 * 300 * 8)
-    monkeypatch.setattr(output_head, "CPU_TILE_BYTES", 4 * V * 3)
+    monkeypatch.setattr(output_head, "CPU_HEAD_TILE_BYTES", 4 * V * 3)
 
 
 def make(dtype, seed=0):

@@ -12,7 +12,7 @@ V, D = 704, 32  # of the rehearsed call, whose 48 tokens are about 38 valid ones
 
 
 def rehearsed(monkeypatch, *, tile_rows: int, slice_bytes: int = 256 << 20, **options):
-    monkeypatch.setattr(output_head, "GPU_TILE_BYTES", tile_rows * V * 4)
+    monkeypatch.setattr(output_head, "GPU_HEAD_TILE_BYTES", tile_rows * V * 4)
     monkeypatch.setattr(output_head, "WEIGHT_TILE_BYTES", slice_bytes // 8)
     with gpu_rehearsal.rehearse() as recording:
         with recording.pause():
@@ -62,7 +62,7 @@ def test_rows_of_a_tile(tokens, hidden):
     if tokens <= min(hidden, output_head.MAX_TILE_ROWS):
         assert rows == tokens  # one tile: the weight's gradient needs no sum
     else:
-        assert rows * 152_064 * 4 <= output_head.GPU_TILE_BYTES
+        assert rows * 152_064 * 4 <= output_head.GPU_HEAD_TILE_BYTES
     assert torch_tiles.WEIGHT_TILE_BYTES * 8 <= 256 << 20
 
 

@@ -18,7 +18,7 @@ from appo_kernels.vocabulary.torch_tiles import convertible_columns, logits_tile
 # Bytes of a tile (unique rows x columns), of which there are two, and of a copy of the members of a chunk of slots
 # (slots x members x columns), of which there are up to three. All must fit in 128 MiB beside a copy of the selected
 # rows; on a CPU the tiles should also stay in the last level of cache, the chunks in the one before.
-CPU_TILE_BYTES, GPU_TILE_BYTES = 8 << 20, 32 << 20
+CPU_SLOT_TILE_BYTES, GPU_SLOT_TILE_BYTES = 8 << 20, 32 << 20
 CPU_CHUNK_BYTES, GPU_CHUNK_BYTES = 1 << 19, 16 << 20
 # A tile is never narrower than this, so that its matrix product stays one.
 LEAST_COLUMNS = 64
@@ -80,7 +80,9 @@ def accumulate(
         divergence.zero_()  # no slot has a member: nothing to disagree (kl), all uniform (k3)
         return
     item, on_gpu = divergence.itemsize, divergence.is_cuda
-    tile_bytes, chunk_bytes = (GPU_TILE_BYTES, GPU_CHUNK_BYTES) if on_gpu else (CPU_TILE_BYTES, CPU_CHUNK_BYTES)
+    tile_bytes, chunk_bytes = (
+        (GPU_SLOT_TILE_BYTES, GPU_CHUNK_BYTES) if on_gpu else (CPU_SLOT_TILE_BYTES, CPU_CHUNK_BYTES)
+    )
     wide = min(V, widest, max(LEAST_COLUMNS, tile_bytes // ((U + 1) * item)))
     chunk = min(S, max(1, chunk_bytes // (G * wide * item)))
     scratch, spare = divergence.new_empty(2, (U + 1) * wide)

@@ -18,10 +18,10 @@ from appo_kernels.vocabulary.torch_tiles import logits_tile, operand, raw_gradie
 class Running(NamedTuple):
     """Per row, over the columns seen so far, each (M,)."""
 
-    peak: Tensor  # largest logit
-    total: Tensor  # sum of exp(z - peak)
-    moment: Tensor  # sum of (z - peak) exp(z - peak)
-    picked: Tensor  # logit of the target
+    row_max: Tensor  # largest logit
+    row_sum: Tensor  # sum of exp(z - row_max)
+    weighted_sum: Tensor  # sum of (z - row_max) exp(z - row_max)
+    target_logit: Tensor  # logit of the target
 
     def rows(self, rows: slice) -> "Running":
         return Running(*(column[rows] for column in self))
@@ -52,10 +52,11 @@ def forward(
         for rows in tiles(M, tall):
             logits = logits_tile(operand(hidden[rows]), weight_tile, bias_tile, temperature, softcap, scratch)
             fold_tile(logits, targets[rows] - columns.start, running.rows(rows), spare)
-    log_total = running.total.log()
-    torch.add(running.peak, log_total, out=lse)
-    torch.sub(running.picked - running.peak, log_total, out=logprobs)  # not through lse, which may be large and rounded
-    torch.sub(log_total, running.moment / running.total, out=entropy)
+    log_sum = running.row_sum.log()
+    torch.add(running.row_max, log_sum, out=lse)
+    # Not through lse, which may be large and rounded.
+    torch.sub(running.target_logit - running.row_max, log_sum, out=logprobs)
+    torch.sub(log_sum, running.weighted_sum / running.row_sum, out=entropy)
 
 
 def fold_tile(logits: Tensor, column: Tensor, running: Running, spare: Tensor) -> None:
@@ -65,19 +66,19 @@ def fold_tile(logits: Tensor, column: Tensor, running: Running, spare: Tensor) -
     """
     m, v = logits.shape
     here = (column >= 0) & (column < v)
-    target_logit = logits.gather(1, column.clamp(0, v - 1).long()[:, None]).squeeze(1)
-    running.picked.copy_(torch.where(here, target_logit, running.picked))
+    at_target = logits.gather(1, column.clamp(0, v - 1).long()[:, None]).squeeze(1)
+    running.target_logit.copy_(torch.where(here, at_target, running.target_logit))
 
-    peak = torch.maximum(running.peak, logits.amax(1))
-    base = peak.masked_fill(peak == float("-inf"), 0.0)  # a row with nothing but -inf so far
+    row_max = torch.maximum(running.row_max, logits.amax(1))
+    base = row_max.masked_fill(row_max == float("-inf"), 0.0)  # a row with nothing but -inf so far
     shifted = torch.sub(logits, base[:, None], out=spare[: m * v].view(m, v)).clamp_(min=LOG_ZERO)
     exponential = torch.exp(shifted, out=logits)
-    step = (running.peak - base).clamp_(min=LOG_ZERO)  # what was summed relative to the old peak moves to the new one
+    step = (running.row_max - base).clamp_(min=LOG_ZERO)  # what was summed so far is moved to the new maximum
     decay = step.exp()
-    running.moment.add_(step * running.total).mul_(decay)
-    running.total.mul_(decay).add_(exponential.sum(1))
-    running.moment.add_(shifted.mul_(exponential).sum(1))
-    running.peak.copy_(peak)
+    running.weighted_sum.add_(step * running.row_sum).mul_(decay)
+    running.row_sum.mul_(decay).add_(exponential.sum(1))
+    running.weighted_sum.add_(shifted.mul_(exponential).sum(1))
+    running.row_max.copy_(row_max)
 
 
 def backward(

@@ -48,11 +48,11 @@ def load_results(
     if GIVEN > 1:
         second = tl.load(p_values + stride_values + token, mask=inside, other=1.0)
     logprob, entropy, lse = first, second, second
-    if GIVEN == 4:  # peak, total, moment, picked
-        moment = tl.load(p_values + 2 * stride_values + token, mask=inside, other=0.0)
-        picked = tl.load(p_values + 3 * stride_values + token, mask=inside, other=0.0)
-        log_total = tl.log(second)
-        logprob, entropy, lse = picked - first - log_total, log_total - moment / second, first + log_total
+    if GIVEN == 4:  # row_max, row_sum, weighted_sum, target_logit
+        weighted_sum = tl.load(p_values + 2 * stride_values + token, mask=inside, other=0.0)
+        target_logit = tl.load(p_values + 3 * stride_values + token, mask=inside, other=0.0)
+        log_sum = tl.log(second)
+        logprob, entropy, lse = target_logit - first - log_sum, log_sum - weighted_sum / second, first + log_sum
     return tl.where(valid, logprob, 0.0), tl.where(valid, entropy, 0.0), lse
 
 
