@@ -1,4 +1,4 @@
-"""What the autograd functions of all operators share."""
+"""Code that the autograd functions of all operators share."""
 
 import functools
 from collections.abc import Callable

@@ -31,12 +31,12 @@ class CudaKernelError(RuntimeError):
 
 
 def path() -> Path | None:
-    """Where the library for NVIDIA GPUs is, or None where it was not built."""
+    """The file of the library for NVIDIA GPUs, or None where it was not built."""
     return _installed(FILE_NAME)
 
 
 def build_decision() -> str | None:
-    """What the install decided on the CUDA kernels, and why: one line; None where nothing was installed."""
+    """The decision of the install on the CUDA kernels, with its reason, one line; None where nothing was installed."""
     file = _installed(DECISION_NAME)
     return None if file is None else file.read_text().strip()
 
@@ -88,7 +88,7 @@ def why_not(
     head_dims: Collection[int] = (),
     grad_head_dims: Collection[int] = (),
 ) -> str | None:
-    """What every operator's ``unsupported`` asks: device, library, dtype and head size."""
+    """The reason that CUDA kernels cannot serve it: device, library, dtype or head size; None when they can."""
     if problem.device.type == "cpu":
         if emulation_path() is None:
             return "its kernels run on NVIDIA GPUs and these are CPU tensors"
@@ -137,7 +137,7 @@ def call(op: str, launcher: str, params: ctypes.Structure, device: torch.device)
 
 
 def next_best(op: str, tensor: Tensor) -> ModuleType:
-    """Who serves, under backend "cuda", what an operator has no CUDA kernel for: Triton on GPUs if it can, or torch."""
+    """Fallback module for operators without a CUDA kernel: Triton on GPUs if it can serve the dtype, or torch."""
     problem = dispatch.Problem(op, tensor.device, tensor.dtype)
     on_gpu = tensor.device.type == "cuda" and dispatch.why_not(problem, "triton") is None
     module = dispatch.implementation(op, "triton" if on_gpu else "torch")

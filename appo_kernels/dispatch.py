@@ -1,4 +1,4 @@
-"""Which implementation serves a call.
+"""Dispatch: the implementation that serves a call.
 
 Every operator lives in ``appo_kernels/ops/<op>/`` and has one module per backend: ``streaming.py`` (torch),
 ``triton.py`` and ``cuda.py``. A backend module says in ``unsupported(problem)`` why it cannot serve a call (None: it
@@ -65,7 +65,7 @@ def out_variant(name: str, *, mutates: Sequence[str]) -> Callable[[Callable[...,
 
 
 def why_not(problem: Problem, backend: str) -> str | None:
-    """Why ``backend`` cannot serve ``problem``; None when it can."""
+    """The reason that ``backend`` cannot serve ``problem``; None when it can."""
     module = implementation(problem.op, backend)
     if module is None:
         return f"{problem.op} has no {backend} implementation"

@@ -43,7 +43,7 @@ def describe(problem: dispatch.Problem) -> str:
 
 
 def backend_lines(op: str, backend: str, device: torch.device) -> list[str]:
-    """What one backend says of all problems of an operator, and of how many it says it."""
+    """Answers of one backend to all problems of an operator, and the number of problems with each."""
     reasons: dict[str, list[dispatch.Problem]] = {}
     served = 0
     asked = list(problems(op, device))
@@ -65,7 +65,7 @@ def backend_lines(op: str, backend: str, device: torch.device) -> list[str]:
 
 
 def automatic_line(op: str, device: torch.device) -> str:
-    """What "auto" takes: one backend for all, or which for what."""
+    """The choice of "auto": one backend for all problems, or one for each."""
     named = os.environ.get("APPO_BACKEND", "auto")
     if named != "auto":
         return f"    auto    is {named}: APPO_BACKEND is set"

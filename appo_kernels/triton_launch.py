@@ -1,4 +1,4 @@
-"""What the Triton backends share: which calls they can serve, and the sizes they pick per architecture."""
+"""Shared by the Triton backends: the calls that they can serve, and the sizes that they pick per architecture."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ def runs_on_host() -> bool:
 
 
 def unsupported(problem: Problem) -> str | None:
-    """Why the Triton kernels cannot serve ``problem``; None when they can."""
+    """The reason that the Triton kernels cannot serve ``problem``; None when they can."""
     if problem.dtype not in DTYPES:
         return f"the Triton kernels take fp16, bf16 and fp32, not {str(problem.dtype).removeprefix('torch.')}"
     if problem.head_dim > MAX_HEAD_DIM:

@@ -24,8 +24,8 @@ import torch
 from appo_kernels.dtypes import dtype_name
 from benchmarks import harness, inputs_attention, inputs_vocabulary, plots
 from benchmarks.__main__ import OPERATORS
+from benchmarks.timers import CudaEvents
 
-CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
 # Multiply-adds x 2 that each operator cannot avoid, of the shape of a case: causal attention has half the scores.
 FLOP: dict[str, Callable[[Any], float]] = {
     "frame_mass": lambda shape: shape.replay_flop,
@@ -58,34 +58,17 @@ class Gpu:
         if not torch.cuda.is_available():
             raise SystemExit("benchmarks.gpu: torch sees no CUDA device. `python -m benchmarks` measures on a CPU.")
         self.name = torch.cuda.get_device_name()
-        self.flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+        self.clock = CudaEvents()
 
     def seconds(self, contestant: harness.Contestant, budget: float) -> tuple[float, int]:
         times: list[float] = []
-        for warming in (True, False):
+        for warming in (True, False):  # the first run compiles, and finds its memory
             while not times or (not warming and sum(times) < budget and len(times) < 200):
                 contestant.before()
-                self.flush.zero_()
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                start.record()
-                result = contestant.run()
-                end.record()
-                torch.cuda.synchronize()
-                del result
-                times.append(start.elapsed_time(end) / 1e3)
+                times.append(self.clock(contestant.run))
             if warming:
                 times.clear()
-                times.append(self._once(contestant))
         return statistics.median(times), len(times)
-
-    def _once(self, contestant: harness.Contestant) -> float:
-        contestant.before()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        contestant.run()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1e3
 
     def rate(self, dtype: torch.dtype) -> float:
         size = 8192 if dtype != torch.float32 else 4096

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from appo_kernels.testing import peak_extra_bytes
+from benchmarks.timers import WallClock
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "flash-attn", "cut-cross-entropy", "numpy")
@@ -134,15 +135,7 @@ def measure_large(case: Case, check: Callable[[dict[str, object]], object], *, r
 
 def timed(contestant: Contestant, device: str) -> float:
     contestant.before()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    result = contestant.run()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    taken = time.perf_counter() - start
-    del result
-    return taken
+    return WallClock(device)(contestant.run)
 
 
 def memory(contestant: Contestant, device: str) -> int:

@@ -68,7 +68,7 @@ def record(run: Any, monkeypatch: Any) -> list[Call]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a playback: ``failures`` by seed, the counters of the first seed, and the process's own words."""
+    """Outcome of a playback: ``failures`` by seed, the counters of the first seed, and the process's own words."""
 
     returncode: int
     failures: dict[int, str]

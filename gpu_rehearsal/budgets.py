@@ -1,4 +1,4 @@
-"""What each call costs the host and how often it launches, counted, and how much that may be: ``budgets.txt``."""
+"""Counted costs of each call on the host, its launches, and what they may be: ``budgets.txt``."""
 
 import os
 from collections.abc import Iterator
@@ -60,7 +60,7 @@ def costs(call: Call) -> Iterator[tuple[str, Cost, list[Recording]]]:
 
 
 def refused(recordings: list[Recording]) -> list[str]:
-    """What a GPU would refuse."""
+    """Reasons for which a GPU would refuse."""
     kinds = (MIXED, REFUSED)
     return [str(event) for found in recordings for kind in kinds for event in found.of_kind(kind)]
 

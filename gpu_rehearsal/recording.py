@@ -1,4 +1,4 @@
-"""What happened on the pretended GPU, and the lines of the caller that asked for it."""
+"""Events on the pretended GPU, and the lines of the caller that asked for them."""
 
 import collections
 import contextlib

@@ -1,4 +1,4 @@
-"""What torch has for GPUs alone, computed on the host: fp32 results of half-precision products, flash attention.
+"""GPU-only operators of torch, computed on the host: fp32 results of half-precision products, flash attention.
 
 Shapes: T rows one behind the other, cut into sequences by cumulative lengths, H heads, d head size.
 """

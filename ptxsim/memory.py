@@ -108,7 +108,7 @@ class GlobalMemory(_Memory):
         return offsets if self.whole == len(self.arrays) else self._in_frames(offsets)
 
     def _in_frames(self, offsets: Array) -> Array:
-        """Where offsets are in ``bytes``; pages that are touched for the first time are copied."""
+        """Places of offsets in ``bytes``; pages that are touched for the first time are copied."""
         far = offsets >= self.border
         pages = np.where(far, offsets - self.border, 0) // PAGE
         for page in np.unique(pages[far]):

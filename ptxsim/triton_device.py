@@ -90,7 +90,7 @@ class SimulatedDevice(DriverBase):
 
 
 class _Launcher:
-    """What Triton calls to launch one compiled kernel."""
+    """The function that Triton calls to launch one compiled kernel."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.source, self.metadata = source, metadata

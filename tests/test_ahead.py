@@ -10,6 +10,7 @@ import training
 
 from appo.config import ConfigError
 from appo.rollout.engine import Completion
+from appo.train.ahead import forget_ahead
 from appo.train.interrupt import Stopped
 from appo.train.trainer import Trainer
 
@@ -126,7 +127,7 @@ def test_a_run_that_is_stopped_loses_no_record_and_trains_on_none_twice(tmp_path
     first.update = stopped
     with pytest.raises(Stopped):
         first.train()
-    assert first._ahead is not None, "responses of step 3 were on their way"
+    assert first.ahead is not None, "responses of step 3 were on their way"
     second = trainer_of(tmp_path / "run")
     rest = trained_on(second)
     second.train()
@@ -151,7 +152,7 @@ def test_an_error_of_the_engine_is_that_of_the_step_it_sampled_for(tmp_path):
     again.train()
     assert len(rest) == 2 and not set(map(tuple, seen)) & set(map(tuple, rest))
     trainer.engine.before_generate = lambda: None
-    trainer.forget_ahead()
+    forget_ahead(trainer)
     assert trainer.sampler.taken == 4  # two steps of two records
 
 

@@ -7,7 +7,7 @@ import pytest
 import training
 from test_cli import refused, run
 
-from appo.data.prompts import prompt_messages
+from appo.data.messages import prompt_messages
 from appo.evaluation.catalog import BENCHMARKS
 from appo.evaluation.files import read_benchmark
 from appo.tasks import make_task

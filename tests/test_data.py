@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from appo.data.load import check_media, load_records
-from appo.data.prompts import prompt_messages
+from appo.data.messages import prompt_messages
 from appo.data.records import DataError, Record
 
 VIDEO_R1 = {

@@ -13,8 +13,9 @@ from PIL import Image
 
 from appo.config import APPOConfig
 from appo.data.media import locate
+from appo.data.messages import prompt_messages
 from appo.data.pictures import ImageError, read_image
-from appo.data.prompts import PromptBuilder, collate, prompt_messages
+from appo.data.prompts import PromptBuilder, collate
 from appo.data.records import DataError, Media, Record
 
 FACTOR = 28

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def cache_path(source: Path, suffix: str) -> Path:
-    """Where a file made from ``source`` as it is now lies; ``suffix`` says what is made of it."""
+    """The place of a file made from ``source`` as it is now; ``suffix`` says what is made of it."""
     state = source.stat()
     told = f"{source.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{suffix}"
     folder = Path(os.environ.get("APPO_CACHE") or Path.home() / ".cache" / "appo")

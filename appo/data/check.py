@@ -12,7 +12,7 @@ from appo.data.fields import shown
 from appo.data.load import EqualIds, open_records
 from appo.data.math_answers import reads
 from appo.data.media import check_spans, load_clip, load_image, locate
-from appo.data.prompts import prompt_messages
+from appo.data.messages import prompt_messages
 from appo.data.records import DataError, Media, Record
 
 KEPT = 1000  # messages of each sort; the rest are counted
@@ -28,7 +28,7 @@ PROBLEMS = {
 
 @dataclass
 class Findings:
-    """What `check_file` found. ``seconds`` are lengths of clips, decoded or as the records say."""
+    """The result of `check_file`. ``seconds`` are lengths of clips, decoded or as the records say."""
 
     records: int = 0
     kinds: Counter[str] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""Where the records of a large file begin, kept once all of them have been checked, so that it is not checked again.
+"""Begins of the records of a large file, kept once all are checked, so that it is not checked again.
 
 The entry in the cache belongs to the file as it is, to the data root and to this version of the code that checks.
 """

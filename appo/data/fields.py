@@ -133,7 +133,7 @@ class Fields:
         return answer
 
     def tagged(self, name: str, *, required: bool = True) -> str:
-        """What stands in the only <answer>...</answer> of a field; the whole text where there is none and it need not
+        """The text of the only <answer>...</answer> of a field; the whole text where there is none and it need not
         be."""
         text = self.scalar(name)
         opening, closing = _TAGGED

@@ -90,7 +90,7 @@ def media_of(fields: Fields, names: dict[str, str] = MEDIA_FIELDS) -> tuple[Medi
 
 
 def own(fields: Fields, seed: int) -> Record:
-    """What `as_row` writes."""
+    """A record from a row that `as_row` wrote."""
     kind = fields.choice("kind", KINDS)
     options = fields.options("options") if fields.raw.get("options") else ()
     answer = fields.text("answer")

@@ -60,12 +60,12 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where the record comes from, as error messages begin: file, index and id."""
+        """The record's origin, with which error messages begin: file, index and id."""
         return f"{self.meta.get('file', 'record')}: record {self.meta.get('index', '?')} (id {self.id!r})"
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What tells a record from all others: its file and place there, and what is asked. Ids may be equal."""
+        """The identity of a record among all others: its file and place there, and what is asked. Ids may be equal."""
         place = (self.meta.get("file"), self.meta.get("index"))
         asked = (self.question, self.answer, self.kind, self.options, self.media, self.time_spans, self.asks_time)
         return (*place, self.id, *asked)

@@ -32,7 +32,7 @@ class RecordSampler:
         return found
 
     def peek(self, count: int) -> list[tuple[int, Record]]:
-        """What ``take`` would give next."""
+        """The records that ``take`` would give next."""
         return [(place, self._record(place)) for place in map(self._place, range(self.taken, self.taken + count))]
 
     def state_dict(self) -> dict[str, Any]:

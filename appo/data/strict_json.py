@@ -131,7 +131,7 @@ _lenient = json.JSONDecoder(parse_constant=_Wrong, parse_float=_keep_float, pars
 
 
 def end_of(text: str, place: int) -> int | None:
-    """Where the JSON value that begins at ``place`` ends, whatever is in it; None where that cannot be told."""
+    """The end of the JSON value that begins at ``place``, whatever is in it; None where that cannot be told."""
     try:
         return _lenient.raw_decode(text, place)[1]
     except (ValueError, RecursionError):

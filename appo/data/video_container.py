@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 
 def shortage(path: str) -> str | None:
-    """How the file ends early, such as "2,539 of 5,078 bytes are there"; None where nothing is known to be missing."""
+    """The missing end of the file, such as "2,539 of 5,078 bytes are there"; None where none is known."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(512)

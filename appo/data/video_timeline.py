@@ -230,7 +230,7 @@ def _segment(duration: float, sampling: Sampling) -> tuple[float, float]:
 
 
 def check_times(seconds: np.ndarray, duration: float) -> None:
-    """What every decoder promises of its times."""
+    """Assert what every decoder promises of its times."""
     if not (np.isfinite(seconds).all() and math.isfinite(duration) and (np.diff(seconds) > 0).all()):
         raise ValueError(f"times that are not ascending: {seconds[:8].tolist()}")
     if seconds[0] < 0 or seconds[-1] > duration:

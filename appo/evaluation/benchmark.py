@@ -1,4 +1,4 @@
-"""What a benchmark is: which records, how they are asked, how an answer is scored and what its table shows."""
+"""A benchmark: its records, how they are asked, how an answer is scored and what its table shows."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

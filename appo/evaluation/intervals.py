@@ -53,7 +53,7 @@ def difference(
     clusters: Sequence[Hashable],
     groups: Sequence[Group] | None = None,
 ) -> Estimate:
-    """How much the mean of ``second`` (n,) is above that of ``first`` (n,), scores of the same questions."""
+    """The mean of ``second`` (n,) less that of ``first`` (n,), scores of the same questions."""
     values = np.asarray(second, float) - np.asarray(first, float)
     value, error, videos = _weighted(values, clusters, groups)
     half = Z * error if videos > 1 else math.nan

@@ -14,7 +14,7 @@ from typing import Any
 
 from appo.config import APPOConfig, ConfigError
 from appo.constraints import check_fields, setting, shown
-from appo.data.prompts import ANSWER_PROMPTS
+from appo.data.messages import ANSWER_PROMPTS
 from appo.data.records import DataError, Record
 from appo.evaluation.speakers import Reply, Speaker, SpeakerSettings, open_speaker
 from appo.rollout.rewards import combine

@@ -8,7 +8,7 @@ import re
 
 from appo.data.options import same_text
 from appo.data.records import Record
-from appo.rollout.rewards import Interval, tagged, time_spans
+from appo.rollout.tags import Interval, tagged, time_spans
 
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _PREFIXES = (

@@ -84,7 +84,7 @@ def _in_order(group: str) -> tuple[float, str]:
 
 
 def changed(first: Sequence[Scores], second: Sequence[Scores], measure: str) -> tuple[int, int]:
-    """How many answers the second model has better, and how many worse."""
+    """The numbers of answers that the second model has better, and worse."""
     pairs = [(one[measure], two[measure]) for one, two in zip(first, second, strict=True)]
     return sum(two > one for one, two in pairs), sum(two < one for one, two in pairs)
 

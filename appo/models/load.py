@@ -41,7 +41,7 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
 
 
 def without_weights(kind: Any, name: str, **options: Any) -> Any:
-    """What `from_pretrained` gives, with parameters on the meta device: for a process that gets them from another."""
+    """The model of `from_pretrained` with parameters on the meta device: for a process that gets them from another."""
     from accelerate import init_empty_weights
     from transformers import AutoConfig, GenerationConfig
 

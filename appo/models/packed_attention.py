@@ -25,7 +25,7 @@ _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "dropout"
 
 
 def packed_mask(device: torch.device | str) -> Tensor:
-    """What stands in the attention mask's place when a forward is given a ``group_layout``."""
+    """The stand-in for the attention mask when a forward is given a ``group_layout``."""
     return torch.empty(_PACKED_SHAPE, device=device)
 
 
@@ -53,7 +53,7 @@ def use_packed_attention(model: Any) -> None:
 
 
 def cannot_pack(model: Any) -> str | None:
-    """Why the text layers of a model cannot attend in packed groups, naming them; None when they can."""
+    """The reason that the text layers of a model cannot attend in packed groups, naming them; None when they can."""
     config = model.config.get_text_config()
     attending = attention_modules(model.get_decoder())
     missing = [number for number in range(config.num_hidden_layers) if number not in attending]

@@ -1,4 +1,4 @@
-"""Which heads look at a video: the frame mass of every layer and query head, averaged over the tokens of responses.
+"""The heads that look at a video: the frame mass of every layer and query head, averaged over the tokens of responses.
 
     with record_head_mass(model, frames, rows=response_rows(P, N)) as recorder:
         model(**inputs)

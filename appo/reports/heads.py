@@ -1,4 +1,4 @@
-"""Which heads look at the video: a picture of layers x heads, and the numbers as a table."""
+"""The heads that look at the video: a picture of layers x heads, and the numbers as a table."""
 
 import csv
 from pathlib import Path

@@ -25,7 +25,7 @@ def matrix_rows(matrix: Matrix) -> list[tuple[str, str, Estimate]]:
 
 
 def gains(matrix: Matrix) -> list[tuple[str, Estimate]]:
-    """What the last perceiver brings over the first with each reasoner fixed, and the last reasoner with each perceiver
+    """The gain of the last perceiver over the first with each reasoner fixed, and the last reasoner with each perceiver
     fixed: paired differences on the same records."""
     found, videos = [], _videos(matrix)
     first, last = matrix.perceivers[0], matrix.perceivers[-1]

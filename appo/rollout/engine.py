@@ -19,7 +19,7 @@ FINISH_REASONS = ("stop", "length")
 
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are sampled. Raises ValueError for settings that make no sense."""
+    """Settings of sampling. Raises ValueError for settings that make no sense."""
 
     group_size: int  # G responses per prompt
     max_new_tokens: int  # of one response

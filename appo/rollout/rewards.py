@@ -8,7 +8,7 @@ an error (docs/data.md).
 import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,22 +22,10 @@ from appo.rollout.lenient import lenient as read_leniently
 from appo.rollout.registry import REWARDS as REWARDS
 from appo.rollout.registry import UNREADABLE as UNREADABLE
 from appo.rollout.registry import Reward, get_reward, per_response, register
+from appo.rollout.tags import interval_iou, sections, tagged, time_spans
 
-Interval = tuple[float, float]
-
-_TAG = re.compile(r"</?(?:think|answer|time)>")
 _LETTER = re.compile(r"\(([A-Z])\)\s*(.*)|([A-Z])(?:[.:)]\s*(.*))?", re.DOTALL | re.IGNORECASE)
-_SECONDS = re.compile(r"\d+(?:\.\d+)?|\.\d+", re.ASCII)
 _LARGEST = torch.finfo(torch.float32).max
-
-
-def tagged(text: str, tag: str) -> str | None:
-    """What stands in the one ``<tag>...</tag>`` of ``text``; None where there is none, or more than one."""
-    opening, closing = f"<{tag}>", f"</{tag}>"
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return None
-    start, end = text.index(opening) + len(opening), text.index(closing)
-    return text[start:end].strip() if start <= end else None
 
 
 @register("multiple_choice")
@@ -135,7 +123,7 @@ ACCURACY_BY_KIND = {
 @register("accuracy")
 @per_response
 def accuracy(completion: str, record: Record) -> float | None:
-    """How right the answer is, 0 to 1, by the measure of the record's kind. Never None."""
+    """The answer's correctness, 0 to 1, by the measure of the record's kind. Never None."""
     return ACCURACY_BY_KIND[record.kind]([completion], [record])[0]
 
 
@@ -146,7 +134,7 @@ def response_format(completion: str, record: Record) -> float | None:
 
     A record that asks for time also needs one <time>8.4 to 12.5, 25 to 30.2</time> before or after the answer.
     """
-    names = _sections(completion)
+    names = sections(completion)
     if not record.asks_time:
         return float(names == ["think", "answer"])
     right = names in (["think", "answer", "time"], ["think", "time", "answer"])
@@ -161,35 +149,6 @@ def temporal_iou(completion: str, record: Record) -> float | None:
         return None
     spans = time_spans(completion)
     return UNREADABLE if spans is None else interval_iou(spans, record.time_spans)
-
-
-def time_spans(completion: str) -> list[Interval] | None:
-    """The (start, end) seconds of "<time>8.4 to 12.5, 25 to 30.2</time>"; None where any of it is not of this form."""
-    found = []
-    for part in (tagged(completion, "time") or "").split(","):
-        words = part.split()
-        if words.count("to") != 1:
-            return None
-        middle = words.index("to")
-        start, end = _seconds(words[:middle]), _seconds(words[middle + 1 :])
-        if start is None or end is None or not start <= end < math.inf:
-            return None
-        found.append((start, end))
-    return found
-
-
-def _seconds(words: list[str]) -> float | None:
-    """8.4 of ["8.4"], ["8.4s"] or ["8.4", "s"]."""
-    text = words[0].removesuffix("s") if words[1:] in ([], ["s"]) and words else ""
-    return float(text) if _SECONDS.fullmatch(text) else None
-
-
-def interval_iou(first: Sequence[Interval], second: Sequence[Interval]) -> float:
-    """Intersection over union of two sets of intervals in continuous time; overlaps within a set count once."""
-    first, second = _union(first), _union(second)
-    overlap = sum(max(0.0, min(b, d) - max(a, c)) for a, b in first for c, d in second)
-    total = sum(b - a for a, b in [*first, *second]) - overlap
-    return overlap / total if total > 0 else 0.0
 
 
 def think_length(minimum: int = 20, maximum: int = 300) -> Reward:
@@ -283,30 +242,6 @@ def _checked(name: str, values: list[float | None], records: list[Record]) -> Te
         if value is not None and not (isinstance(value, (int, float)) and abs(value) <= _LARGEST):
             raise ValueError(f"reward {name!r}: {record.place}: expected a finite number or None, got {value!r}.")
     return torch.tensor([math.nan if value is None else float(value) for value in values])
-
-
-def _sections(completion: str) -> list[str]:
-    """The names of the tags that ``completion`` is made of, in order; empty unless each is opened, closed and free of
-    other tags, with nothing but space outside."""
-    names, place, inside = [], 0, ""
-    for tag in _TAG.finditer(completion):
-        closing, name = tag[0][1] == "/", tag[0].strip("</>")
-        if closing != (inside == name) or (not closing and (inside or completion[place : tag.start()].strip())):
-            return []
-        if closing:
-            names.append(name)
-        inside, place = "" if closing else name, tag.end()
-    return names if not inside and not completion[place:].strip() else []
-
-
-def _union(intervals: Sequence[Interval]) -> list[Interval]:
-    merged: list[Interval] = []
-    for start, end in sorted(intervals):
-        if merged and start <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((start, end))
-    return merged
 
 
 def _plain(text: str) -> str:

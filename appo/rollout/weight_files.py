@@ -51,7 +51,7 @@ def _adapted(model: Any) -> dict[str, Any]:
 
 
 def _delta(layer: Any) -> Tensor:
-    """What the active adapters of a layer add to its weight: the sum of scaling * B A."""
+    """The sum that the active adapters of a layer add to its weight: the sum of scaling * B A."""
     total: Any = 0
     for adapter in layer.active_adapters:
         if getattr(layer, "use_dora", {}).get(adapter):

@@ -5,6 +5,8 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from appo.config import APPOConfig, ConfigError
+from appo.train.collective import together
 from appo.train.groups import Group
 from appo.train.logs import Meter
 
@@ -26,8 +28,20 @@ def collect(trainer: "Trainer") -> Collected:
     own = copy.copy(trainer)  # the same engine, sampler and prompts; numbers of its own
     own.meter, own.broken = Meter(), []
     with own.timed("rollout"):
-        groups = own.collect()
+        groups = _rewarded_groups(own)
     return Collected(groups, own.meter, own.broken)
+
+
+def _rewarded_groups(trainer: "Trainer") -> list[Group]:
+    """With dynamic sampling, groups without signal give way to others."""
+    config, groups = trainer.config, list[Group]()
+    wanted = config.prompts_per_step // trainer.accelerator.num_processes
+    for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
+        sampled = trainer.reward(trainer.rollout(wanted - len(groups)))
+        groups += [group for group in sampled if group.informative or not config.dynamic_sampling]
+        if len(groups) == wanted:
+            break
+    return groups or sampled[:1]
 
 
 class Ahead:
@@ -56,7 +70,7 @@ class Ahead:
         self._thread.join()
 
     def result(self) -> Collected:
-        """What was sampled. Raises what sampling raised, and ValueError for responses of other weights."""
+        """The sampled responses. Raises what sampling raised, and ValueError for responses of other weights."""
         self.wait()
         if self._error is not None:
             raise self._error
@@ -68,3 +82,42 @@ class Ahead:
                     f"{group.weight_version}. An engine has to put the version of `update_weights` on its completions."
                 )
         return self._found
+
+
+def check_asynchronous(config: APPOConfig, own_engine: bool) -> None:
+    """Raise ConfigError where the model in training would have to sample while it is updated."""
+    if own_engine and config.asynchronous:
+        raise ConfigError(
+            "`asynchronous`: expected an engine beside the model in training (engine: vllm-server), got the model "
+            "itself, which cannot sample while it is updated. Set it to false, or choose another `engine`."
+        )
+
+
+def next_groups(trainer: "Trainer", number: int) -> list[Group]:
+    """The rewarded groups of a step: sampled now, or with ``asynchronous`` while the step before was updating."""
+    found = None
+    if trainer.ahead is not None:
+        with trainer.timed("wait"), together(trainer.accelerator):  # all, before the engine is handed weights
+            found = trainer.ahead.result()
+        trainer.ahead = None
+    trainer.sync_engine()
+    if found is None:
+        with together(trainer.accelerator), trainer.whole_weights():
+            found = collect(trainer)
+    trainer.meter.take_over(found.meter)
+    trainer.broken += found.broken
+    if trainer.config.asynchronous and number < trainer.config.max_steps:
+        trainer.ahead = Ahead(trainer, trainer.version)
+    return found.groups
+
+
+def forget_ahead(trainer: "Trainer") -> None:
+    """Drop responses on their way, as if their records had not been drawn."""
+    if trainer.ahead is not None:
+        trainer.ahead.wait()
+        trainer.sampler.taken, trainer.ahead = trainer.ahead.before["taken"], None
+
+
+def sampler_state(trainer: "Trainer") -> dict[str, Any]:
+    """The state of the trainer's sampler, without what was drawn for a step to come."""
+    return trainer.sampler.state_dict() if trainer.ahead is None else trainer.ahead.before

@@ -106,7 +106,7 @@ def load_newest(
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What the checkpoint says of itself, once every file of it is found to be as it was written."""
+    """The state that a checkpoint was saved with, once every file of it is found to be as it was written."""
     state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
     if state["step"] != _step_of(path):
         raise ValueError(f"{STATE} is of step {state['step']}.")
@@ -204,7 +204,7 @@ def _checksum(path: Path) -> int:
 
 
 def _reason(error: BaseException, folder: Path) -> str:
-    """What went wrong, in a sentence: that the disk is full wherever that stands in the chain of causes."""
+    """The cause in a sentence: that the disk is full wherever that stands in the chain of causes."""
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:

@@ -1,4 +1,4 @@
-"""What several processes do together, so that an error of one is an error of all and none waits for ever."""
+"""Steps that several processes take together, so that an error of one is an error of all and none waits for ever."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
-    """What ``function`` returns in the main process, in every process; its exception likewise."""
+    """The result of ``function`` in the main process, in every process; its exception likewise."""
     result: list = [None, None]
     if accelerator.is_main_process:
         try:

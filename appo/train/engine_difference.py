@@ -1,4 +1,4 @@
-"""How far the engine that sampled and the trainer that rescores are apart, measured on every step's responses."""
+"""The difference between the engine that sampled and the trainer that rescores, measured on every step's responses."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What flows through a training step: groups of responses, and batches of groups padded for the model."""
+"""Data of a training step: groups of responses, and batches of groups padded for the model."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -146,7 +146,7 @@ def stack_tokens(tensors: Sequence[Tensor], padding: float) -> Tensor:
 def loss_operands(
     parts: Sequence[Part], device: torch.device | str, *, rollout_logprobs: bool
 ) -> dict[str, Tensor | None]:
-    """What a surrogate loss takes per token, (B, N) fp32 each, and ``advantages`` (B,), of parts of groups.
+    """The operands of a surrogate loss per token, (B, N) fp32 each, and ``advantages`` (B,), of parts of groups.
 
     rollout_logprobs: whether the loss corrects for the engine that sampled.
     """

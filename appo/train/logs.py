@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics, evaluations and samples as JSON lines, as TensorBoard events, and for trackers."""
+"""Records of a run: metrics, evaluations and samples as JSON lines, as TensorBoard events, and for trackers."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What responses look at, measured: how much of their attention is on the video, in which part, on which frames.
+"""Measures of what responses look at: how much of their attention is on the video, in which part, on which frames.
 
 Attention on a video decays along a response in many models; these numbers tell whether training changes that.
 """
@@ -22,7 +22,9 @@ PARTS = 4
 
 @dataclass(frozen=True)
 class HeadShares:
-    """How much each head looks at a video while a group of responses is written. L layers, Hq query heads, F frames.
+    """The share of each head's attention on a video while a group of responses is written.
+
+    L layers, Hq query heads, F frames.
 
     layers: numbers of the L layers. mass: (L, Hq, F) fp32, the share of attention on each frame, mean over tokens.
     crucial: the frames that decide the question, where known. sizes: (F,) fp32, tokens of each frame.
@@ -134,7 +136,7 @@ def record_mass(
 def head_shares(
     group: Group, wrapped: nn.Module, policy: Policy, pad_id: int, device: torch.device
 ) -> HeadShares | None:
-    """Which heads look: one forward over a group, recorded in every layer that has attention. None without frames."""
+    """Heads that look: one forward over a group, recorded in every layer that has attention. None without frames."""
     batch = batch_parts(whole_groups([group]), pad_id, device)
     sequences = policy.sequences(batch)
     if group.prompt.num_frames == 0:

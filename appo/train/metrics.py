@@ -35,7 +35,7 @@ def measure_groups(meter: Meter, groups: Sequence[Group]) -> None:
 
 
 def measure_frames(meter: Meter, group: Group) -> None:
-    """How many frames were picked, and how often they are the ones that decide the question (where that is known).
+    """The number of frames picked, and the share of them that decide the question (where that is known).
 
     frames/precision: of the picked frames, the share that decide; frames/recall: of those that decide, the share that
     was picked. "chance" after either: what as many frames drawn at random would have on average.

@@ -1,4 +1,4 @@
-"""Which responses one forward and backward computes together.
+"""Responses that one forward and backward computes together.
 
 A group may be split: a micro-batch holds prompts, each with some of its responses. Whatever the cut, gradients are
 those of one large batch, since every loss is divided by counts of all of it; a split costs its prompt's forward again.

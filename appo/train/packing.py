@@ -1,4 +1,4 @@
-"""How responses and their prompts are laid out as sequences.
+"""Layouts of responses and their prompts as sequences.
 
 Packed: the responses of a group behind one prompt, group after group, in one row without padding. Positions go on at
 the same number in every response of a group, and `GroupLayout` says who sees whom, so hidden states are those of

@@ -94,7 +94,7 @@ class Policy(nn.Module):
         return output.weight.to(dtype), None if bias is None else bias.to(dtype)
 
     def logit_arguments(self, config: APPOConfig) -> dict[str, Any]:
-        """How the operators turn products with the head into the logits that tokens are sampled from."""
+        """Arguments by which operators turn products with the head into the logits that tokens are sampled from."""
         return {"temperature": config.temperature, "softcap": self.softcap}
 
     def sequences(self, batch: ResponseBatch) -> Sequences:

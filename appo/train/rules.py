@@ -1,4 +1,4 @@
-"""How frames are chosen and how tokens are weighed, unless a trainer is given other functions for it."""
+"""The rules by which frames are chosen and tokens weighed, unless a trainer is given other functions for it."""
 
 from collections.abc import Callable
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from appo.config import ConfigError
 from appo.train import checkpoints
+from appo.train.ahead import forget_ahead, sampler_state
 from appo.train.collective import from_main, is_of_all
 from appo.train.engine_difference import warn_of_drift
 from appo.train.evaluate import evaluate
@@ -39,7 +40,7 @@ def run(trainer: "Trainer") -> Path:
     output = Path(trainer.config.output)
     with locked(trainer.accelerator, output):
         from_main(trainer.accelerator, lambda: check_same_settings(trainer.config, output))
-        trainer.forget_ahead()  # of a run that failed in this process
+        forget_ahead(trainer)  # of a run that failed in this process
         start = _restore(trainer, output)
         log = RunLog(
             output,
@@ -126,12 +127,12 @@ def _restore(trainer: "Trainer", output: Path) -> int:
 
 
 def _state(trainer: "Trainer", step: int) -> dict[str, Any]:
-    """What a checkpoint of ``step`` has to say beside weights and optimizer; every process calls it."""
+    """The state in a checkpoint of ``step`` beside weights and optimizer; every process calls it."""
     return {
         "step": step,
         "version": trainer.version,
         "records": len(trainer.sampler.records),
-        "samplers": gather_object([trainer.sampler_state()]),
+        "samplers": gather_object([sampler_state(trainer)]),
         "scaler": trainer.updates.scaler.state_dict(),
     }
 
@@ -182,7 +183,7 @@ def _keep_best(trainer: "Trainer", output: Path, step: int, accuracy: float | No
 
 
 def _record_heads(trainer: "Trainer", log: RunLog, step: int) -> None:
-    """Which heads looked at the video of the step's first group; every process records one, the main one's is kept."""
+    """Record the heads that looked at the video of the step's first group: in every process; the main one's is kept."""
     trainer.policy.eval()
     with gathered(trainer.policy), trainer.autocast():  # a group without a video makes no forward
         shares = head_shares(

@@ -1,4 +1,4 @@
-"""What forwards of the policy tell about sampled responses: log-probabilities, entropy, frame mass, token weights."""
+"""Results of the policy's forwards over sampled responses: log-probabilities, entropy, frame mass, token weights."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext

@@ -10,7 +10,7 @@ import torch
 from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
 
-from appo.config import APPOConfig, ConfigError
+from appo.config import APPOConfig
 from appo.data.prompts import Prompt, PromptBuilder
 from appo.data.records import Record
 from appo.data.sampler import RecordSampler
@@ -19,8 +19,7 @@ from appo.models.load import check_fits
 from appo.rollout.build import build_engine
 from appo.rollout.engine import Completion, Rollout, Sampling, checked
 from appo.rollout.model_engine import TransformersRollout
-from appo.train.ahead import Ahead, collect
-from appo.train.collective import together
+from appo.train.ahead import Ahead, check_asynchronous, forget_ahead, next_groups
 from appo.train.drawing import draw_prompts
 from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
@@ -103,14 +102,10 @@ class Trainer:
         )
         self.engine: Rollout = engine or build_engine(config, self.model, processor)
         own_engine = isinstance(self.engine, TransformersRollout)
-        if own_engine and config.asynchronous:
-            raise ConfigError(
-                "`asynchronous`: expected an engine beside the model in training (engine: vllm-server), got the model "
-                "itself, which cannot sample while it is updated. Set it to false, or choose another `engine`."
-            )
+        check_asynchronous(config, own_engine)
         self.corrects = config.corrects(own_engine)
         self.version = 0  # of the weights: the step that made them
-        self._ahead: Ahead | None = None  # the next step's responses on their way
+        self.ahead: Ahead | None = None  # the next step's responses on their way
         self._engine_version: int | None = None  # of the weights that the engine has
         self.groups: list[Group] = []  # of the last step
         self.broken: list[dict[str, Any]] = []  # records skipped in it
@@ -124,7 +119,7 @@ class Trainer:
 
     def close(self) -> None:
         """End what the engine started, such as a server; the process's end does so as well."""
-        self.forget_ahead()
+        forget_ahead(self)
         if hasattr(self.engine, "close"):
             self.engine.close()
 
@@ -135,11 +130,11 @@ class Trainer:
         """
         config, self.meter, self.broken, started = self.config, Meter(), [], time.perf_counter()
         self.policy.eval()
-        groups = self.next_groups(number)
+        groups = next_groups(self, number)
         version = self.version  # of the weights that score
         for index, group in enumerate(groups):
             group.place = index * self.accelerator.num_processes + self.accelerator.process_index
-        if self._ahead is None:  # decode while this step computes
+        if self.ahead is None:  # decode while this step computes
             self.build_prompt.prefetch(record for _, record in self.sampler.peek(len(groups)))
         # Groups that cannot move the model count in the loss's denominator, and cost no forward.
         groups.sort(key=self.has_gradient, reverse=True)
@@ -166,44 +161,6 @@ class Trainer:
         self.meter.maximum("memory/peak_gib", peak_memory_gib(self.accelerator.device))
         self.groups = groups
         return speed(self.meter, groups, self.accelerator)
-
-    def next_groups(self, number: int) -> list[Group]:
-        """The rewarded groups of a step: sampled now, or with ``asynchronous`` while the step before was updating."""
-        found = None
-        if self._ahead is not None:
-            with self.timed("wait"), together(self.accelerator):  # all, before the engine is handed weights
-                found = self._ahead.result()
-            self._ahead = None
-        self.sync_engine()
-        if found is None:
-            with together(self.accelerator), self.whole_weights():
-                found = collect(self)
-        self.meter.take_over(found.meter)
-        self.broken += found.broken
-        if self.config.asynchronous and number < self.config.max_steps:
-            self._ahead = Ahead(self, self.version)
-        return found.groups
-
-    def collect(self) -> list[Group]:
-        """Sample and reward the groups of a step; with dynamic sampling, groups without signal give way to others."""
-        config, groups = self.config, list[Group]()
-        wanted = config.prompts_per_step // self.accelerator.num_processes
-        for _ in range(config.max_sampling_rounds if config.dynamic_sampling else 1):
-            sampled = self.reward(self.rollout(wanted - len(groups)))
-            groups += [group for group in sampled if group.informative or not config.dynamic_sampling]
-            if len(groups) == wanted:
-                break
-        return groups or sampled[:1]
-
-    def forget_ahead(self) -> None:
-        """Drop responses on their way, as if their records had not been drawn."""
-        if self._ahead is not None:
-            self._ahead.wait()
-            self.sampler.taken, self._ahead = self._ahead.before["taken"], None
-
-    def sampler_state(self) -> dict[str, Any]:
-        """The sampler's, without what was drawn for a step to come."""
-        return self.sampler.state_dict() if self._ahead is None else self._ahead.before
 
     def rollout(self, count: int) -> list[tuple[Prompt, Sequence[Completion]]]:
         """G responses to each of the next ``count`` records."""
@@ -254,7 +211,7 @@ class Trainer:
             weigh_groups(groups, self.unwrapped, self.weigh_tokens, self.config)
 
     def advantage(self, groups: Sequence[Group]) -> None:
-        """How much better than its group each response is (docs/method.md 6)."""
+        """The advantage of each response over its group (docs/method.md 6)."""
         for group in groups:
             group.advantages = group_advantages(group.rewards, scale=self.config.advantage_scale)
 
@@ -322,30 +279,27 @@ class Trainer:
 
     def sync_engine(self) -> None:
         """Hand changed weights to the engine, once it is free; every process calls it."""
-        if self._ahead is not None:
-            self._ahead.wait()
+        if self.ahead is not None:
+            self.ahead.wait()
         if self._engine_version != self.version:
             self.engine.update_weights(self.model, self.version)
             self._engine_version = self.version
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """What sampling needs of a sharded policy; nothing where another engine samples, with weights of its own."""
+        """A sharded policy made whole for sampling; nothing where another engine samples, with its own weights."""
         return gathered(self.policy) if self.config.engine == "transformers" else nullcontext()
 
     def autocast(self) -> AbstractContextManager[Any]:
         return autocast(self.config, self.accelerator.device)
 
     def micro_batches(self, groups: Sequence[Group]) -> Iterator[list[Part]]:
-        """What one forward and backward computes together: whole groups, or some responses of one."""
+        """The parts that one forward and backward computes together: whole groups, or some responses of one."""
         config, shared = self.config, self.unwrapped.share_prompt
         return micro_batches(groups, groups_at_most=config.micro_groups, tokens=config.micro_tokens, shared=shared)
 
-    def tensor(self, values: list[float]) -> Tensor:
-        return torch.tensor(values, device=self.accelerator.device)
-
     def total(self, value: float) -> float:
         """The sum over all processes."""
-        return float(self.accelerator.reduce(self.tensor([float(value)]), "sum"))
+        return float(self.accelerator.reduce(torch.tensor([float(value)], device=self.accelerator.device), "sum"))
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
         return self.meter.timed(f"time/{phase}", self.accelerator.device)

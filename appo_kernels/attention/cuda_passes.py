@@ -97,7 +97,7 @@ def aligned(tensor: Tensor) -> Tensor:
 
 
 class Operands(NamedTuple):
-    """What all passes read. It keeps the tensors alive that the params structs point to."""
+    """Operands of all passes. It keeps the tensors alive that the params structs point to."""
 
     query: Tensor  # (B, Hq, R, d)
     key: Tensor  # (B, Hkv, S, d)

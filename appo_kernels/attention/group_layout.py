@@ -1,4 +1,4 @@
-"""Where each token of a packed row belongs: groups one after another, each its prompt and then its responses."""
+"""The layout of a packed row: groups one after another, each its prompt and then its responses."""
 
 import functools
 import itertools

@@ -31,7 +31,7 @@ class RowPass(NamedTuple):
 
 
 def block_rows(rows: int, vocabulary: int, device: torch.device) -> int:
-    """How many rows of logits to take at a time."""
+    """Rows of logits to take at a time."""
     if device.type == "cuda":
         return max(rows, 1)
     return max(1, min(rows, CPU_BLOCK_BYTES // (vocabulary * 4)))

@@ -63,7 +63,7 @@ def load_logits(p_row, p_bias, column, inside, BIAS: tl.constexpr):
 
 @triton.jit
 def row_offset(r, T, stride_b, stride_t):
-    """Where row r starts; int64: 4,096 x 152,064 elements do not fit 31 bits."""
+    """Offset of row r, int64: 4,096 x 152,064 elements do not fit 31 bits."""
     row = r.to(tl.int64)
     return row // T * stride_b + row % T * stride_t
 

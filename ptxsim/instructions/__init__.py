@@ -1,4 +1,4 @@
-"""What each opcode does: a table from opcode to handler, and the check that an instruction is one that is known."""
+"""Opcodes: a table from opcode to handler, and the check that an instruction is one that is known."""
 
 from ptxsim.instructions import arithmetic, bitwise, conversion, memory, tensor, warp, warpgroup  # noqa: F401  (they fill the table)
 from ptxsim.instructions.table import TABLE, check

@@ -65,7 +65,7 @@ SHAPES = {"m16n8k16": 16, "m16n8k8": 8, "m16n8k4": 4}
 
 @functools.cache
 def fragment_places(matrix: str, k: int, packed: bool) -> Array:
-    """Where each value of a fragment stands in its matrix: flat indices in the order (register, lane, half).
+    """Places of a fragment's values in its matrix: flat indices in the order (register, lane, half).
 
     A is 16 x k, B k x 8, C and D 16 x 8. Every other register of A is 8 rows lower. 16-bit types (``packed``) hold two
     neighbours along the inner dimension in a register, tf32 one.

@@ -28,7 +28,7 @@ SHAPES = frozenset(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16))
 
 @dataclass(frozen=True)
 class Descriptor:
-    """Where a matrix lies in shared memory. Bytes: 0-13 address, 16-29 leading, 32-45 stride (all / 16); 62-63 mode."""
+    """A matrix in shared memory. Bytes: 0-13 address, 16-29 leading, 32-45 stride (all / 16); 62-63 mode."""
 
     start: int
     leading: int

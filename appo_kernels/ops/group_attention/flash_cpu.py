@@ -171,5 +171,5 @@ def _flash_backward(
 
 
 def _at_a_time(key_heads: int, most: int) -> int:
-    """How many pieces of work, each with a gradient of the keys of its own, keep the threads busy."""
+    """The number of pieces of work, each with a gradient of the keys of its own, that keep the threads busy."""
     return max(1, min(most, -(-torch.get_num_threads() // key_heads)))

@@ -85,7 +85,7 @@ def full_backward(
 
 
 class Cuts(NamedTuple):
-    """Where sequences begin and end among rows that lie one behind the other."""
+    """Begins and ends of sequences among rows that lie one behind the other."""
 
     places: Tensor  # (sequences + 1,) int32: cumulative lengths
     longest: int

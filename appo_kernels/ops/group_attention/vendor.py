@@ -1,4 +1,4 @@
-"""Which flash attention of the vendor group_attention's backend "torch" is made of: a table, which doctor prints.
+"""The vendor's flash attention that group_attention's backend "torch" is made of: a table, which doctor prints.
 
 A module of the table has
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Selection(NamedTuple):
-    """What the slots refer to."""
+    """The rows that slots refer to."""
 
     response: Tensor  # (U,) response of each unique row
     position: Tensor  # (U,) its token position
@@ -19,7 +19,7 @@ class Selection(NamedTuple):
 
 
 class Marked(NamedTuple):
-    """Which rows the slots refer to, before their number is known."""
+    """Marks of the rows that slots refer to, before their number is known."""
 
     flat: Tensor  # (S, G) row of each member; G positions, one past the last, for a missing one
     place: Tensor  # (G positions + 1,) how many rows before this one are referred to

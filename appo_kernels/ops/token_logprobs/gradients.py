@@ -1,4 +1,4 @@
-"""What the backward passes of the backends share: coefficients of a row's gradient, and the loop over tiles of logits.
+"""Parts of the backward pass that backends share: coefficients of a row's gradient, the loop over tiles of logits.
 
 Shapes: M tokens, D hidden size, V vocabulary; a tile has m of the tokens and v of the columns.
 """

@@ -19,7 +19,7 @@ OP = "weighted_surrogate"
 
 
 class SurrogateOutput(NamedTuple):
-    """What the three surrogates return."""
+    """Result of the three surrogates."""
 
     loss: Tensor  # () fp32 (fp64 for fp64 inputs), differentiable
     metrics: dict[str, Tensor]  # name -> () fp32, detached

@@ -111,7 +111,7 @@ def weighted_surrogate(
 def policy_objective(
     kind: str, logprobs: Tensor, old: Tensor, ratio: Tensor, A: Tensor, eps_low: float, eps_high: float, delta: Any
 ) -> Tensor:
-    """What is maximised per token, before weights; (B, T)."""
+    """The objective per token, to be maximised, before weights; (B, T)."""
     if kind in ("clip", "gspo_token"):
         capped = ratio if delta is None else ratio.clamp(max=delta)
         return torch.minimum(capped * A, ratio.clamp(1 - eps_low, 1 + eps_high) * A)
@@ -145,7 +145,7 @@ def limits(
 
 
 def objective_moves(ratio: Tensor, A: Tensor, eps_low: float, eps_high: float, delta: float | None) -> Tensor:
-    """Where d min(min(ratio, delta) A, clamp(ratio) A) / d ratio is not 0: the smaller one moves with the ratio."""
+    """True where d min(min(ratio, delta) A, clamp(ratio) A) / d ratio is not 0: the smaller moves with the ratio."""
     rewarded = (A > 0) & (ratio <= 1 + eps_high) & (ratio <= (torch.inf if delta is None else delta))
     inside = (ratio >= 1 - eps_low) & (ratio <= 1 + eps_high)
     punished = (A < 0) & (inside | ((ratio > 1 + eps_high) & (ratio <= (torch.inf if delta is None else delta))))

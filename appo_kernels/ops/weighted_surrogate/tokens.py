@@ -1,4 +1,4 @@
-"""Which tokens of a batch the fused loss multiplies, found without waiting for the device."""
+"""The tokens of a batch that the fused loss multiplies, found without waiting for the device."""
 
 from typing import NamedTuple
 
