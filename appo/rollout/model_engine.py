@@ -171,7 +171,7 @@ def batches(lengths: Sequence[int], sampling: Sampling, batch_tokens: int) -> li
 
 
 def one_row(prompt: Prompt) -> dict[str, Tensor]:
-    """Inputs that positions depend on, of one prompt without padding: (1, P) ids, mask, types, and the sizes of media."""
+    """Inputs that positions depend on, of one prompt without padding: (1, P) ids, mask, types, and sizes of media."""
     row = {"input_ids": prompt.input_ids[None], "attention_mask": torch.ones_like(prompt.input_ids[None])}
     if prompt.token_types is not None:
         row["mm_token_type_ids"] = prompt.token_types[None]
