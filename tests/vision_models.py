@@ -53,6 +53,48 @@ def _third(config: Any, model: Any, text: dict[str, Any], **vision: Any) -> Call
     return build_one
 
 
+MARKS = ("<|begin_of_video|>", "<|end_of_video|>", "<|begin_of_image|>", "<|end_of_image|>")
+
+
+# Routed experts from the second layer on, beside a shared one.
+ROUTED = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+def _glm(config: Any, model: Any, readers: str, text: dict[str, Any]) -> Callable[[Any], tuple[Any, Any]]:
+    """A builder of a model of the GLM-4V family: frames are image tokens within the marks of a video."""
+
+    def build_one(tokenizer: Any) -> tuple[Any, Any]:
+        patch = 8
+        tokenizer.add_special_tokens({"extra_special_tokens": list(MARKS)}, replace_extra_special_tokens=False)
+        video_start, video_end, image_start, image_end = tokenizer.convert_tokens_to_ids(list(MARKS))
+        ids = {name: value for name, value in tiny._special_ids(tokenizer).items() if not name.startswith("vision")}
+        rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "partial_rotary_factor": 1.0}
+        made = config(
+            text_config={**tiny._text(tokenizer, rope, {}), "head_dim": 32, **text},
+            vision_config={**VISION, **tiny._patches(patch), "image_size": 64},
+            video_start_token_id=video_start, video_end_token_id=video_end, image_start_token_id=image_start,
+            image_end_token_id=image_end, **ids,
+        )  # fmt: skip
+        size = tiny._pixels(patch)
+        template = tiny.CHAT_TEMPLATE
+        for name, (begin, end) in {"video": MARKS[:2], "image": MARKS[2:]}.items():
+            pad = f"<|{name}_pad|>"
+            template = template.replace(f"<|vision_start|>{pad}<|vision_end|>", f"{begin}{pad}{end}")
+        tokenizer.chat_template = template
+        of_video = {**size, "longest_edge": 64 * size["longest_edge"]}
+        return model(made), getattr(hf, f"{readers}Processor")(
+            image_processor=getattr(hf, f"{readers}ImageProcessor")(patch_size=patch, size=size),
+            tokenizer=tokenizer,
+            video_processor=getattr(hf, f"{readers}VideoProcessor")(patch_size=patch, size=of_video),
+            chat_template=template,
+        )
+
+    return build_one
+
+
 PARTIAL = {"rope": {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}}
 BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
@@ -67,6 +109,9 @@ BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
         hf.Qwen3_5MoeForConditionalGeneration,
         HYBRID | PARTIAL | EXPERTS | {"shared_expert_intermediate_size": 32},
     ),
+    "glm4v": _glm(hf.Glm4vConfig, hf.Glm4vForConditionalGeneration, "Glm4v", {}),
+    "glm4v_moe": _glm(hf.Glm4vMoeConfig, hf.Glm4vMoeForConditionalGeneration, "Glm4v", ROUTED),
+    "glm46v": _glm(hf.Glm46VConfig, hf.Glm46VForConditionalGeneration, "Glm46V", {}),
 }
 
 

@@ -33,6 +33,9 @@ LAYOUTS = {
         Layout("qwen2_5_vl", "Qwen2.5-VL", _RUN, True),
         Layout("qwen3_vl", "Qwen3-VL", _TIMES, True),
         Layout("qwen3_vl_moe", "Qwen3-VL, mixture of experts", _TIMES, True),
+        Layout("glm4v", "GLM-4.1V", _TIMES, True),
+        Layout("glm4v_moe", "GLM-4.5V", _TIMES, True),
+        Layout("glm46v", "GLM-4.6V", _TIMES, True),
         Layout("qwen3_5", "Qwen3.5", _TIMES, False, _LINEAR),
         Layout("qwen3_5_moe", "Qwen3.5, mixture of experts", _TIMES, False, _LINEAR),
     )

@@ -15,6 +15,8 @@ from appo_kernels import checks
 OP = "frame_ids"
 # Families whose prompts have timestamps between the frames of a video, so that each run of video tokens is a frame.
 FRAMES_APART = ("qwen3vl", "qwen35")
+# Families whose frames are image tokens, each a run of its own, between the marks of a video.
+FRAMES_BETWEEN_MARKS = ("glm4v", "glm46v")
 # Families that show video frames as images, one run of image tokens each.
 FRAMES_AS_IMAGES = ("internvl", "smolvlm")
 
@@ -27,7 +29,7 @@ class FrameIds(NamedTuple):
 
 
 def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Tensor | None = None) -> FrameIds:
-    """Frame of each token of ``input_ids``, for models of the Qwen-VL family, InternVL and SmolVLM.
+    """Frame of each token of ``input_ids``, for models of the Qwen-VL and GLM-4V families, InternVL and SmolVLM.
 
     Frames are numbered 0, 1, 2, ... in order of appearance, on through all videos of a sequence, and from 0 in each
     sequence. Text, timestamps, vision start and end markers, padding and **images** have frame -1 (an image beside a
@@ -52,6 +54,8 @@ def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Te
     """
     checks.rank(OP, "input_ids", input_ids, 2, "(B, S)")
     checks.dtype(OP, "input_ids", input_ids, checks.INTS)
+    if _is_of(config_or_processor, FRAMES_BETWEEN_MARKS):
+        return _from_runs(_between_marks(input_ids, config_or_processor))
     shown_as_images = _is_of(config_or_processor, FRAMES_AS_IMAGES)
     is_video = input_ids == _token_id(config_or_processor, "image_token_id" if shown_as_images else "video_token_id")
     if video_grid_thw is not None and shown_as_images:
@@ -67,6 +71,18 @@ def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Te
         None,
         'Pass the `video_grid_thw` that the processor returned, or the config of a model with timestamps ("qwen3_vl").',
     )
+
+
+def _between_marks(input_ids: Tensor, source: Any) -> Tensor:
+    """(B, S) bool: image tokens behind a mark that begins a video and before the one that ends it."""
+    begun, ended = (
+        (
+            input_ids
+            == _token_id(source, f"video_{name}_token_id" if hasattr(source, "model_type") else f"video_{name}_id")
+        )
+        for name in ("start", "end")
+    )
+    return (input_ids == _token_id(source, "image_token_id")) & (begun.cumsum(1) > ended.cumsum(1))
 
 
 def _from_runs(is_video: Tensor) -> FrameIds:
