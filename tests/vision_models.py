@@ -70,15 +70,15 @@ def _glm(config: Any, model: Any, readers: str, text: dict[str, Any]) -> Callabl
         patch = 8
         tokenizer.add_special_tokens({"extra_special_tokens": list(MARKS)}, replace_extra_special_tokens=False)
         video_start, video_end, image_start, image_end = tokenizer.convert_tokens_to_ids(list(MARKS))
-        ids = {name: value for name, value in tiny._special_ids(tokenizer).items() if not name.startswith("vision")}
+        ids = {name: value for name, value in tiny.special_ids(tokenizer).items() if not name.startswith("vision")}
         rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "partial_rotary_factor": 1.0}
         made = config(
-            text_config={**tiny._text(tokenizer, rope, {}), "head_dim": 32, **text},
-            vision_config={**VISION, **tiny._patches(patch), "image_size": 64},
+            text_config={**tiny.text_settings(tokenizer, rope, {}), "head_dim": 32, **text},
+            vision_config={**VISION, **tiny.patches(patch), "image_size": 64},
             video_start_token_id=video_start, video_end_token_id=video_end, image_start_token_id=image_start,
             image_end_token_id=image_end, **ids,
         )  # fmt: skip
-        size = tiny._pixels(patch)
+        size = tiny.pixels(patch)
         template = tiny.CHAT_TEMPLATE
         for name, (begin, end) in {"video": MARKS[:2], "image": MARKS[2:]}.items():
             pad = f"<|{name}_pad|>"
