@@ -223,7 +223,12 @@ def report(
 
 @command()
 def plan(
-    model: Annotated[str, typer.Option(help="Name as published, such as Qwen2.5-VL-7B, or a folder or config.json.")],
+    model: Annotated[
+        str | None, typer.Option(help="Name as published, such as Qwen2.5-VL-7B, or a folder or config.json.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A settings file instead: the plan of its run on --gpus.", dir_okay=False)
+    ] = None,
     frames: Annotated[int, typer.Option(help="Temporal grid steps of a video.")] = 16,
     frame_tokens: Annotated[int, typer.Option(help="Tokens of each: 64 at 224 x 224 pixels.")] = 64,
     responses: Annotated[int, typer.Option(help="Responses of a group.")] = 8,
@@ -232,6 +237,10 @@ def plan(
         int | None, typer.Option(help="Prompts of a step, over all GPUs (default: 16, at least one a GPU).")
     ] = None,
     gpus: Annotated[int, typer.Option(help="Over which weights and optimizer are sharded.")] = 1,
+    shard_group: Annotated[int, typer.Option(help="GPUs that share a set of shards; 0: all; 1: none do.")] = 0,
+    offload: Annotated[bool, typer.Option(help="Shards in the host's memory.")] = False,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw_8bit, adamw_paged or adamw_paged_8bit.")] = "adamw",
+    rollout_tokens: Annotated[int, typer.Option(help="Tokens that are sampled at a time.")] = 262_144,
     memory: Annotated[float, typer.Option(help="Of a GPU, GiB.")] = 80.0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the backward.")] = False,
     micro_groups: Annotated[int, typer.Option(help="Groups in one forward and backward.")] = 1,
@@ -242,35 +251,51 @@ def plan(
     share_prompt: Annotated[
         bool, typer.Option(help="A group behind one prompt, in a packed row without a mask, as training does.")
     ] = True,
+    own_rollout: Annotated[
+        bool, typer.Option("--own-rollout/--other-engine", help="The model in training samples, whole on each GPU.")
+    ] = True,
     lora_rank: Annotated[int, typer.Option(help="Adapters on a frozen model; 0: all weights.")] = 0,
     fit: Annotated[bool, typer.Option("--fit", help="Look for options with which it fits.")] = False,
     rate: Annotated[float, typer.Option(help="Rate that products reach, TFLOP/s; 400 of an H100's 989.")] = 400.0,
     bandwidth: Annotated[float, typer.Option(help="Memory bandwidth that reads reach, TB/s.")] = 2.5,
+    overrides: Overrides = None,
 ) -> None:
     """Memory and time of a training step, before anything is loaded (docs/performance.md has the cost model).
 
-    Example: appo plan --model Qwen2.5-VL-72B --gpus 64 --gradient-checkpointing
+    Example: appo plan --model Qwen2.5-VL-7B --gpus 8 --gradient-checkpointing
+    or: appo plan --config examples/qwen2_5_vl_7b_8gpu.yaml --gpus 8 preset=dapo
     """
+    from appo.config import APPOConfig, ConfigError
     from appo.models.architectures import find_architecture
-    from appo.plan import GIB, Machine, Plan, Workload
+    from appo.plan import GIB, Machine, Plan, Workload, planned
     from appo.plan import fit as find_fit
 
     machine = Machine(memory, rate, bandwidth)
-    work = Workload(
-        frames=frames,
-        frame_tokens=frame_tokens,
-        responses=responses,
-        response=tokens,
-        prompts=max(16, gpus) if prompts is None else prompts,
-        gpus=gpus,
-        micro_groups=micro_groups,
-        micro_tokens=micro_tokens,
-        checkpointing=gradient_checkpointing,
-        freeze_vision=not train_vision,
-        share_prompt=share_prompt,
-        lora_rank=lora_rank,
-    )
-    found = Plan(find_architecture(model), work)
+    if config is not None:
+        found = planned(APPOConfig.load(config, overrides or []), gpus)
+    elif model is None or overrides:
+        raise ConfigError("`model`: expected its name, or --config with a settings file, got neither.")
+    else:
+        work = Workload(
+            frames=frames,
+            frame_tokens=frame_tokens,
+            responses=responses,
+            response=tokens,
+            prompts=max(16, gpus) if prompts is None else prompts,
+            gpus=gpus,
+            micro_groups=micro_groups,
+            micro_tokens=micro_tokens,
+            checkpointing=gradient_checkpointing,
+            freeze_vision=not train_vision,
+            share_prompt=share_prompt,
+            lora_rank=lora_rank,
+            shard_group=shard_group,
+            offload=offload,
+            optimizer=optimizer,
+            rollout_tokens=rollout_tokens,
+            own_rollout=own_rollout,
+        )
+        found = Plan(find_architecture(model), work)
     if fit:
         fitting = find_fit(found, machine.memory * GIB)
         if fitting is None:

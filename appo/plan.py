@@ -10,7 +10,10 @@ Times are no measurements: FLOPs over a rate and bytes over a bandwidth that the
 from dataclasses import dataclass, replace
 from typing import Any
 
+from appo.config import APPOConfig
+from appo.models.architectures import find_architecture
 from appo.planned_tokens import PlannedTokens
+from appo.workload import STATE_BYTES
 from appo.workload import Machine as Machine
 from appo.workload import Workload as Workload
 
@@ -156,47 +159,95 @@ class Plan(PlannedTokens):
         gradient = 0.0 if self.work.lora_rank else 4.0 * self.model.head_parameters
         return gradient + self.head_tile()
 
+    @property
+    def root_parameters(self) -> int:
+        """What is in no decoder layer: with shards it is whole from an update's forward to its backward."""
+        return self.model.parameters - self.model.layers * self.model.layer_parameters
+
     def standing(self) -> dict[str, float]:
-        """Bytes that are there in every phase. On several GPUs weights and optimizer are sharded (FSDP, full shard)."""
+        """Bytes that are there in every phase."""
         m, work = self.model, self.work
-        gathered = 2 * m.layer_parameters * work.width if work.gpus > 1 else 0  # one layer in use, the next on its way
+        shards = 0.0 if work.offload else 1 / work.shards
         # A frozen model is kept in the dtype of the forward.
-        cast = 2 * m.layers * m.layer_parameters if work.mixed and work.gpus == 1 and not work.lora_rank else 0
         weights = work.width * m.parameters + 4 * self.adapters if work.lora_rank else 4 * m.parameters
+        reference = 4 * m.parameters if work.reference and not work.lora_rank else 0
         return {
-            "weights": weights / work.gpus,
-            "optimizer": 8 * self.trained / work.gpus,
-            "weights in bf16": float(cast),
-            "gathered layers": float(gathered),
+            "weights": weights * shards,
+            "reference": reference * shards,
+            "optimizer": STATE_BYTES[work.optimizer] * self.trained * shards,
         }
+
+    def cast_bytes(self) -> dict[str, float]:
+        """Beside weights that are whole: the copies of them that autocast keeps."""
+        m, work = self.model, self.work
+        cast = work.mixed and not work.sharded and not work.lora_rank
+        return {"weights in bf16": float(2 * m.layers * m.layer_parameters) if cast else 0.0}
 
     def rollout_bytes(self) -> dict[str, float]:
         m, work = self.model, self.work
-        rows = work.prompts_per_gpu * work.responses
+        if not work.own_rollout:
+            return {}
+        rows = min(work.prompts_per_gpu * work.responses, max(1, work.rollout_tokens // self.sequence))
         # Rotary positions are in fp32, and the keys with them.
         layer = rows * self.sequence * m.key_width * (4 + work.width)
         cache = m.layers * layer + layer  # a layer's cache is copied when it grows
-        return {"cache": float(cache), "sampling": float(SAMPLING_COPIES * 4 * rows * m.vocabulary)}
+        sampling = SAMPLING_COPIES * 4 * rows * m.vocabulary
+        # Gathering goes through buffers, before there is a cache: what is in no layer, then two layers.
+        buffers = work.width * (self.root_parameters + 2 * m.layer_parameters)
+        gathering = max(0, buffers - cache - sampling) if work.sharded else 0
+        return {
+            "whole model": float(work.width * m.parameters) if work.sharded else 0.0,
+            "gathering": float(gathering),
+            "cache": float(cache),
+            "sampling": float(sampling),
+        }
+
+    def gathered_bytes(self) -> float:
+        """Bytes of the model that are whole during an update with shards, in the dtype of the forward."""
+        m, work = self.model, self.work
+        layers = min(2, m.layers)  # one in use, the next on its way
+        return float(work.width * (self.root_parameters + layers * m.layer_parameters)) if work.sharded else 0.0
+
+    def update_workspace(self) -> float:
+        """Bytes beside activations: of the loss, or later of the backward; with shards also of whole gradients."""
+        m, work = self.model, self.work
+        if not work.sharded or work.lora_rank:
+            return max(self.backward_workspace(), self.head_workspace())
+        # The head's gradient and a layer's, whose activations are gone unless it has just computed them again.
+        gone = 0.0 if work.checkpointing else self.micro_tokens * self.layer_activations()
+        reduced = 4 * m.layer_parameters if work.mixed else 0  # once more, in fp32, on its way
+        gradients = max(0.0, work.width * (m.head_parameters + m.layer_parameters) + reduced - gone)
+        # At the end those of all that is in no layer, and in fp32 once more, on their way; no activations are left.
+        root = self.root_parameters - (m.vision.parameters if work.freeze_vision else 0)
+        end = (work.width + 4) * root - self.activations()
+        return max(self.head_workspace(), self.backward_workspace() + gradients, end)
 
     def update_bytes(self) -> dict[str, float]:
         return {
-            "gradients": 4 * self.trained / self.work.gpus,
+            "gathered": self.gathered_bytes(),
+            "gradients": self.gradient_bytes(),
             "activations": self.activations(),
-            "at work": max(self.backward_workspace(), self.head_workspace()),  # one after the other
+            "at work": self.update_workspace(),
         }
 
+    def gradient_bytes(self) -> float:
+        return 0.0 if self.work.offload else 4 * self.trained / self.work.shards
+
     def optimizer_bytes(self) -> dict[str, float]:
-        copies = 2 if self.work.foreach else 1
-        return {"gradients": 4 * copies * self.trained / self.work.gpus}
+        return {"gradients": (2 if self.work.foreach else 1) * self.gradient_bytes()}
+
+    def host_bytes(self) -> float:
+        """Bytes of the host's memory that a GPU's shards are in."""
+        whole = replace(self, work=replace(self.work, offload=False))
+        return sum(whole.standing().values()) + whole.gradient_bytes() if self.work.offload else 0.0
 
     def memory(self) -> dict[str, dict[str, float]]:
         """Phase -> part -> bytes."""
-        standing = self.standing()
-        without_cast = standing | {"weights in bf16": 0.0}
+        standing, cast = self.standing(), self.cast_bytes()
         return {
-            "rollout": standing | self.rollout_bytes(),
-            "update": standing | self.update_bytes(),
-            "optimizer step": without_cast | self.optimizer_bytes(),
+            "rollout": standing | cast | self.rollout_bytes(),
+            "update": standing | cast | self.update_bytes(),
+            "optimizer step": standing | self.optimizer_bytes(),
         }
 
     def peak(self) -> float:
@@ -218,7 +269,7 @@ class Plan(PlannedTokens):
         """Phase -> seconds at ``rate`` FLOP/s; decoding also reads weights and cache at ``bandwidth`` bytes/s."""
         found = {phase: flop / rate for phase, flop in self.flop().items()}
         weights = self.model.text_parameters * self.work.width
-        found["rollout"] += self.work.response * (weights + self.rollout_bytes()["cache"] / 2) / bandwidth
+        found["rollout"] += self.work.response * (weights + self.rollout_bytes().get("cache", 0.0) / 2) / bandwidth
         return found
 
     def text(self, *, memory: float, rate: float, bandwidth: float) -> str:
@@ -268,19 +319,53 @@ class Plan(PlannedTokens):
         return "; use more GPUs, fewer frames or shorter responses, or let --fit look"
 
 
+def planned(config: APPOConfig, gpus: int) -> Plan:
+    """The plan of a run's settings. Tokens of a frame are those of ``max_pixels`` at 28 x 28 pixels a token, and a
+    temporal grid step is two frames, as in Qwen2.5-VL. Raises ConfigError for a model whose sizes are not known."""
+    return Plan(
+        find_architecture(config.model),
+        Workload(
+            frames=max(1, config.max_frames // 2),
+            frame_tokens=max(1, config.max_pixels // 28**2),
+            response=config.max_new_tokens,
+            responses=config.group_size,
+            prompts=config.prompts_per_step,
+            micro_groups=config.micro_groups,
+            micro_tokens=config.micro_tokens,
+            layers=config.layers,
+            target_frames=config.top_frames,
+            slots=config.slot_tokens,
+            gpus=gpus,
+            mixed=config.dtype != "float32",
+            checkpointing=config.gradient_checkpointing,
+            freeze_vision=config.freeze_vision,
+            share_prompt=config.share_prompt != "off" and "flash" not in config.attn_implementation,
+            lora_rank=config.lora_rank,
+            optimizer=config.optimizer,
+            shard_group=1 if config.shard == "none" else config.shard_group,
+            offload=config.offload,
+            reference=config.beta > 0,
+            rollout_tokens=config.rollout_tokens,
+            own_rollout=config.engine == "transformers",
+        ),
+    )
+
+
 def fit(plan: Plan, memory: float) -> tuple[Plan, list[str]] | None:
     """The plan with the fewest changes that fits in ``memory`` bytes a GPU, and these as options; None if none does.
 
     In this order: activations once more in the backward, a group behind one prompt, one group at a time, one response
-    at a time (none of which changes what is learned), then LoRA, then up to 64 times the GPUs.
+    at a time, fewer tokens sampled at a time (none of which changes what is learned), where the model is in shards
+    another engine that samples, then LoRA, then up to 64 times the GPUs.
     """
     changes: list[tuple[str, dict[str, Any]]] = [
         ("--gradient-checkpointing", {"checkpointing": True}),
         ("--share-prompt", {"share_prompt": True}),
         ("--micro-groups 1", {"micro_groups": 1}),
         (f"--micro-tokens {plan.least_tokens}", {"micro_tokens": plan.least_tokens}),
+        ("--rollout-tokens 32768", {"rollout_tokens": min(32_768, plan.work.rollout_tokens)}),
     ]
-    lora = ("--lora-rank 64", {"lora_rank": 64})
+    apart, lora = ("--other-engine", {"own_rollout": False}), ("--lora-rank 64", {"lora_rank": 64})
     ways = [changes[:count] for count in range(len(changes) + 1)]
     gpus = plan.work.gpus
     for factor in (1, 2, 4, 8, 16, 32, 64):
@@ -288,7 +373,10 @@ def fit(plan: Plan, memory: float) -> tuple[Plan, list[str]] | None:
         if factor > 1:
             prompts = -(-plan.work.prompts // (gpus * factor)) * gpus * factor
             more = [(f"--gpus {gpus * factor} --prompts {prompts}", {"gpus": gpus * factor, "prompts": prompts})]
-        for way in [*(way + more for way in ways), [*changes, lora, *more]]:
+        tried = [way + more for way in ways]
+        if gpus * factor > 1:
+            tried.append([*changes, apart, *more])
+        for way in [*tried, [*changes, lora, *more]]:
             new = {name: value for _, values in way for name, value in values.items()}
             found = replace(plan, work=replace(plan.work, **new))
             if found.peak() <= memory:

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from appo.constraints import ConfigError, check_fields, setting
 
+# Of AdamW, for each trained parameter. What is paged may leave the GPU, and is counted all the same.
+STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_paged": 8, "adamw_paged_8bit": 2}
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -26,7 +29,13 @@ class Workload:
     freeze_vision: bool = setting(True)
     share_prompt: bool = setting(False)  # a group behind one prompt, in a packed row without a mask
     lora_rank: int = setting(0, at_least=0)  # adapters on query, key, value and output; 0: all weights are trained
-    foreach: bool = setting(True)  # how AdamW runs on a GPU: one more copy of the gradients during its step
+    foreach: bool = setting(False)  # AdamW of lists of tensors: one more copy of the gradients during its step
+    optimizer: str = setting("adamw", choices=tuple(STATE_BYTES))
+    shard_group: int = setting(0, at_least=0)  # GPUs that share one set of shards; 0: all; 1: each holds everything
+    offload: bool = setting(False)  # shards are in the host's memory
+    reference: bool = setting(False)  # a KL term (beta > 0): a frozen copy of a model whose weights are all trained
+    rollout_tokens: int = setting(262_144, at_least=1)  # in the cache at a time
+    own_rollout: bool = setting(True)  # the model in training samples; False: another engine, elsewhere
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -35,6 +44,19 @@ class Workload:
                 f"`prompts`: expected a multiple of the {self.gpus} GPUs, as the trainer does, got {self.prompts}. "
                 "Change either."
             )
+        if self.shard_group and self.gpus % self.shard_group:
+            raise ConfigError(
+                f"`shard_group`: expected a divisor of the {self.gpus} GPUs, got {self.shard_group}. Change either."
+            )
+
+    @property
+    def shards(self) -> int:
+        """Parts that weights, gradients and optimizer state are in."""
+        return self.shard_group or self.gpus
+
+    @property
+    def sharded(self) -> bool:
+        return self.shards > 1 or self.offload
 
     @property
     def width(self) -> int:

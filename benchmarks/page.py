@@ -40,7 +40,7 @@ S^2 of a sequence (the full square), P (P + 1) / 2 + G (P N + N (N + 1) / 2) of 
 | backward | 2 x the matrices, 2.5 x attention; 1 x both again with gradient checkpointing |
 | head | 2hV a response token: one product to sample, one to score, three in the loss, one more for the rows in slots |
 | frame mass | 2 q S a response token and tapped layer |
-| weights, gradients, AdamW | 4 + 4 + 8 bytes a trained parameter, 4 more in the optimizer step; 4 a frozen one |
+| weights, gradients, AdamW | 4 + 4 + 8 bytes a trained parameter (2 for 8 with an 8-bit optimizer); 4 a frozen one |
 | bf16 copies of weights | 2 bytes a parameter of the decoder layers, kept by autocast |
 | activations of a layer | 16h + 10h (8h in fp32) + 4qc + Sc + 4 heads + 4Ic bytes a token, \
 2(q + k)c in the place of 4qc + Sc behind one prompt (no mask); Qwen3: 8 (q + k) more |
@@ -51,10 +51,12 @@ tokens where they take less than 4hV, else a tile of at most 512 MiB |
 activations are those of one part |
 | cache while sampling | k (4 + c) bytes a token and layer: keys are fp32, as rotary positions are |
 
-Weights, gradients and optimizer are divided by the number of GPUs (FSDP, full shard), activations are not. Not counted
-yet: what `shard: fsdp` has whole, which is the model in bf16 during rollouts (2 bytes a parameter) and embedding, head
-and tower during an update. Tests compare parameters (exactly), FLOPs, activations and peak memory with those of small
-models, within 10% (`tests/test_plan.py`). Sharding and time have not been compared with a machine.
+Weights, gradients and optimizer are divided by the number of GPUs (or by `shard_group`), activations are not. With
+shards an update has two layers and all that is in none (embedding, head, tower) whole, and whole gradients until they
+are reduced, in fp32; a rollout has the whole model, unless another engine samples. With `offload` shards take nothing
+of the GPU. Tests compare parameters (exactly), FLOPs, activations and peak memory with those of small models, within
+10% (`tests/test_plan.py`; shards with two gloo processes, `tests/test_plan_shards.py`). Time has not been compared
+with a machine, nor memory with a GPU.
 """
 
 
@@ -197,7 +199,8 @@ def plans() -> list[str]:
     lines = [
         "### Planned, not measured",
         "",
-        "16 frames x 64 tokens, 8 responses of 384 tokens behind one prompt, gradient checkpointing:",
+        "16 frames x 64 tokens, 8 responses of 384 tokens behind one prompt, gradient checkpointing, 32,768 tokens",
+        "sampled at a time (72B: by another engine):",
     ]
     lines += [
         "",
@@ -205,7 +208,15 @@ def plans() -> list[str]:
         "|---|---|---|---|---|",
     ]
     for model, gpus in (("Qwen2.5-VL-3B", 1), ("Qwen2.5-VL-7B", 8), ("Qwen2.5-VL-72B", 64)):
-        work = Workload(gpus=gpus, prompts=max(16, gpus), checkpointing=True, share_prompt=True)
+        own = model != "Qwen2.5-VL-72B"  # which is too large to be whole on a GPU
+        work = Workload(
+            gpus=gpus,
+            prompts=max(16, gpus),
+            checkpointing=True,
+            share_prompt=True,
+            own_rollout=own,
+            rollout_tokens=32768,
+        )
         plan = Plan(ARCHITECTURES[model], work)
         work = gpus * sum(plan.flop().values()) / 1e15
         lines.append(f"| {model} | {gpus} | {plan.work.prompts} | {plan.peak() / GIB:.1f} GiB | {work:,.1f} |")

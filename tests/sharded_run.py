@@ -87,6 +87,11 @@ def train(
 
 def train_together(world: int, *runs: dict[str, Any]) -> list[list[dict[str, Any]]]:
     """What each of ``world`` processes found, for each of the runs."""
+    return run_together(world, __file__, *map(json.dumps, runs))
+
+
+def run_together(world: int, script: str, *arguments: str) -> list[Any]:
+    """The last line, as JSON, that each of ``world`` processes of a script prints."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -94,7 +99,7 @@ def train_together(world: int, *runs: dict[str, Any]) -> list[list[dict[str, Any
     common |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     running = [
         subprocess.Popen(
-            [sys.executable, __file__, *map(json.dumps, runs)],
+            [sys.executable, script, *arguments],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -80,6 +80,36 @@ def test_the_recipe_for_a_node_shards_all_weights_over_eight_processes():
     assert (config.shard, config.lora_rank, config.prompts_per_step % 8) == ("fsdp", 0, 0)
 
 
+@pytest.mark.parametrize("name, processes", [("node", 8), ("nodes", 64)])
+def test_launch_files_are_those_of_accelerate(name, processes):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ROOT / f"examples/launch/{name}.yaml"))
+    assert (config.num_processes, config.mixed_precision, config.use_cpu) == (processes, "no", False)
+    assert not config.deepspeed_config and not config.fsdp_config
+
+
+def test_the_slurm_script_starts_a_process_a_gpu_on_each_node(tmp_path):
+    """With commands in the place of Slurm's and torchrun, which say what they are called with."""
+    for name, text in (
+        ("scontrol", 'echo first-node; echo second-node'),
+        ("srun", 'shift; SLURM_NODEID=1 "$@"'),
+        ("torchrun", 'printf "%s\\n" "$@"'),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_NNODES": "2"}
+    done = subprocess.run(
+        ["bash", ROOT / "examples/launch/slurm.sh", "run.yaml", "learning_rate=2e-6", "model=a b"],
+        capture_output=True, text=True, timeout=60, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "--nnodes", "2", "--node_rank", "1", "--nproc_per_node", "8", "--master_addr", "first-node", "--master_port",
+        "29500", "-m", "appo", "train", "run.yaml", "learning_rate=2e-6", "model=a b",
+    ]  # fmt: skip
+
+
 def test_importing_the_packages_is_light():
     """The operators need torch and triton only, and naming appo loads nothing."""
     code = (
