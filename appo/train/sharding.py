@@ -72,19 +72,25 @@ def check_launch(config: APPOConfig) -> None:
 
 
 def processes(config: APPOConfig, trackers: Sequence[GeneralTracker] = ()) -> Accelerator:
-    """The processes of this run, with its trackers.
+    """The processes of this run, with its trackers. Raises ValueError where prompts cannot be dealt out evenly.
 
     Autocast is our own: accelerate's would widen what the policy's forward returns.
     """
     group: dict[str, Any] = {"timeout": PATIENCE}
     if config.offload and torch.cuda.is_available():
         group["backend"] = "cuda:nccl,cpu:gloo"  # the optimizer's numbers are on the host
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision="no",
         log_with=[*config.trackers, *trackers] or None,
         project_dir=config.output,
         kwargs_handlers=[COPIES, InitProcessGroupKwargs(**group)],
     )
+    if config.prompts_per_step % accelerator.num_processes:
+        raise ValueError(
+            f"`prompts_per_step`: expected a multiple of the {accelerator.num_processes} processes, got "
+            f"{config.prompts_per_step}. Change it, or the number of processes."
+        )
+    return accelerator
 
 
 def loads_weights(config: APPOConfig) -> bool:

@@ -42,8 +42,7 @@ class Trainer:
     """Trains a video model with APPO, or with GRPO and DAPO as settings of the same code (docs/method.md sections 3-6).
 
     Args:
-        model: a vision-language model of transformers (see `Policy`).
-        processor: its processor.
+        model, processor: a vision-language model of transformers (see `Policy`) and its processor.
         dataset: the records to train on.
         rewards: name and weight of each reward; None: those of ``config``.
         config: see `APPOConfig`.
@@ -80,11 +79,6 @@ class Trainer:
         check_fits(config, model, processor)
         self.reward_weights = rewards or config.rewards
         self.accelerator = processes(config, trackers)
-        if config.prompts_per_step % self.accelerator.num_processes:
-            raise ValueError(
-                f"`prompts_per_step`: expected a multiple of the {self.accelerator.num_processes} processes, got "
-                f"{config.prompts_per_step}. Change it, or the number of processes."
-            )
         self.processor = processor
         self.eval_splits = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
         self.eval_splits = {name: records for name, records in self.eval_splits.items() if records}

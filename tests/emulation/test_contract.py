@@ -13,6 +13,7 @@ from appo_kernels import cuda_library, dispatch, doctor
 CPU = torch.device("cpu")
 
 
+# Every operator there is, so that a new one cannot be left out.
 @pytest.mark.parametrize("op", doctor.operators())
 def test_cuda_refuses_what_it_may_and_nothing_else(op: str) -> None:
     head_dims = (8, *doctor.HEAD_DIMS, 257) if op in doctor.WITH_HEADS else (0,)
@@ -22,6 +23,7 @@ def test_cuda_refuses_what_it_may_and_nothing_else(op: str) -> None:
         assert (reason is not None) == may_refuse(problem, "cuda"), f"{problem}: {reason or 'served'}"
 
 
+# The two operators of which one form has CUDA kernels and another has none.
 @pytest.mark.parametrize("op", ["weighted_surrogate", "group_divergence"])
 def test_what_has_no_cuda_kernel_is_tritons_on_a_gpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
@@ -32,6 +34,7 @@ def test_what_has_no_cuda_kernel_is_tritons_on_a_gpu(op: str, monkeypatch: pytes
     assert cuda_library.next_best(op, torch.zeros(1)) is dispatch.implementation(op, "torch")
 
 
+# One operator for each list of backends that the tests of rows share.
 @pytest.mark.parametrize("op", ["group_divergence", "weighted_surrogate"])
 def test_the_tests_of_rows_run_with_cuda(op: str) -> None:
     """The attention operators' are in test_operator_matrix.py: theirs take fp32 and a head size that is not built."""

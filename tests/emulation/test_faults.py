@@ -110,6 +110,7 @@ def test_fault_is_caught(calls: list[Call], fault: Fault, tmp_path: Path) -> Non
     check_caught(fault, outcome(fault, fault.operator, fault.caught_by, calls, tmp_path))
 
 
+# Every recorded operator, without a fault: what the checks below must stay silent on.
 @pytest.mark.parametrize(("calls", "operator"), [(name, name) for name in RUNS], indirect=["calls"])
 def test_no_false_alarm(calls: list[Call], operator: str, tmp_path: Path) -> None:
     result = outcome(None, operator, "schedule", calls, tmp_path)
@@ -118,6 +119,7 @@ def test_no_false_alarm(calls: list[Call], operator: str, tmp_path: Path) -> Non
         assert result.counters["bank_conflicts"] == 0
 
 
+# Both sanitizers, which need builds of their own, over every recorded operator.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["address", "race"])
 @pytest.mark.parametrize(("calls", "operator"), [(name, name) for name in RUNS], indirect=["calls"])

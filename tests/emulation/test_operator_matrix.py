@@ -69,6 +69,7 @@ def test_shapes(dtype: torch.dtype, heads: tuple[int, int], rows: int, keys: int
         compare_mass("cuda", example, dtype, given, reduction="mean", scale=0.2)
 
 
+# Every combination: each is another end of the same kernels.
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
@@ -79,6 +80,7 @@ def test_options_and_strides(given: bool, per_head: bool, reduction: str) -> Non
         compare_attention("cuda", example, FP16, reduction=reduction, scale=-0.3)
 
 
+# Without and with a given lse: two kernels; rows that see a prefix too, and rows that see nothing.
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 @pytest.mark.parametrize("visibility", ["shared prefix", "blind rows"])
 def test_probabilities_add_up(visibility: str, given: bool) -> None:
@@ -86,6 +88,7 @@ def test_probabilities_add_up(visibility: str, given: bool) -> None:
     check_probabilities("cuda", example, given)
 
 
+# From a given lse and without: two kernels.
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 def test_alone_as_in_a_batch(given: bool) -> None:
     alone = half(batch=1, heads=(7, 1), rows=40, keys=40, layout="interleaved")
@@ -117,6 +120,7 @@ def test_bitwise_repeatable() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+# The mass of each head and the mean over heads are added by different kernels.
 @pytest.mark.parametrize("per_head", [True, False])
 def test_out_accumulates_layers(per_head: bool) -> None:
     layers = [half(rows=9), half(rows=9, heads=(14, 2))]
@@ -132,6 +136,7 @@ def test_out_accumulates_layers(per_head: bool) -> None:
     assert bool((wide[2:] == 7.0).all() and (wide[..., FRAMES:] == 7.0).all())
 
 
+# Each result alone: its gradient reaches the inputs by a path of its own.
 @pytest.mark.parametrize("result", ["out", "lse", "mass"])
 def test_one_result_and_one_gradient(result: str) -> None:
     example = half(heads=(4, 2), rows=20, keys=70)

@@ -163,6 +163,7 @@ def difference(got: np.ndarray[Any, Any], wanted: np.ndarray[Any, Any], operator
 TOLERANCE = 1e-2
 
 
+# One call of each kernel file, attention in both element types; the long ones are for the slow tests.
 @pytest.mark.parametrize(
     "operator",
     [
@@ -179,6 +180,7 @@ def test_compiled_kernels_agree_with_the_emulation(
     assert max(differences(operator, sources, emulator, monkeypatch, tmp_path)) < TOLERANCE
 
 
+# The first always, so that the check itself is checked by every run; the others take as long each.
 @pytest.mark.parametrize(
     "fault", [pytest.param(f, id=f.name, marks=pytest.mark.slow if i else ()) for i, f in enumerate(PTX_FAULTS)]
 )

@@ -25,11 +25,13 @@ def test_attention_on_a_gpu(monkeypatch: pytest.MonkeyPatch, major: int, backend
     assert chosen(monkeypatch, *ATTENTION, "cuda", major) == backend
 
 
+# A capability with and one without a preference for Triton in attention.
 @pytest.mark.parametrize("major", [8, 9])
 def test_other_operators_on_a_gpu(monkeypatch: pytest.MonkeyPatch, major: int) -> None:
     assert chosen(monkeypatch, *VOCABULARY, "cuda", major) == "cuda"
 
 
+# One operator on attention and one on logits: they are chosen by different rules.
 @pytest.mark.parametrize("work", [ATTENTION, VOCABULARY])
 def test_kernels_are_not_emulated_unasked(monkeypatch: pytest.MonkeyPatch, work: tuple[str, int]) -> None:
     assert chosen(monkeypatch, *work, "cpu") == "torch"

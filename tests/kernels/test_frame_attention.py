@@ -118,6 +118,7 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.autograd.gradcheck(function, example[:3], fast_mode=reduction == "mean")
 
 
+# Each result alone: the other two upstream gradients are None then.
 @pytest.mark.parametrize("result", ["out", "lse", "mass"])
 def test_one_result_and_one_gradient(result: str) -> None:
     example, double = case().to(torch.float32), case().to(torch.float64)
@@ -130,6 +131,7 @@ def test_one_result_and_one_gradient(result: str) -> None:
     torch.testing.assert_close(got[0].double(), exact[0], atol=2e-5, rtol=1e-5)
 
 
+# Each dimension that may be empty, by itself.
 @pytest.mark.parametrize("sizes", [(0, 63, 6), (13, 0, 6), (13, 63, 0)], ids=["no rows", "no keys", "no frames"])
 def test_nothing_to_do(sizes: tuple[int, int, int]) -> None:
     rows, keys, num_frames = sizes
@@ -142,6 +144,7 @@ def test_nothing_to_do(sizes: tuple[int, int, int]) -> None:
     assert query.grad.isfinite().all() and key.grad.shape == key.shape
 
 
+# One wrong value of each argument that this operator adds to frame_mass, and of each shared check.
 @pytest.mark.parametrize(
     ("argument", "wrong"),
     [
@@ -174,6 +177,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(op.backward_op, (*shared, *results[:2], upstream[0], None, None, None, *wanted[1:], "torch"))
 
 
+# One result leaves upstream gradients out of the graph; all of them do not.
 @pytest.mark.parametrize("results", [("out",), ("out", "lse", "mass")])
 def test_compiles_without_graph_breaks(results: tuple[str, ...]) -> None:
     example = case(visibility="shared prefix").to(torch.float32)

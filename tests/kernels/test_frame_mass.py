@@ -55,6 +55,7 @@ def test_shapes_and_dtypes(
         compare_mass(backend, example, dtype, given, reduction="mean", scale=0.2)
 
 
+# Every combination: each reduces over heads and keys in another place.
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
@@ -78,6 +79,7 @@ def test_strides(backend: str, device: str) -> None:
     torch.testing.assert_close(odd, plain, atol=1e-6, rtol=0)
 
 
+# Without and with a given lse: two passes; rows that see a prefix too, and rows that see nothing.
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 @pytest.mark.parametrize("visibility", ["shared prefix", "blind rows"])
 @pytest.mark.parametrize(("backend", "device"), SERVED)
@@ -87,6 +89,7 @@ def test_probabilities_add_up(tiled: None, backend: str, device: str, visibility
     check_probabilities(backend, example, given)
 
 
+# From a given lse and without: two passes.
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_bitwise_repeatable(backend: str, device: str, given: bool) -> None:
@@ -96,6 +99,7 @@ def test_bitwise_repeatable(backend: str, device: str, given: bool) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+# From a given lse and without: two passes.
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_alone_as_in_a_batch(tiled: None, backend: str, device: str, given: bool) -> None:
@@ -105,6 +109,7 @@ def test_alone_as_in_a_batch(tiled: None, backend: str, device: str, given: bool
     check_alone_as_in_a_batch(backend, alone, other, given)
 
 
+# The mass of each head and its mean over heads are added in different places.
 @pytest.mark.parametrize("per_head", [True, False])
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_out_accumulates_layers(backend: str, device: str, per_head: bool) -> None:
@@ -161,6 +166,7 @@ def test_only_the_gradients_wanted() -> None:
         torch.testing.assert_close(torch.autograd.grad(mass.sum(), wanted)[0], both[index])
 
 
+# Each dimension that may be empty, by itself.
 @pytest.mark.parametrize("sizes", [(0, 63, 6), (13, 0, 6), (13, 63, 0)], ids=["no rows", "no keys", "no frames"])
 def test_nothing_to_do(sizes: tuple[int, int, int]) -> None:
     rows, keys, num_frames = sizes
@@ -211,6 +217,7 @@ BAD_CALLS = {
 }
 
 
+# Wrong shapes, dtypes and values, by argument.
 @pytest.mark.parametrize("argument", BAD_CALLS)
 def test_refuses(argument: str) -> None:
     example = case(visibility="all")
@@ -220,6 +227,7 @@ def test_refuses(argument: str) -> None:
         frame_mass(**arguments)
 
 
+# With an lse given there is none to write: the schema has an output less.
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 def test_opcheck(given: bool) -> None:
     example = case(visibility="shared prefix")
@@ -235,6 +243,7 @@ def test_opcheck(given: bool) -> None:
     torch.library.opcheck(op.backward_op, (*shared, lse, *rest, upstream, None, gradients[1], "torch"))
 
 
+# From a given lse and without: two graphs.
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 def test_compiles_without_graph_breaks(given: bool) -> None:
     example = case(visibility="shared prefix").to(torch.float32)

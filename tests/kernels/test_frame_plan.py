@@ -67,6 +67,7 @@ def test_layers_share_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(calls) == 4, "nothing is kept without a plan"
 
 
+# "mean" divides by the keys of a frame, which are those of a group; "sum" does not ask.
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_groups_count_their_own_frames(backend: str, device: str, reduction: str) -> None:
@@ -124,6 +125,7 @@ def test_compiles_without_graph_breaks() -> None:
     torch.testing.assert_close(compiled(*example[:2]), mass(*example[:2]))
 
 
+# One call for each thing that a plan and the arguments beside it can disagree on.
 @pytest.mark.parametrize(
     ("argument", "call"),
     [

@@ -52,6 +52,7 @@ def test_random_groups() -> None:
         compare_groups("torch", layout, tensors(layout, heads, head_dim), torch.float32)
 
 
+# One thread takes everything in one piece; three do not divide heads, rows or groups evenly.
 @pytest.mark.parametrize("threads", [1, 3])
 def test_threads(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many heads and parts of rows a call takes: also a number of rows and heads that threads do not divide."""
@@ -95,6 +96,7 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(functools.partial(group_attention, layout=layout), inputs)
 
 
+# The output alone and the lse alone: each reaches the inputs by a path of its own.
 @pytest.mark.parametrize("result", [0, 1])
 def test_one_result_and_one_gradient(result: int) -> None:
     layout = GroupLayout(*LAYOUTS["unequal"])
@@ -165,6 +167,7 @@ def test_pairs_and_places() -> None:
     assert GroupLayout(torch.tensor([3]), torch.tensor([[1, 2]])).lengths.tolist() == [[3, 1, 2]]
 
 
+# One wrong value for each rule that a layout has.
 @pytest.mark.parametrize(
     ("argument", "prompts", "responses"),
     [
@@ -182,6 +185,7 @@ def test_layout_refuses(argument: str, prompts: Any, responses: Any) -> None:
         GroupLayout(prompts, responses)
 
 
+# Wrong shapes, dtypes and values, by argument.
 @pytest.mark.parametrize(
     ("argument", "wrong"),
     [
@@ -279,6 +283,7 @@ def test_merge_compiles() -> None:
         torch.testing.assert_close(got, expected)
 
 
+# One change for each thing that parts must agree on.
 @pytest.mark.parametrize(
     ("argument", "change"),
     [

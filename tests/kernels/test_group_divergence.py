@@ -101,6 +101,7 @@ def test_matches_the_definition(
         )
 
 
+# Both kinds: their terms are written separately.
 @pytest.mark.parametrize("kind", op.KINDS)
 def test_equals_from_logits_on_the_same_inputs(kind: str) -> None:
     hidden, weight, _ = hidden_and_weight(8, 20, 16, 611, torch.float32)
@@ -113,6 +114,7 @@ def test_equals_from_logits_on_the_same_inputs(kind: str) -> None:
     torch.testing.assert_close(fused, held, rtol=2e-6, atol=1e-6)
 
 
+# Spreads at which differences of sums would be rounding alone, and exact agreement, which must give 0.
 @pytest.mark.parametrize("spread", [1e-3, 1e-2, 0.0])
 @pytest.mark.parametrize("kind", op.KINDS)
 def test_members_that_nearly_agree(spread: float, kind: str) -> None:
@@ -161,6 +163,7 @@ def test_missing_members_of_k3_are_uniform() -> None:
     assert group_divergence_from_logits(logits, lse, nobody, kind="k3").tolist() == [[0.0, 0.0]]
 
 
+# Both kinds treat a probability of 0 differently; fp64 too, where exp reaches further down.
 @pytest.mark.parametrize("kind", op.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_words_that_cannot_be_said(kind: str, dtype: torch.dtype) -> None:
@@ -184,6 +187,7 @@ def test_words_that_cannot_be_said(kind: str, dtype: torch.dtype) -> None:
         assert abs(float(got.mean()) - word) < 0.02 * word
 
 
+# Both kinds: their terms are written separately.
 @pytest.mark.parametrize("kind", op.KINDS)
 def test_other_rows_do_not_matter(kind: str) -> None:
     """Rows that no slot names may hold anything, with any lse; other slots change nothing."""
@@ -199,6 +203,7 @@ def test_other_rows_do_not_matter(kind: str) -> None:
     torch.testing.assert_close(alone, together[1:2], rtol=1e-6, atol=1e-6)
 
 
+# Both kinds: their terms are written separately.
 @pytest.mark.parametrize("kind", op.KINDS)
 def test_same_bits_whatever_the_strides_and_the_run(kind: str) -> None:
     hidden, weight, bias = hidden_and_weight(4, 12, 16, 403, torch.float32)
@@ -222,6 +227,7 @@ def test_buffers_need_no_initial_values() -> None:
             assert result.isfinite().all()
 
 
+# Both kinds: their terms are written separately.
 @pytest.mark.parametrize("kind", op.KINDS)
 def test_no_target_frames(kind: str) -> None:
     hidden, weight, _ = hidden_and_weight(4, 3, 8, 37, torch.float32)
@@ -291,6 +297,7 @@ HIDDEN_BAD: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# Wrong shapes, dtypes and values, by argument.
 @pytest.mark.parametrize("argument, change", GROUP_BAD + HIDDEN_BAD)
 def test_wrong_arguments_are_named(argument: str, change: dict[str, Any]) -> None:
     shared: dict[str, Any] = {"lse": torch.zeros(3, 5), "slots": torch.zeros(2, 3, 6, dtype=torch.int64)}
@@ -311,6 +318,7 @@ def test_wrong_logits_are_named() -> None:
             group_divergence_from_logits(logits, torch.zeros(3, 5), torch.zeros(2, 3, 6, dtype=torch.int64))
 
 
+# Both kinds: the schema has the kind as text.
 @pytest.mark.parametrize("kind", op.KINDS)
 def test_opcheck(kind: str) -> None:
     hidden, weight, bias = hidden_and_weight(4, 12, 16, 203, torch.float32)

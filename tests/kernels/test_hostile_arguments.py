@@ -145,6 +145,7 @@ def cases() -> Iterator[Any]:
                 yield pytest.param(op, name, value, id=f"{op}-{name}-{number}")
 
 
+# Every operator: a wrong argument proves nothing beside one that is wrong already.
 @pytest.mark.parametrize("op", CALLS)
 def test_the_valid_arguments_are_valid(op: str) -> None:
     """Else the test below would pass on any error."""
@@ -160,6 +161,7 @@ PAIRS = {
 }  # fmt: skip
 
 
+# Every argument of every operator, with the wrong values of its kind (`wrong_values`).
 @pytest.mark.parametrize(("op", "name", "value"), list(cases()))
 def test_a_wrong_argument_is_named(op: str, name: str, value: Any) -> None:
     function, arguments = CALLS[op]
@@ -231,6 +233,7 @@ def differentiable(op: str) -> tuple[Callable[..., Any], dict[str, Any], list[st
     return function, arguments, names
 
 
+# Every operator with a gradient.
 @pytest.mark.parametrize("op", [op for op in CALLS if not op.startswith("group_divergence")])
 def test_second_derivatives_raise(op: str) -> None:
     """A gradient penalty would otherwise have the first-order gradient alone, without a word."""
@@ -295,6 +298,7 @@ def test_log_probabilities_that_are_no_numbers_are_named(op: str, name: str, val
     function(**{**arguments, "beta": beta, name: spoiled, "mask": torch.tensor([[True] * 3, [True, True, False]])})
 
 
+# A token's ratio and a sequence's are formed in different places.
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_unknown_rollout_logprobs_count_as_ratio_one(level: str) -> None:
     arguments = {**CALLS["weighted_surrogate"][1], "rollout_level": level, "rollout_floor": 0.0, "rollout_cap": 9.0}

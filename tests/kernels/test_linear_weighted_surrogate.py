@@ -61,6 +61,7 @@ class Products:
         monkeypatch.setattr(output_head, "add_product_", lambda t, a, b: (count(a, b), add_product_(t, a, b))[1])
 
 
+# Every dtype that is taken: fp64 checks the formula, the others the rounding.
 @pytest.mark.parametrize("backend,device", SERVED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -81,6 +82,7 @@ def test_equals_its_definition(options: dict[str, Any], dtype: torch.dtype, back
         assert_as_good_as(value, exact_metrics[name], plain_metrics[name], name=name)
 
 
+# Every way to average: the three forms divide in different places.
 @pytest.mark.parametrize("backend,device", SERVED)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("aggregation", ["dapo", "grpo", "bnpo", "dr_grpo"])
@@ -116,6 +118,7 @@ def test_gradcheck(options: dict[str, Any]) -> None:
     assert torch.autograd.gradcheck(loss, [case[name] for name in LEARNED])
 
 
+# fp32 sums in place, bf16 in a buffer that is rounded at the end.
 @pytest.mark.parametrize("backend,device", SERVED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -239,6 +242,7 @@ def test_backward_scales_and_says_when_it_cannot_be_repeated() -> None:
         torch.autograd.grad(loss, learned)
 
 
+# Level "sequence" forms the logits twice: another graph.
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_compiles_whole(level: str) -> None:
     case = from_hidden(dtype=torch.float32)
@@ -253,6 +257,7 @@ def test_compiles_whole(level: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(eager[0], learned), torch.autograd.grad(compiled[0], learned))
 
 
+# With gradients, and without, where their buffers are None.
 @pytest.mark.parametrize("wanted", [True, False])
 def test_opcheck(wanted: bool) -> None:
     hidden, weight, bias, table = torch.randn(2, 3, 4), torch.randn(6, 4), torch.randn(6), torch.rand(7, 2, 3)
@@ -312,6 +317,7 @@ WRONG: list[tuple[str, Any, str]] = [
 ]
 
 
+# Wrong shapes, dtypes and values, by argument.
 @pytest.mark.parametrize("argument,value,word", WRONG, ids=[f"{a}-{i}" for i, (a, _, _) in enumerate(WRONG)])
 def test_errors_name_the_argument(argument: str, value: Any, word: str) -> None:
     case = from_hidden(dtype=torch.float32)

@@ -50,6 +50,7 @@ def in_place(case: dict[str, Any], **options: Any) -> tuple[Tensor, dict[str, Te
     return loss, metrics, gradient
 
 
+# Every dtype; the gradient in a tensor of its own and in the place of the logits.
 @pytest.mark.parametrize("backend,device", SERVED)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("function", [run, in_place])
@@ -138,6 +139,7 @@ def test_in_place_is_refused_or_noticed_where_it_would_be_wrong() -> None:
         loss.backward()
 
 
+# In place the gradient aliases an input, which torch.compile has to be told.
 @pytest.mark.parametrize("inplace", [False, True])
 def test_compiles_whole(inplace: bool) -> None:
     case = from_logits(torch.float32)
@@ -153,6 +155,7 @@ def test_compiles_whole(inplace: bool) -> None:
     torch.testing.assert_close(*gradients)
 
 
+# Each form of the operator: its schema differs in what is mutated.
 @pytest.mark.parametrize("how", ["gradient", "in place", "no gradient"])
 def test_opcheck(how: str) -> None:
     logits, table = torch.randn(2, 3, 6), torch.rand(7, 2, 3)
@@ -166,6 +169,7 @@ def test_opcheck(how: str) -> None:
     )
 
 
+# Wrong shapes, dtypes and values, by argument.
 @pytest.mark.parametrize(
     "argument,value,word",
     [

@@ -49,6 +49,7 @@ def run(form: str, inputs: dict[str, Any], module: Any, **options: Any) -> tuple
     return loss, metrics, list(torch.autograd.grad(loss, [inputs[name] for name in LEAVES[form]]))
 
 
+# Every kind in every form: each form has code of its own for a token's slope.
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", OPTIONS)
@@ -68,6 +69,7 @@ def test_equals_its_definition(name: str, form: str, backend: str, device: str) 
         assert_as_good_as(metrics[key], exact_metrics[key], plain_metrics[key], atol=3e-6, name=key)
 
 
+# Every kind in every form: each reads what is at masked tokens in another place.
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_masked_tokens_may_hold_anything(name: str, form: str) -> None:
@@ -108,6 +110,7 @@ def test_values_worked_by_hand() -> None:
     assert float(loss.detach()) == 0 and metrics["clip_high"] == 1 and metrics["effective_tokens"] == 0
 
 
+# Every kind: the ratio overflows fp32 in each of them in another place.
 @pytest.mark.parametrize("kind", KINDS)
 def test_ratios_without_bounds_stay_numbers(kind: str) -> None:
     """An impossible token now (log pi = -inf) and one whose ratio overflows: no NaN where the definition has none."""

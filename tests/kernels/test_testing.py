@@ -29,6 +29,7 @@ def test_peak_counts_what_an_operator_allocates_inside_and_nothing_from_before()
     assert 2 * MI <= peak_extra_bytes(run) < 2 * MI + (64 << 10)
 
 
+# Just beyond what is allowed, and the two values that comparisons let through by mistake.
 @pytest.mark.parametrize("wrong", [1.01, float("nan"), float("inf")])
 def test_an_error_beyond_the_framework_s_is_refused(wrong: float) -> None:
     exact = torch.ones(3, dtype=torch.float64)

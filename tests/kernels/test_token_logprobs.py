@@ -73,6 +73,7 @@ def test_matches_the_definition(
         assert_as_good_as(got, expected, torchs, factor=GRADIENT_FACTOR, name=f"gradient of {name}")
 
 
+# Each result alone; a temperature and a soft cap change the slope between logit and raw logit.
 @pytest.mark.parametrize("result", op.TokenLogprobs._fields)
 @pytest.mark.parametrize("temperature, softcap", [(1.0, None), (0.6, 1.5)])
 def test_gradcheck(result: str, temperature: float, softcap: float | None) -> None:
@@ -134,6 +135,7 @@ def test_buffers_need_no_initial_values() -> None:
     assert all(g.isfinite().all() for g in gradients)
 
 
+# fp32 tiles are written in place, bf16 ones converted.
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_and_integer_types_do_not_matter(dtype: torch.dtype) -> None:
     hidden, weight, bias, targets = (t.detach() for t in problem(33, 10, 203, dtype))
@@ -239,6 +241,7 @@ BAD: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+# Wrong shapes, dtypes and values, by argument.
 @pytest.mark.parametrize("argument, change", BAD, ids=[f"{name}-{i}" for i, (name, _) in enumerate(BAD)])
 def test_wrong_arguments_are_named(argument: str, change: dict[str, Any]) -> None:
     good: dict[str, Any] = {

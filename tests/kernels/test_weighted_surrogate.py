@@ -57,6 +57,7 @@ def trl(case: dict[str, Any], loss_type: str, beta: float, delta: float | None, 
     return (loss * mask).sum() / mask.sum().clamp(min=1.0)
 
 
+# Settings that TRL has too, in all combinations.
 @pytest.mark.parametrize("backend,device", SERVED)
 @pytest.mark.parametrize("level,delta,beta", list(itertools.product(("token", "sequence"), (None, 1.5), (0.0, 0.04))))
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
@@ -72,6 +73,7 @@ def test_weights_of_one_give_the_losses_of_trl(
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, case["logprobs"])[0], rtol=1e-5, atol=1e-6)
 
 
+# Every way to average with every option; fp64 is left to gradcheck.
 @pytest.mark.parametrize("backend,device", SERVED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("per_token_advantages", [False, True])
@@ -134,6 +136,7 @@ def test_metrics_of_a_case_worked_by_hand() -> None:
     assert metrics["ref_kl"].isnan() and metrics["entropy"].isnan()
 
 
+# Every way to average counts tokens in another place.
 @pytest.mark.parametrize("backend,device", SERVED)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -149,6 +152,7 @@ def test_masked_tokens_may_hold_anything(aggregation: str, options: dict[str, An
         assert torch.equal(clean[1][name].nan_to_num(), unclean[1][name].nan_to_num())
 
 
+# Every denominator that could be 0.
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("level", ["token", "sequence"])
 @pytest.mark.parametrize("num_items", [None, 0])
@@ -174,6 +178,7 @@ def test_half_batches_with_the_global_count_give_the_gradient_of_the_whole() -> 
     torch.testing.assert_close(torch.cat([r[2] for r in results]), whole[2], rtol=1e-12, atol=0)
 
 
+# The dtypes in which trainers keep masks: bool, counts of a tokenizer, and numbers to multiply with.
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.uint8, torch.float32, torch.bfloat16])
 def test_mask_dtypes_and_strides(mask_dtype: torch.dtype) -> None:
     case = per_token()
@@ -217,6 +222,7 @@ def test_gradcheck_and_repeatability(options: dict[str, Any], backend: str, devi
     assert torch.equal(first[0], second[0]) and torch.equal(first[2], second[2])
 
 
+# A token's ratio and a sequence's are different graphs.
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_compiles_whole(level: str) -> None:
     case = per_token(dtype=torch.float32)
@@ -231,6 +237,7 @@ def test_compiles_whole(level: str) -> None:
     assert torch.equal(*gradients)
 
 
+# With a gradient, and without, where its buffer is None.
 @pytest.mark.parametrize("wanted", [True, False])
 def test_opcheck(wanted: bool) -> None:
     logprobs, table = torch.randn(2, 3), torch.rand(7, 2, 3)
@@ -279,6 +286,7 @@ WRONG: list[tuple[str, Any, str]] = [
 ]
 
 
+# Wrong shapes, dtypes and values, by argument.
 @pytest.mark.parametrize("argument,value,word", WRONG, ids=[f"{a}-{i}" for i, (a, _, _) in enumerate(WRONG)])
 def test_errors_name_the_argument(argument: str, value: Any, word: str) -> None:
     case = per_token(dtype=torch.float32)

@@ -98,6 +98,7 @@ def test_results_and_gradients(call: str, backend: str, device: str, batch: int,
         assert gradient is None or (gradient.shape == given.shape and not gradient.any())
 
 
+# Both kinds: their terms are written separately.
 @pytest.mark.parametrize("kind", ["kl", "k3"])
 @pytest.mark.parametrize(("backend", "device"), served("group_divergence"))
 def test_a_divergence_of_nobody(backend: str, device: str, kind: str) -> None:

@@ -35,6 +35,7 @@ def test_attention(dtype, head_dim, query_heads, key_heads):
     calls.compare(results[0], expected, results[1])
 
 
+# The mass of each head, and its mean over heads: two ends of the kernel.
 @pytest.mark.parametrize("per_head", [False, True])
 def test_frame_mass(per_head):
     layout = layouts.hostile()
@@ -78,6 +79,7 @@ def test_logits():
         torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-6)
 
 
+# Both operators that have a product in their kernels.
 @pytest.mark.parametrize("op", ["frame_mass", "frame_attention"])
 def test_bf16_attention_is_refused(op):
     """The interpreter's tl.dot takes the bits of bf16 for integers: results would be off by powers of ten."""

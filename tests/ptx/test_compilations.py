@@ -71,6 +71,7 @@ def from_logits(tokens: int) -> None:
     logits_weighted_surrogate(raw, ids, zeros, torch.ones(2), mask, backend="triton").loss.backward()
 
 
+# Every operator that launches kernels on logits.
 @pytest.mark.parametrize("run", [vocabulary, divergence, from_hidden, from_logits])
 def test_vocabulary(run, monkeypatch):
     """Tiles of any width, of which the last may be narrow: two forms of a kernel at most, whatever the lengths."""

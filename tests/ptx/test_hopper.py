@@ -66,6 +66,7 @@ def small_layouts() -> list[layouts.Layout]:
     return [layouts.Layout(ids, 2, None, last_key, None, R), layouts.Layout(whole, 2, None, everything, None, 8)]
 
 
+# The two head sizes of models: one and two groups of 64 columns.
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_forward(head_dim):
     """Mass and attention of two small layouts: tiles without a mask, with one, and both."""

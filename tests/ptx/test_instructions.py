@@ -251,6 +251,7 @@ FRAGMENTS = {
 }
 
 
+# Every element type: each has a layout of its own.
 @pytest.mark.parametrize("type", FRAGMENTS)
 def test_mma(type):
     """Fragments laid out by the tables of the PTX ISA, written down here independently of the simulator."""
@@ -301,6 +302,7 @@ def _word(values, type):
     return int(halves[0]) | int(halves[1]) << 16
 
 
+# Both orders of a matrix.
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix(transposed):
     matrices = np.arange(4 * 64, dtype="u2").reshape(4, 8, 8)

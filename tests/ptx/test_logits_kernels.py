@@ -74,6 +74,7 @@ def test_token_logprobs(dtype, with_bias, softcap, temperature):
     errors_allowed(grads, expected_grads, framework_grads, ("hidden", "weight", "bias")[: len(grads)], 3.0)
 
 
+# Both kinds: their terms are written separately.
 @pytest.mark.parametrize("kind", ["kl", "k3"])
 def test_group_divergence(kind):
     """Missing members, a slot with one member, a slot with none, and one where all members are the same row."""
@@ -138,6 +139,7 @@ def test_linear_weighted_surrogate(level, entropy_coef):
     errors_allowed(got, expected, framework, ("loss", "entropy", "hidden", "weight", "bias"), 3.0)
 
 
+# The gradient in a tensor of its own, and in the place of the logits.
 @pytest.mark.parametrize("inplace", [False, True])
 def test_logits_weighted_surrogate(inplace):
     """bf16 logits in a (B, T, V) slice of something larger; the gradient may take their place."""

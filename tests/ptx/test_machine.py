@@ -36,6 +36,7 @@ REVERSE = """
 DATA = np.arange(128, dtype="f4")
 
 
+# The regular schedule and three in which warps run far apart.
 @pytest.mark.parametrize("seed", [None, 0, 1, 2])
 def test_a_barrier_orders_the_block(seed):
     np.testing.assert_array_equal(run(REVERSE.format(barrier="bar.sync 0;"), DATA, seed=seed), DATA[::-1])
@@ -115,6 +116,7 @@ def test_lanes_that_disagree_forever_are_a_deadlock():
         run(body, DATA)
 
 
+# The regular schedule and two in which warps run far apart.
 @pytest.mark.parametrize("seed", [None, 0, 1])
 def test_divergent_lanes_meet_again(seed):
     """Loops of different length per lane, then a shuffle that needs the whole warp."""

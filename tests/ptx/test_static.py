@@ -48,6 +48,7 @@ def test_all_attention_kernels(arch, dtype):
     check(entries, overheads=len(static.HEAD_DIMS))
 
 
+# Every architecture that has a table.
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", static.ARCHITECTURES)
 def test_all_kernels_on_logits(arch):
