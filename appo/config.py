@@ -352,8 +352,8 @@ class APPOConfig:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write a YAML file that ``load`` reads as the same settings."""
-        Path(path).write_text(dump_yaml(self.to_dict()), encoding="utf-8")
+        """Write a YAML file that ``load`` reads as the same settings, without ``engine_token``: runs are shown around."""
+        Path(path).write_text(dump_yaml(self.to_dict() | {"engine_token": ""}), encoding="utf-8")
 
 
 def _types() -> dict[str, str]:

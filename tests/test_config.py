@@ -1,9 +1,10 @@
 """Settings: presets, files, overrides, and what a wrong one says."""
 
-from dataclasses import fields
+from dataclasses import dataclasses
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import fields
 import numpy as np
 import pytest
 
@@ -335,3 +336,10 @@ def test_values_survive_writing_and_reading():
     }  # fmt: skip
     assert parse_yaml(dump_yaml(values)) == values
     assert parse_yaml("") == parse_yaml("# nothing\n") == {}
+
+
+def test_a_saved_run_does_not_tell_the_token_of_its_servers(tmp_path):
+    config = APPOConfig.from_dict({"engine_token": "s3cret"})
+    config.save(tmp_path / "config.yaml")
+    assert "s3cret" not in (tmp_path / "config.yaml").read_text()
+    assert APPOConfig.load(tmp_path / "config.yaml") == dataclasses.replace(config, engine_token="")
