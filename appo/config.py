@@ -352,7 +352,7 @@ class APPOConfig:
         return asdict(self)
 
     def save(self, path: str | Path) -> None:
-        """Write a YAML file that ``load`` reads as the same settings, without ``engine_token``: runs are shown around."""
+        """Write a YAML file that ``load`` reads as the same settings, without ``engine_token``, a secret."""
         Path(path).write_text(dump_yaml(self.to_dict() | {"engine_token": ""}), encoding="utf-8")
 
 

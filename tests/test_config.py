@@ -1,10 +1,10 @@
 """Settings: presets, files, overrides, and what a wrong one says."""
 
-from dataclasses import dataclasses
+import dataclasses
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import fields
 import numpy as np
 import pytest
 
