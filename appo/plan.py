@@ -187,10 +187,17 @@ class Plan(PlannedTokens):
         m, work = self.model, self.work
         if not work.own_rollout:
             return {}
-        rows = min(work.prompts_per_gpu * work.responses, max(1, work.rollout_tokens // self.sequence))
-        # Rotary positions are in fp32, and the keys with them.
-        layer = rows * self.sequence * m.key_width * (4 + work.width)
-        cache = m.layers * layer + layer  # a layer's cache is copied when it grows
+        # Rotary positions are in fp32, and the keys with them; a shared prompt's are kept in the dtype of the forward.
+        token, shared_token = m.key_width * (4 + work.width), m.key_width * 2 * work.width
+        if work.share_prompt:
+            P, N = self.prompt_tokens, work.response
+            groups = min(work.prompts_per_gpu, max(1, work.rollout_tokens // (P + work.responses * N)))
+            rows = min(groups * work.responses, max(1, (work.rollout_tokens - P) // N))
+            prompts, growing = groups * P * shared_token, rows * N * token
+        else:
+            rows = min(work.prompts_per_gpu * work.responses, max(1, work.rollout_tokens // self.sequence))
+            prompts, growing = 0, rows * self.sequence * token
+        cache = m.layers * (prompts + growing) + growing  # a layer's cache is copied when it grows
         sampling = SAMPLING_COPIES * 4 * rows * m.vocabulary
         # Gathering goes through buffers, before there is a cache: what is in no layer, then two layers.
         buffers = work.width * (self.root_parameters + 2 * m.layer_parameters)

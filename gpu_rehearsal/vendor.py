@@ -96,6 +96,7 @@ def sdpa_efficient(
 
 HOST: dict[str, Callable[..., Any]] = {
     "mm.dtype": product,
+    "bmm.dtype": product,
     "mm.dtype_out": product,
     "addmm.dtype": product,
     "addmm.dtype_out": product,

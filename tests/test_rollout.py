@@ -16,10 +16,13 @@ from appo.models.loaded import (
     prompt_positions,
     vision_token_ids,
 )
+from appo.models.packed_attention import use_packed_attention
+from appo.models.prompt_cache import PromptCache
 from appo.rollout import model_engine
 from appo.rollout.engine import Completion, Sampling, checked
 from appo.rollout.model_engine import TransformersRollout, batches, draw_token
 from appo.tasks.tiny import build_tiny
+from appo_kernels.testing import peak_extra_bytes
 
 FAMILIES = {"qwen2_5_vl": 28, "qwen3_vl": 32}  # side of a frame in pixels
 QUESTIONS = (
@@ -145,17 +148,21 @@ def test_logprobs_equal_a_full_forward(tiny, temperature):
     model, _, inputs = tiny
     done = rollout(tiny, temperature=temperature)
     for row, completion in enumerate(done):
-        alone = one_prompt(inputs, row // 3)
-        response = completion.ids[None]
-        length = alone["input_ids"].shape[1]
-        alone["input_ids"] = torch.cat([alone["input_ids"], response], 1)
-        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
-        types = alone["mm_token_type_ids"]
-        alone["mm_token_type_ids"] = torch.cat([types, torch.zeros(response.shape, dtype=types.dtype)], 1)
-        with torch.no_grad():
-            logits = model(**alone).logits[:, length - 1 : -1]
-        expected = (logits / temperature).log_softmax(-1).gather(-1, response[..., None])[0, :, 0]
+        expected = scored(model, inputs, row // 3, completion.ids, temperature)
         torch.testing.assert_close(completion.logprobs, expected, atol=1e-4, rtol=0)
+
+
+def scored(model, inputs, index, ids, temperature=1.0):
+    """Log-probabilities of the response ``ids`` to one prompt in a full forward."""
+    alone, response = one_prompt(inputs, index), ids[None]
+    length = alone["input_ids"].shape[1]
+    alone["input_ids"] = torch.cat([alone["input_ids"], response], 1)
+    alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+    types = alone["mm_token_type_ids"]
+    alone["mm_token_type_ids"] = torch.cat([types, torch.zeros(response.shape, dtype=types.dtype)], 1)
+    with torch.no_grad():
+        logits = model(**alone).logits[:, length - 1 : -1]
+    return (logits / temperature).log_softmax(-1).gather(-1, response[..., None])[0, :, 0]
 
 
 def one_prompt(inputs, index):
@@ -351,6 +358,76 @@ def test_samples_do_not_depend_on_how_they_are_batched(tiny):
             for a, b in zip(first, second, strict=True):
                 assert torch.equal(a.ids, b.ids) and a.finish_reason == b.finish_reason
                 torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.fixture
+def sharing(tiny):
+    """The models as training has them, with packed groups, and so with each prompt kept once while sampling."""
+    use_packed_attention(tiny[0])
+    yield tiny
+    tiny[0].set_attn_implementation("sdpa")
+
+
+# All in one batch; groups in parts; rows that leave when they have ended are in all of them.
+@pytest.mark.parametrize("budget", [262_144, 400, 1])
+def test_samples_of_shared_prompts_are_those_of_repeated_ones(tiny, budget, request):
+    model, processor, inputs = tiny
+    sampling, prompts = Sampling(group_size=8, max_new_tokens=60, temperature=20.0), as_prompts(inputs)
+    expected = TransformersRollout(model, processor).generate(prompts, sampling, [1, 2, 3])
+    assert sum(completion.finish_reason == "stop" for group in expected for completion in group) > 3, "some end early"
+    request.getfixturevalue("sharing")
+    found = TransformersRollout(model, processor, batch_tokens=budget).generate(prompts, sampling, [1, 2, 3])
+    for first, second in zip(expected, found, strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a.ids, b.ids) and a.finish_reason == b.finish_reason
+            torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+
+
+def test_under_autocast_shared_prompts_are_as_good_as_repeated_ones(tiny, request):
+    """Distances of log-probabilities to those of a full forward in fp32."""
+    model, _, inputs = tiny
+
+    def distance():
+        with torch.autocast("cpu", torch.bfloat16):
+            found = rollout(tiny, group_size=4, max_new_tokens=20)
+        errors = [scored(model, inputs, row // 4, one.ids) - one.logprobs for row, one in enumerate(found)]
+        return float(torch.cat(errors).abs().mean())
+
+    repeated = distance()
+    request.getfixturevalue("sharing")
+    assert distance() < 1.3 * repeated
+
+
+def test_a_prompt_is_kept_once(sharing, monkeypatch):
+    """However large the group: neither its keys nor anything else of its length is made for each response."""
+    model, processor, inputs = sharing
+    prompt = as_prompts(inputs)[:1]
+    caches, made = [], PromptCache.of_prefill
+    monkeypatch.setattr(PromptCache, "of_prefill", lambda *a: caches.append(made(*a)) or caches[-1])
+
+    def peak(group_size):
+        sampling = Sampling(group_size=group_size, max_new_tokens=3)
+        return peak_extra_bytes(lambda: TransformersRollout(model, processor).generate(prompt, sampling, [1]))
+
+    few, many = peak(2), peak(34)
+    assert [cache.tokens for cache in caches] == [len(prompt[0])] * 2
+    text = model.config.get_text_config()
+    heads, width = text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+    repeated = 32 * len(prompt[0]) * 2 * heads * width * 4 * text.num_hidden_layers
+    assert many - few < repeated / 2, (few, many, repeated)
+
+
+def test_batches_count_a_shared_prompt_once():
+    """Prompts of 5 and 4 tokens, padded to the first, with groups of 3 responses of at most 3."""
+    sampling = Sampling(group_size=3, max_new_tokens=3)
+    for budget, expected in (
+        (28, [[(0, 0, 3), (1, 0, 3)]]),
+        (27, [[(0, 0, 3)], [(1, 0, 3)]]),
+        (11, [[(0, 0, 2)], [(0, 2, 3)], [(1, 0, 2)], [(1, 2, 3)]]),
+        (1, [[(i, j, j + 1)] for i in range(2) for j in range(3)]),
+    ):
+        found = batches([5, 4], sampling, budget, shared=True)
+        assert [[(index, rows.start, rows.stop) for index, rows in batch] for batch in found] == expected
 
 
 def test_logits_that_are_not_finite_are_an_error(tiny):

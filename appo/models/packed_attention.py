@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from appo.models.prompt_cache import PromptCache
 from appo.recording.hooks import attention_modules
 from appo_kernels import GroupLayout, checks, group_attention
 
@@ -89,15 +90,19 @@ def appo_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     group_layout: GroupLayout | None = None,
+    prompt_cache: PromptCache | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention function of a layer: output (1, T, Hq, d) and, where others return weights, lse (1, Hq, T) fp32."""
+    """The attention function of a layer: output (1, T, Hq, d) and, where others return weights, lse (1, Hq, T) fp32.
+
+    With a ``prompt_cache`` in the layout's place, that of the last token of B responses: (B, 1, Hq, d).
+    """
     packed = attention_mask is not None and tuple(attention_mask.shape) == _PACKED_SHAPE
-    if (group_layout is not None) != packed:
+    if (group_layout is not None or prompt_cache is not None) != packed:
         expected, got = ("group_layout", "a packed mask alone") if packed else ("a packed mask", "group_layout alone")
         remedy = "Pass both to the model, attention_mask=packed_mask(device); a model that drops one cannot be packed."
         checks.fail(NAME, "attention_mask", f"{expected} as well, in layer {_number(module)}", got, remedy)
-    if group_layout is None:
+    if not packed:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -107,6 +112,9 @@ def appo_attention(
         checks.fail(
             NAME, "model", "full causal attention", f"{got} in layer {_number(module)}", "Use share_prompt: off."
         )
+    if prompt_cache is not None:
+        scale = options.get("scaling") or query.shape[-1] ** -0.5
+        return prompt_cache.attend(_number(module), query, key, value, scale).to(value.dtype).transpose(1, 2), None
     query, key, value = narrowed(query, key, value)
     out, lse = group_attention(query, key, value, group_layout, scale=options.get("scaling"))
     return out.transpose(1, 2), lse
@@ -115,9 +123,18 @@ def appo_attention(
 def narrowed(*tensors: Tensor) -> tuple[Tensor, ...]:
     """In the dtype that autocast computes attention in: rotary embeddings widen query and key, and autocast narrows the
     arguments of torch's own attention only."""
-    kind = tensors[0].device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensors[0].dtype
+    dtype = attention_dtype(tensors[0])
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def attention_dtype(query: Tensor) -> torch.dtype:
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def shares_prompts(model: Any) -> bool:
+    """Whether the text layers of a transformers model (without adapters around it) have this implementation."""
+    return bool(model.config.get_text_config()._attn_implementation == NAME)
 
 
 def _number(module: nn.Module) -> Any:

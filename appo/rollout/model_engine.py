@@ -1,5 +1,8 @@
-"""Sampling with the model that is being trained: the prompt, its video included, goes through it once, and the cache is
-repeated for the group."""
+"""Sampling with the model that is being trained: the prompt, its video included, goes through it once for the group.
+
+A model with the attention implementation "appo" keeps each prompt's keys once (`appo.models.prompt_cache`); others have
+them repeated for every response.
+"""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -13,7 +16,16 @@ from torch.nn import functional
 from transformers import DynamicCache
 
 from appo.data.prompts import Prompt, collate
-from appo.models.loaded import cache_argument, end_ids, prompt_positions, refuse_dense_mask, vision_token_ids
+from appo.models.loaded import (
+    cache_argument,
+    end_ids,
+    prompt_positions,
+    refuse_dense_mask,
+    unwrapped,
+    vision_token_ids,
+)
+from appo.models.packed_attention import attention_dtype, packed_mask, shares_prompts
+from appo.models.prompt_cache import PromptCache
 from appo.rollout.engine import Completion, Sampling
 
 CHECK_EVERY = 16  # tokens between two looks at which responses have ended, on a GPU
@@ -55,7 +67,8 @@ class TransformersRollout:
         draws = [torch.from_numpy(np.random.default_rng(seed).random(shape)) for seed in seeds]
         found: list[list[Completion]] = [[] for _ in prompts]
         with _evaluating(self.model):
-            for batch in batches([len(prompt) for prompt in prompts], sampling, self.batch_tokens):
+            shared = shares_prompts(unwrapped(self.model))
+            for batch in batches([len(prompt) for prompt in prompts], sampling, self.batch_tokens, shared=shared):
                 rows = [row for index, responses in batch for row in draws[index][responses]]
                 counts = [len(range(sampling.group_size)[responses]) for _, responses in batch]
                 sampled = self._sample([prompts[index] for index, _ in batch], counts, sampling, torch.stack(rows))
@@ -69,14 +82,22 @@ class TransformersRollout:
         """``counts`` responses to each prompt, one after another. draws: (B, max_new_tokens), B their number."""
         device, limit = next(self.model.parameters()).device, sampling.max_new_tokens
         inputs = collate(prompts, self.pad_id, device).inputs
-        whole = functional.pad(inputs["attention_mask"], (0, limit), value=1)
+        shared = shares_prompts(unwrapped(self.model))
+        whole = functional.pad(inputs["attention_mask"], (0, 0 if shared else limit), value=1)
         refuse_dense_mask(self.model, whole, remedy="Sample one prompt at a time, or with flash attention.")
         positions = self._positions(prompts).to(device)  # (3, P, L) or (P, L)
         cache = DynamicCache(config=self.model.config.get_text_config())
         caching = {cache_argument(self.model): cache, "use_cache": True}
         output = self.model(**inputs, position_ids=positions, logits_to_keep=1, **caching)
         owner: Any = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)  # (B,)
-        cache.reorder_cache(owner)  # by index: layers of linear attention have no repetition of their own
+        prompt_cache = None
+        if shared:
+            dtype = attention_dtype(cache.layers[0].values)
+            prompt_cache = PromptCache.of_prefill(cache, [len(prompt) for prompt in prompts], counts, dtype)
+            cache = DynamicCache(config=self.model.config.get_text_config())
+            caching = caching | {cache_argument(self.model): cache}
+        else:
+            cache.reorder_cache(owner)  # by index: layers of linear attention have no repetition of their own
         logits, position, draws = output.logits[owner, -1], positions[..., owner, -1:], draws.to(device)
         mask = inputs["attention_mask"]
         length = mask.shape[1]
@@ -108,17 +129,19 @@ class TransformersRollout:
                     break
                 if left <= LEAVE_BELOW * len(rows):  # the finished ones leave
                     stay: Any = running.nonzero()[:, 0]
-                    cache.reorder_cache(stay)
+                    if cache.get_seq_length():
+                        cache.reorder_cache(stay)
+                    if prompt_cache is not None:
+                        prompt_cache.keep(stay.tolist())
                     rows, running, token, draws, mask = (x[stay] for x in (rows, running, token, draws, mask))
                     position = position[..., stay, :]
             # Text goes on one position after the prompt's last, in a full forward as well as here.
             position = position + 1
-            output = self.model(
-                input_ids=token[:, None],
-                attention_mask=mask[:, : length + step + 1],
-                position_ids=position,
-                **caching,
-            )
+            if prompt_cache is not None:
+                seen = {"attention_mask": packed_mask(device), "prompt_cache": prompt_cache}
+            else:
+                seen = {"attention_mask": mask[:, : length + step + 1]}
+            output = self.model(input_ids=token[:, None], position_ids=position, **seen, **caching)
             logits = output.logits[:, -1]
         if not bool(logprobs.isfinite().all()):
             raise RuntimeError("TransformersRollout: the model's logits are not finite. Look at its weights and dtype.")
@@ -148,25 +171,34 @@ class TransformersRollout:
         return token, scores.gather(-1, token[:, None])[:, 0]
 
 
-def batches(lengths: Sequence[int], sampling: Sampling, batch_tokens: int) -> list[list[tuple[int, slice]]]:
+def batches(
+    lengths: Sequence[int], sampling: Sampling, batch_tokens: int, *, shared: bool = False
+) -> list[list[tuple[int, slice]]]:
     """Prompts of so many tokens, longest first, in batches of (prompt, which of its responses).
 
     Rows of a batch are padded to its longest prompt, and are at most ``batch_tokens`` tokens together with the longest
-    possible responses (at least one row). A group is split only when it does not fit into a batch of its own.
+    possible responses (at least one row). A group is split only when it does not fit into a batch of its own. shared:
+    a prompt's tokens count once, not for each of its rows.
     """
     found: list[list[tuple[int, slice]]] = []
-    room = 0  # rows that the last batch can still take
+    width = free = 0  # longest prompt of the last batch, and the tokens that it can still take
+
+    def rows_in(tokens: int, width: int) -> int:
+        return (tokens - width) // sampling.max_new_tokens if shared else tokens // (width + sampling.max_new_tokens)
+
     for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
         first = 0
         while first < sampling.group_size:
-            fits = max(1, batch_tokens // (lengths[index] + sampling.max_new_tokens))
+            fits = max(1, rows_in(batch_tokens, lengths[index]))
             wanted = sampling.group_size - first
-            if room == 0 or room < wanted <= fits:
+            room = rows_in(free, width) if found else 0
+            if room <= 0 or room < wanted <= fits:
                 found.append([])
-                room = fits
+                width, free, room = lengths[index], batch_tokens, fits
             last = first + min(wanted, room)
             found[-1].append((index, slice(first, last)))
-            room, first = room - (last - first), last
+            rows, first = last - first, last
+            free -= rows * sampling.max_new_tokens + width * (1 if shared else rows)
     return found
 
 
