@@ -49,8 +49,8 @@ S^2 of a sequence (the full square), P (P + 1) / 2 + G (P N + N (N + 1) / 2) of 
 tokens where they take less than 4hV, else a tile of at most 512 MiB |
 | `micro_tokens` | a group that does not fit is split by responses: each part computes the prompt again, and \
 activations are those of one part |
-| cache while sampling | k (4 + c) bytes a token and layer: keys are fp32, as rotary positions are; a shared prompt once \
-for its group, 2kc bytes a token |
+| cache while sampling | k (4 + c) bytes a token and layer: keys are fp32, as rotary positions are; a shared prompt \
+once for its group, 2kc bytes a token |
 
 Weights, gradients and optimizer are divided by the number of GPUs (or by `shard_group`), activations are not. With
 shards an update has two layers and all that is in none (embedding, head, tower) whole, and whole gradients until they
