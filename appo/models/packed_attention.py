@@ -115,6 +115,7 @@ def appo_attention(
     if prompt_cache is not None:
         scale = options.get("scaling") or query.shape[-1] ** -0.5
         return prompt_cache.attend(_number(module), query, key, value, scale).to(value.dtype).transpose(1, 2), None
+    assert group_layout is not None
     query, key, value = narrowed(query, key, value)
     out, lse = group_attention(query, key, value, group_layout, scale=options.get("scaling"))
     return out.transpose(1, 2), lse

@@ -86,7 +86,7 @@ class TransformersRollout:
         whole = functional.pad(inputs["attention_mask"], (0, 0 if shared else limit), value=1)
         refuse_dense_mask(self.model, whole, remedy="Sample one prompt at a time, or with flash attention.")
         positions = self._positions(prompts).to(device)  # (3, P, L) or (P, L)
-        cache = DynamicCache(config=self.model.config.get_text_config())
+        cache: Any = DynamicCache(config=self.model.config.get_text_config())
         caching = {cache_argument(self.model): cache, "use_cache": True}
         output = self.model(**inputs, position_ids=positions, logits_to_keep=1, **caching)
         owner: Any = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)  # (B,)
@@ -99,7 +99,7 @@ class TransformersRollout:
         else:
             cache.reorder_cache(owner)  # by index: layers of linear attention have no repetition of their own
         logits, position, draws = output.logits[owner, -1], positions[..., owner, -1:], draws.to(device)
-        mask = inputs["attention_mask"]
+        mask = inputs["attention_mask"][:, : 0 if shared else None]  # a shared prompt needs none
         length = mask.shape[1]
         mask = torch.cat([mask[owner], mask.new_ones(len(owner), limit)], 1)
 
