@@ -4,6 +4,9 @@ import gzip
 import json
 import logging
 import re
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +270,32 @@ def test_a_large_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.Monkey
         for _ in range(2):
             with pytest.raises(DataError, match="record 0"):
                 load_records(path)
+
+
+def test_processes_that_load_a_large_file_together_check_it_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads in the place of processes: the lock is of a file either way."""
+    from appo.data import load, span_rows
+
+    monkeypatch.setattr(span_rows, "LARGE", 0)
+    monkeypatch.setenv("APPO_CACHE", str(tmp_path / "cache"))
+    path = write(tmp_path, *(CHOICE | {"problem_id": i} for i in range(50)), name="r.jsonl")
+    scan, scans, start = load._scan, [], threading.Barrier(4)
+
+    def slowly(*arguments: Any) -> Any:
+        scans.append(arguments)
+        time.sleep(0.2)
+        return scan(*arguments)
+
+    def read(_: int) -> Any:
+        start.wait()
+        return list(load_records(path))
+
+    monkeypatch.setattr(load, "_scan", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(read, range(4)))
+    assert len(scans) == 1 and all(records == found[0] for records in found) and len(found[0]) == 50
 
 
 def test_equal_ids_are_reported_and_kept_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -5,15 +5,30 @@ The entry in the cache belongs to the file as it is, to the data root and to thi
 
 import hashlib
 from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
 from appo.data.cache import cache_path
 from appo.data.rows import Rows
 from appo.data.span_rows import SpanRows
 
 CODE = Path(__file__).parent
+
+
+@contextmanager
+def one_process(rows: Rows, root: Path, allow_outside: bool) -> Iterator[None]:
+    """Of processes that load a large file at the same time one checks it, and the others find what it kept."""
+    place = _place(rows, root, allow_outside)
+    if place is None:
+        yield
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(place.with_suffix(".lock")):
+        yield
 
 
 def restore(rows: Rows, root: Path, allow_outside: bool) -> str | None:

@@ -87,13 +87,14 @@ def load_records(
     if on_broken not in ("stop", "skip"):
         raise DataError(f"load_records: `on_broken`: expected stop or skip, got {on_broken!r}.")
     root = _root(Path(path), data_root)
-    notice = checked_index.restore(rows, root, allow_outside)
-    if notice is None:
-        numbers, notice = _scan(Path(path), rows, parse, limit, on_broken)
-        if len(numbers) == len(rows) and limit is None:
-            checked_index.keep(rows, root, allow_outside, notice)
-    else:
-        numbers = array("q", range(min(len(rows), limit or len(rows))))
+    with checked_index.one_process(rows, root, allow_outside):
+        notice = checked_index.restore(rows, root, allow_outside)
+        if notice is None:
+            numbers, notice = _scan(Path(path), rows, parse, limit, on_broken)
+            if len(numbers) == len(rows) and limit is None:
+                checked_index.keep(rows, root, allow_outside, notice)
+        else:
+            numbers = array("q", range(min(len(rows), limit or len(rows))))
     if notice:
         logger.warning(notice)
     if not numbers:
