@@ -8,7 +8,7 @@ from torch import Tensor
 from appo.config import APPOConfig
 from appo.method.selection import perception_slots, select_frames
 from appo.method.token_weights import token_weights
-from appo_kernels import checks, group_divergence, token_logprobs
+from appo_kernels import TokenLogprobs, checks, group_divergence, token_logprobs
 
 
 class GroupWeights(NamedTuple):
@@ -30,6 +30,7 @@ def group_weights(
     *,
     config: APPOConfig,
     group_size: int,
+    scored: TokenLogprobs | None = None,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
@@ -46,6 +47,7 @@ def group_weights(
         config: ``strategy``, ``top_tokens``, ``top_frames``, ``threshold``, ``slot_tokens``, ``token_score``,
             ``divergence``, ``alpha``, ``average`` and ``normalise`` are read.
         group_size: G; B is a multiple of it.
+        scored: what ``token_logprobs`` found for the response tokens, each field (B, N); None: it is computed.
         temperature, softcap: of the logits, as sampled.
 
     Raises:
@@ -62,12 +64,15 @@ def group_weights(
     if mass.shape[2] == 0:
         mass = mass.new_zeros(B, N, 1)  # a frame that nobody looks at is never chosen
     logits = {"temperature": temperature, "softcap": softcap}
-    scored = token_logprobs(hidden[mask], weight, targets[mask], bias=bias, **logits)  # type: ignore[arg-type]
-    logprobs, lse = (mass.new_zeros(B, N).masked_scatter(mask, x.float()) for x in (scored.logprobs, scored.lse))
+    if scored is None:
+        found = token_logprobs(hidden[mask], weight, targets[mask], bias=bias, **logits)  # type: ignore[arg-type]
+        scored = TokenLogprobs(*(mass.new_zeros(B, N).masked_scatter(mask, x.float()) for x in found))
+    checks.shape(op, "scored", scored.lse, (B, N), "(B, N)", "Pass the values of the response tokens.")
+    logprobs, lse = scored.logprobs.masked_fill(~mask, 0), scored.lse.float()
     weights, frames = [], []
     for start in range(0, B, group_size):
         own = slice(start, start + group_size)
-        found = select_frames(
+        chosen = select_frames(
             mass[own], mask[own], rewards[own], strategy=config.strategy,
             top_tokens=config.top_tokens, top_frames=config.top_frames, threshold=config.threshold,
         )  # fmt: skip
@@ -76,5 +81,5 @@ def group_weights(
             hidden[own], weight, lse[own], slots, kind=config.divergence, bias=bias, **logits  # type: ignore[arg-type]
         )  # fmt: skip
         weights.append(token_weights(divergence, slots, mask[own], **config.weight_arguments()))
-        frames.append(found)
+        frames.append(chosen)
     return GroupWeights(torch.cat(weights), logprobs, frames)
