@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict
 from torch import Tensor
+from verl.utils import fsdp_utils
 from verl.utils import tensordict_utils as tu
 from verl.utils.experimental.torch_functional import FusedLinearForPPO
 from verl.workers.engine.base import EngineRegistry
@@ -51,6 +52,12 @@ class APPOEngine(FSDPEngineWithLMHead):
     def _build_module(self) -> Any:
         with _attention_of_transformers(self.model_config.hf_config.model_type):
             return super()._build_module()
+
+    def _build_fsdp_module(self, module: Any) -> Any:
+        if not self.model_config.use_fused_kernels:
+            return super()._build_fsdp_module(module)
+        with _head_in_the_root():
+            return super()._build_fsdp_module(module)
 
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool
@@ -97,6 +104,23 @@ def _attention_of_transformers(model_type: str) -> Iterator[None]:
     finally:
         for kind, forward in zip(kinds, forwards, strict=True):
             kind.forward = forward
+
+
+@contextlib.contextmanager
+def _head_in_the_root() -> Iterator[None]:
+    """Under FSDP2 verl shards the head as a unit of its own, whose weight is in shards where no forward of the head is
+    called, as with fused kernels. In the root's unit it is whole through the forward, and its gradient is reduced."""
+    select = fsdp_utils._select_fsdp2_wrap_targets
+
+    def without_head(model: Any, *args: Any) -> list[Any]:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        return [module for module in select(model, *args) if module is not base.get_output_embeddings()]
+
+    fsdp_utils._select_fsdp2_wrap_targets = without_head
+    try:
+        yield
+    finally:
+        fsdp_utils._select_fsdp2_wrap_targets = select
 
 
 def register() -> None:

@@ -92,7 +92,7 @@ def _rewards(micro_batch: TensorDict, accuracy: str | None) -> Tensor:
     if accuracy is None:
         return torch.stack([row.sum() for row in micro_batch["rm_scores"].unbind()]).float()
     rewards = []
-    for index, fields in enumerate(micro_batch["extra_fields"].tolist()):
+    for index, fields in enumerate(tu.get(micro_batch, "extra_fields")):
         known = fields.get("reward_extra_info") or {}
         if accuracy not in known:
             raise ValueError(

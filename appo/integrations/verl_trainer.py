@@ -9,6 +9,7 @@ import transfer_queue as tq
 from omegaconf import OmegaConf, open_dict
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
+from verl.utils import tensordict_utils as tu
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 from appo.config import APPOConfig
@@ -63,7 +64,7 @@ class APPOTrainer(PPOTrainerSync):
         found = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["uid"])
         processes = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
         order = grouped_order(
-            found["uid"].tolist(), [tag["seq_len"] for tag in batch.tags], self.appo["group_size"], processes
+            tu.get(found, "uid"), [tag["seq_len"] for tag in batch.tags], self.appo["group_size"], processes
         )
         batch.reorder(order)
         return batch

@@ -76,7 +76,7 @@ def group_weights(
             mass[own], mask[own], rewards[own], strategy=config.strategy,
             top_tokens=config.top_tokens, top_frames=config.top_frames, threshold=config.threshold,
         )  # fmt: skip
-        slots = perception_slots(mass[own], mask[own], found, **config.slot_arguments())
+        slots = perception_slots(mass[own], mask[own], chosen, **config.slot_arguments())
         divergence = group_divergence(
             hidden[own], weight, lse[own], slots, kind=config.divergence, bias=bias, **logits  # type: ignore[arg-type]
         )  # fmt: skip
