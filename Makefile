@@ -86,15 +86,32 @@ $(BENCH)/.installed: pyproject.toml constraints.txt
 	$(call install,$(BENCH),$(BENCH_EXTRAS),constraints.txt)
 	@touch $@
 
-# TRL has requirements of its own, and is wanted by one adapter alone.
+# Other trainers have requirements of their own, which no environment fulfils together; TRL's alone go with ours.
 TRL := .venv-trl
 TRL_EXTRAS := train,dev,trl
 $(TRL)/.installed: pyproject.toml constraints.txt
 	$(call install,$(TRL),$(TRL_EXTRAS),constraints.txt)
 	@touch $@
 
-test-integrations: $(TRL)/.installed
+VERL := .venv-verl
+$(VERL)/.installed: pyproject.toml
+	$(call install,$(VERL),dev$(comma)verl)
+	$(VERL)/bin/python -m pip install --quiet av torchvision
+	@touch $@
+
+SWIFT := .venv-swift
+$(SWIFT)/.installed: pyproject.toml
+	$(call install,$(SWIFT),dev$(comma)swift)
+	$(SWIFT)/bin/python -m pip install --quiet av torchvision
+	@touch $@
+
+comma := ,
+# What verl, Ray and ms-swift warn of while they are imported is theirs.
+THEIRS := -W ignore::DeprecationWarning -W ignore::FutureWarning
+test-integrations: $(TRL)/.installed $(VERL)/.installed $(SWIFT)/.installed
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -n $(JOBS) tests/integrations
+	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest $(THEIRS) tests/integrations/test_verl.py
+	OMP_NUM_THREADS=1 $(SWIFT)/bin/python -m pytest $(THEIRS) tests/integrations/test_ms_swift.py
 
 bench: $(BENCH)/.installed
 	$(BENCH)/bin/python -m pytest benchmarks
@@ -116,4 +133,4 @@ bench-learning: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks.page
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(TRL) .venv-newest .venv-renew build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(TRL) $(VERL) $(SWIFT) .venv-newest .venv-renew build .pytest_cache .mypy_cache .ruff_cache

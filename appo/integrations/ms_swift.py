@@ -34,7 +34,7 @@ def use(appo: APPOConfig | None = None, *, accuracy: str | None = None) -> None:
         appo: as of `appo.integrations.trl.APPOTrainer`.
         accuracy: name of the reward function that says which responses are right; None: the first.
     """
-    APPOTrainer.appo, APPOTrainer.accuracy = appo or APPOConfig(), accuracy
+    APPOTrainer.appo, APPOTrainer.accuracy = appo or APPOConfig(), accuracy or ""
     TrainerFactory.TRAINER_MAPPING["grpo"] = f"{APPOTrainer.__module__}.{APPOTrainer.__name__}"
 
 
@@ -46,7 +46,7 @@ class APPOTrainer(GRPOTrainer):
             rows, sequence parallelism and ZeRO-3; groups that straddle processes; an unknown reward.
     """
 
-    appo, accuracy = APPOConfig(), None  # set by ``use``
+    appo, accuracy = APPOConfig(), ""  # set by ``use``; "" is the first reward
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings, template = kwargs["args"], kwargs["template"]
@@ -64,15 +64,23 @@ class APPOTrainer(GRPOTrainer):
             raise ValueError(
                 "`deepspeed`: expected stage 2 or less, got ZeRO-3, which splits the head. Choose another."
             )
-        if self.accuracy is not None and self.accuracy not in self.reward_func_names:
+        if self.accuracy and self.accuracy not in self.reward_func_names:
             names = ", ".join(self.reward_func_names)
             raise ValueError(f"`accuracy`: expected one of {names}, got {self.accuracy!r}.")
+
+    def _prepare_batch_inputs(self, samples: Any) -> Any:
+        collate = self.template.data_collator  # takes out of what a sample has encoded what it collates
+        self.template.data_collator = lambda batch, **options: collate([dict(one) for one in batch], **options)
+        try:
+            return super()._prepare_batch_inputs(samples)
+        finally:
+            del self.template.data_collator
 
     def _postprocess_batch(self, samples: Any, batch_encoded_inputs: Any) -> None:
         super()._postprocess_batch(samples, batch_encoded_inputs)
         if not self.model.training or self.appo.method != "appo":
             return
-        column = 0 if self.accuracy is None else self.reward_func_names.index(self.accuracy)
+        column = self.reward_func_names.index(self.accuracy) if self.accuracy else 0
         rewards = get_even_process_data(self, self._rewards_per_func[:, column]).nan_to_num(nan=0.0)
         weights: list[Tensor] = []  # of each sample: those of its trained tokens, in order
         for start in range(0, len(samples), self.num_generations):

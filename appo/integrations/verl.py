@@ -97,7 +97,7 @@ def _attention_of_transformers(model_type: str) -> Iterator[None]:
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLAttention
     from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLAttention
 
-    kinds = (Qwen2_5_VLAttention, Qwen2VLAttention)
+    kinds: tuple[Any, ...] = (Qwen2_5_VLAttention, Qwen2VLAttention)
     forwards = [kind.forward for kind in kinds]
     try:
         yield

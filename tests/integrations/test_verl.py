@@ -12,10 +12,7 @@ pytest.importorskip("verl", reason="verl is not installed: `make test-integratio
 pytest.importorskip("transfer_queue", reason="verl's trainer needs it: `make test-integrations`")
 
 import verl_cpu
-
-import appo.integrations.verl
 from hydra import compose, initialize_config_module
-from omegaconf import open_dict
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.trainer.config import CheckpointConfig
@@ -26,6 +23,7 @@ from verl.workers.config import ActorConfig, FSDPEngineConfig, FSDPOptimizerConf
 from verl.workers.engine.base import EngineRegistry
 from verl.workers.utils.losses import ppo_loss
 
+import appo.integrations.verl
 from appo import frame_ids, perception_slots, select_frames, token_weights
 from appo.integrations import verl_trainer
 from appo.tasks.tiny import build_tiny
@@ -37,7 +35,8 @@ OVERRIDES = [
     "trainer.v1.trainer_mode=appo", "actor_rollout_ref.model.use_fused_kernels=True",
     "actor_rollout_ref.model.fused_kernel_options.impl_backend=torch", f"actor_rollout_ref.rollout.n={G}",
     f"actor_rollout_ref.rollout.temperature={TEMPERATURE}", "algorithm.adv_estimator=grpo",
-    "actor_rollout_ref.rollout.calculate_log_probs=False", "+appo.strategy=all", "+appo.top_tokens=3", "+appo.top_frames=2", "+appo.slot_tokens=4", "+appo.frame_mass=6",
+    "actor_rollout_ref.rollout.calculate_log_probs=False", "+appo.strategy=all",
+    "+appo.top_tokens=3", "+appo.top_frames=2", "+appo.slot_tokens=4", "+appo.frame_mass=6",
 ]  # fmt: skip
 
 
@@ -59,7 +58,9 @@ def batch(model: Any, processor: Any) -> TensorDict:
     media = []
     for group, frames in enumerate((8, 4)):
         video = torch.randint(0, 256, (frames, 3, 28, 28), dtype=torch.uint8, generator=generator)
-        chat = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "which colour " * (group + 1)}]}]
+        chat = [
+            {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "which colour " * (group + 1)}]}
+        ]
         text = processor.apply_chat_template(chat, add_generation_prompt=True)
         inputs = processor(text=[text], videos=[video], do_sample_frames=False, return_tensors="pt")
         prompt = inputs["input_ids"][0]
@@ -88,6 +89,10 @@ def batch(model: Any, processor: Any) -> TensorDict:
     return data
 
 
+def padded(rows: list[Tensor]) -> Tensor:
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+
+
 def expected(model: Any, data: TensorDict) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Log-probabilities, mass and weights of each sequence by the definitions: eager attention, all logits."""
     model.set_attn_implementation("eager")
@@ -108,14 +113,12 @@ def expected(model: Any, data: TensorDict) -> tuple[list[Tensor], list[Tensor], 
             mass.append(attention @ in_frame / in_frame.sum(0))
             logits.append(out.logits[0, -len(response) - 1 : -1] / TEMPERATURE)
             logprobs.append(logits[-1].log_softmax(-1).gather(-1, response[:, None])[:, 0])
-        longest = max(map(len, mass))
-        pad = lambda values: torch.stack([torch.nn.functional.pad(x, (0, 0, 0, longest - len(x))) for x in values])  # noqa: E731
         own = rows[start : start + G]
-        mask = pad([row[2][:, None] for row in own])[..., 0].bool()
+        mask = padded([row[2][:, None] for row in own])[..., 0].bool()
         rewards = torch.stack([row[4].sum() for row in own])
-        found = select_frames(pad(mass), mask, rewards, strategy="all", top_tokens=3, top_frames=2)
-        slots = perception_slots(pad(mass), mask, found, top_tokens=4)
-        divergence = reference.group_divergence_from_logits(pad(logits), pad(logits).logsumexp(-1), slots)
+        found = select_frames(padded(mass), mask, rewards, strategy="all", top_tokens=3, top_frames=2)
+        slots = perception_slots(padded(mass), mask, found, top_tokens=4)
+        divergence = reference.group_divergence_from_logits(padded(logits), padded(logits).logsumexp(-1), slots)
         group = token_weights(divergence, slots, mask)
         masses += mass
         weights += [row[: len(one)] for row, one in zip(group, mass, strict=True)]
@@ -131,7 +134,7 @@ def made(request: Any, tmp_path_factory: Any) -> Any:
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     wanted = expected(model, data)
-    precision = {name: "fp32" for name in ("param_dtype", "reduce_dtype", "buffer_dtype")}
+    precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
     with verl_cpu.one_process(folder):
         engine = EngineRegistry.new(
             model_type="language_model", backend="fsdp2",
@@ -231,7 +234,7 @@ class Store:
 
     def kv_batch_put(self, keys: list[str], partition_id: str, fields: TensorDict, **_: Any) -> KVBatchMeta:
         order = [keys.index(key) for key in self.keys]
-        for name in fields.keys():
+        for name in fields.keys():  # noqa: SIM118 (a TensorDict's iterator is over its rows)
             rows = fields[name].unbind()
             self.data[name] = nested([rows[i] for i in order])
         return KVBatchMeta(partition_id=partition_id, keys=keys, tags=self.tags(keys))
