@@ -88,6 +88,7 @@ class Tiling:
         return {"num_warps": self.warps, "num_stages": self.stages, "maxnreg": self.registers}
 
 
+TilingTable = dict[tuple[int, int, int], Tiling]
 # Attention kernels: {(at least this architecture, bytes of an element, at most this padded head size): tiling}.
 # Chosen so that nothing spills and the mass adds at most a twentieth to the main loop;
 # `python -m benchmarks.inspection.static` prints what the choices cost. fp32 products are not tensor-core
@@ -115,6 +116,11 @@ BACKWARD = {
     (80, 4, 128): Tiling(16, 16, 8, 1, 255),
     (80, 4, 256): Tiling(16, 16, 8, 1, 255),
 }
+# The passes of the backward keep different things in registers: delta nothing of its size, query one sum of a tile of
+# rows, key two of a tile of keys.
+BACKWARD_DELTA = BACKWARD | {(90, 2, 64): Tiling(64, 64, 8, 2), (90, 2, 128): Tiling(64, 64, 8, 2)}
+BACKWARD_QUERY = BACKWARD | {(90, 2, 64): Tiling(128, 32, 8, 2), (90, 2, 128): Tiling(128, 32, 8, 2)}
+BACKWARD_KEY = BACKWARD
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -122,7 +128,7 @@ def padded_head_dim(head_dim: int) -> int:
     return max(32, 1 << (head_dim - 1).bit_length())
 
 
-def tiling(table: dict[tuple[int, int, int], Tiling], arch: int, element: int, head_dim: int, group: int) -> Tiling:
+def tiling(table: TilingTable, arch: int, element: int, head_dim: int, group: int) -> Tiling:
     """The entry of the smallest head size that fits, of the newest architecture not beyond ``arch``.
 
     group: query heads per key/value head; a row tile holds at least one row of each. Compute capability 12.x has the

@@ -143,18 +143,15 @@ def query_step(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr,
     VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile of keys to dq. The tiles of the first loop are not MASKED and hold one frame."""
+    """Adds one tile of keys to dq. Of a tile that is not MASKED every row sees every key, all of one frame."""
     n = tl.arange(0, BN)
     start = tl.load(p_tiles + tile * 4)
-    g, seen = 0.0, True
+    length = tl.load(p_tiles + tile * 4 + 1)
+    inside = n < length
+    position = tl.load(p_order + start + n, mask=inside, other=0)
+    g, seen = 0.0, inside[None, :]
     if MASKED:
-        length = tl.load(p_tiles + tile * 4 + 1)
-        inside = n < length
-        position = tl.load(p_order + start + n, mask=inside, other=0)
-        seen = inside[None, :] & visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)
-    else:
-        inside = n < BN
-        position = tl.load(p_order + start + n)
+        seen &= visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)
     if MASS:
         if MASKED:
             g = frame_gradients(
@@ -166,12 +163,12 @@ def query_step(
             delta = delta - frame_gradient(
                 p_grad_mass, p_weights, row_offset, frame, valid, F, stride_mf, factor, WEIGHTED
             )
-    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, not MASKED)
+    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, False)
     b_value = b_key
     if VALUE:
-        b_value = load_keys(p_value, stride_vs, position, inside, D, DP, not MASKED)
+        b_value = load_keys(p_value, stride_vs, position, inside, D, DP, False)
     _, b_ds = score_gradient(
-        b_query, b_key, b_grad, b_value, lse[:, None], delta[:, None], g, seen, scale, VALUE, MASKED, MASS and MASKED
+        b_query, b_key, b_grad, b_value, lse[:, None], delta[:, None], g, seen, scale, VALUE, True, MASS and MASKED
     )  # fmt: skip
     return tl.dot(b_ds.to(b_key.dtype), b_key, b_dq, input_precision="ieee")
 
@@ -214,17 +211,16 @@ def query_kernel(
     row_offset = head.to(tl.int64) * stride_mh + row.to(tl.int64) * stride_mr
     block_row = b64 * N + row_tile
     p_kv_indices += block_row * T
-    full_blocks = tl.load(p_num_blocks + block_row * 2)
-    num_blocks = tl.load(p_num_blocks + block_row * 2 + 1)
+    unmasked, num_blocks = tl.load(p_num_blocks + block_row * 3 + 1), tl.load(p_num_blocks + block_row * 3 + 2)
 
     b_dq = tl.zeros([BM, DP], tl.float32)
-    for i in range(full_blocks):
+    for i in range(unmasked):
         b_dq = query_step(
             b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles,
             tl.load(p_kv_indices + i), p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta,
             first, last, prefix, valid, scale, b_dq, D, DP, BM, BN, False, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
-    for i in range(full_blocks, num_blocks):
+    for i in range(unmasked, num_blocks):
         b_dq = query_step(
             b_query, b_grad, p_key, p_value, stride_ks, stride_vs, p_order, p_frames, p_tiles,
             tl.load(p_kv_indices + i), p_grad_mass, p_weights, row_offset, stride_mf, F, factor, lse, delta,
@@ -325,19 +321,18 @@ def key_kernel(
     p_delta += b64 * HKV * G * R
     block_row = b64 * T + tile
     p_q_indices += block_row * N
-    full_blocks = tl.load(p_num_blocks + block_row * 2)
-    num_blocks = tl.load(p_num_blocks + block_row * 2 + 1)
+    unmasked, num_blocks = tl.load(p_num_blocks + block_row * 2), tl.load(p_num_blocks + block_row * 2 + 1)
 
     b_dk = tl.zeros([BN, DP], tl.float32)
     b_dv = tl.zeros([BN, DP], tl.float32)
-    for i in range(full_blocks):
+    for i in range(unmasked):
         b_dk, b_dv = key_step(
             b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds,
             tl.load(p_q_indices + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh,
             stride_mr, stride_mf, HKV, R, F, factor, position, inside, frame, p_frames, start, length, scale,
             b_dk, b_dv, G, D, DP, BM, BN, False, BOUNDS, VALUE, MASS, WEIGHTED,
         )  # fmt: skip
-    for i in range(full_blocks, num_blocks):
+    for i in range(unmasked, num_blocks):
         b_dk, b_dv = key_step(
             b_key, b_value, p_query, p_grad_out, p_grad_mass, p_weights, p_lse, p_delta, p_bounds,
             tl.load(p_q_indices + i), sequence, kv_head, stride_qh, stride_qr, stride_gh, stride_gr, stride_mh,

@@ -15,7 +15,9 @@ from torch import Tensor
 from appo_kernels.attention.arguments import Layout
 from appo_kernels.attention.frame_plan import kept
 
-SKIP, PARTIAL, FULL = 0, 1, 2  # what a tile of rows sees of a tile of keys; FULL: every row every key, no mixed tile
+# What a tile of rows sees of a tile of keys: nothing; something, or a mixed tile; every row every key, of a tile with
+# fewer keys than it has room for, of one without.
+SKIP, PARTIAL, SHORT, FULL = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class BlockMask:
     """The key tiles that each row tile sees; FlexAttention's BlockMask, with one list for both kinds of tiles."""
 
     kv_indices: Tensor  # (B, N, T) int32: key tiles in ascending order, those not seen last
-    kv_num_blocks: Tensor  # (B, N, 2) int32: FULL tiles before the first that is not, tiles seen
-    kinds: Tensor  # (B, N, T) int8: SKIP, PARTIAL or FULL
+    kv_num_blocks: Tensor  # (B, N, 3) int32: tiles before the first seen that is not FULL, not FULL or SHORT, all seen
+    kinds: Tensor  # (B, N, T) int8
 
 
 def key_plan(frame_ids: Tensor, num_frames: int, bounds: Tensor | None, size: int) -> KeyPlan:
@@ -106,7 +108,8 @@ def block_mask(
     B, T = plan.low.shape
     N = -(-rows // tile_rows)
     exists = plan.tiles[:, None, :, 1] > 0
-    whole = (plan.tiles[:, None, :, 1] == tile_keys) & (plan.tiles[:, None, :, 2] != num_frames + 1)
+    pure = exists & (plan.tiles[:, None, :, 2] != num_frames + 1)
+    whole = pure & (plan.tiles[:, None, :, 1] == tile_keys)
     if bounds is None:
         some, every = exists.expand(B, N, T), exists.expand(B, N, T)
     else:
@@ -127,10 +130,12 @@ def block_mask(
         )
         some = exists & (((least_first <= high) & (most_last >= low)) | (most_prefix > low))
         every = ((most_first <= low) & (least_last >= high)) | (least_prefix > high)
-    kinds = some.to(torch.int8) + (some & every & whole).to(torch.int8)
+    unmasked = some & every & pure
+    kinds = some.to(torch.int8) + unmasked.to(torch.int8) + (unmasked & whole).to(torch.int8)
     tiles = torch.argsort((kinds == SKIP).to(torch.int8), dim=2, stable=True)
-    full = (kinds.gather(2, tiles) == FULL).int().cumprod(2).sum(2)
-    counts = torch.stack([full, some.sum(2)], dim=2)
+    in_order = kinds.gather(2, tiles)
+    prefixes = [(in_order >= least).int().cumprod(2).sum(2) for least in (FULL, SHORT)]
+    counts = torch.stack([*prefixes, some.sum(2)], dim=2)
     return BlockMask(tiles.int(), counts.int().contiguous(), kinds.contiguous())
 
 
@@ -149,11 +154,11 @@ def planned_block_mask(
 
 
 def row_blocks(mask: BlockMask) -> tuple[Tensor, Tensor]:
-    """The transpose: q_indices (B, T, N) int32, row tiles that see each key tile, FULL ones first; q_num_blocks (B, T,
-    2) int32: FULL ones, all."""
+    """The transpose: q_indices (B, T, N) int32, row tiles that see each key tile, those that need no mask
+    first; q_num_blocks (B, T, 2) int32: these, all."""
     kinds = mask.kinds.transpose(1, 2)
     rows = torch.argsort(-kinds, dim=2, stable=True)
-    counts = torch.stack([(kinds == FULL).sum(2), (kinds != SKIP).sum(2)], dim=2)
+    counts = torch.stack([(kinds >= SHORT).sum(2), (kinds != SKIP).sum(2)], dim=2)
     return rows.int().contiguous(), counts.int().contiguous()
 
 

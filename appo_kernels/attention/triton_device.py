@@ -12,6 +12,9 @@ import triton.language as tl
 
 from appo_kernels.dtypes import LN_2, LOG2_E
 
+# What the loops over the tiles that a tile of rows sees assume, one after the other: every row sees every key of a tile
+# that is whole; of one that is not, a frame's last; each row sees what its bounds say.
+WHOLE_TILES, SHORT_TILES, MASKED_TILES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 
 
@@ -57,7 +60,7 @@ def load_rows(p, stride_head, stride_row, row, head, valid, D: tl.constexpr, DP:
 
 @triton.jit
 def load_keys(p, stride, position, inside, D: tl.constexpr, DP: tl.constexpr, WHOLE: tl.constexpr):
-    """(BN, DP) rows of a (S, D) array at ``position``; WHOLE: all of them are ``inside``."""
+    """(BN, DP) rows of a (S, D) array at ``position``, 0 where not ``inside``; WHOLE: all of them are."""
     d = tl.arange(0, DP)
     pointers = p + position.to(tl.int64)[:, None] * stride + d[None, :]
     if WHOLE and D == DP:
@@ -82,13 +85,18 @@ def probabilities(
     b_query, p_key, stride_key, p_order, start, length, lse, first, last, prefix, scale,
     D: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, BOUNDS: tl.constexpr,
 ):  # fmt: skip
-    """(BM, BN) probabilities of the ``length`` keys from ``start`` in the plan's order; 0 where a key is not seen."""
+    """(BM, BN) probabilities of the ``length`` keys from ``start`` in the plan's order; 0 where a key is not seen.
+
+    Without BOUNDS every row sees all of them.
+    """
     n = tl.arange(0, BN)
     inside = n < length
     position = tl.load(p_order + start + n, mask=inside, other=0)
     b_key = load_keys(p_key, stride_key, position, inside, D, DP, False)
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
-    seen = visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS) & inside[None, :]
+    seen = inside[None, :]
+    if BOUNDS:
+        seen &= visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)
     return tl.where(seen, tl.exp2(b_score * scale - lse[:, None]), 0.0)
 
 

@@ -10,8 +10,11 @@ import triton
 import triton.language as tl
 
 from appo_kernels.attention.triton_device import (
+    MASKED_TILES,
+    SHORT_TILES,
     TO_BASE_2,
     TO_BASE_E,
+    WHOLE_TILES,
     load_bounds,
     load_keys,
     load_rows,
@@ -26,32 +29,34 @@ def online_step(
     b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tile, p_tile_sum, p_tile_max,
     first, last, prefix, scale, b_out, row_sum, row_max,
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    MASKED: tl.constexpr, BOUNDS: tl.constexpr, VALUE: tl.constexpr, MASS: tl.constexpr, NEGATIVE: tl.constexpr,
+    TILES: tl.constexpr, BOUNDS: tl.constexpr, VALUE: tl.constexpr, MASS: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """Takes one tile of keys into (b_out, row_sum, row_max). row_max is in base 2 and includes ``scale``."""
     n = tl.arange(0, BN)
     start = tl.load(p_tiles + tile * 4)
-    if MASKED:
-        inside = n < tl.load(p_tiles + tile * 4 + 1)
-        position = tl.load(p_order + start + n, mask=inside, other=0)
-    else:
+    if TILES == WHOLE_TILES:
         inside = n < BN
         position = tl.load(p_order + start + n)
-    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, not MASKED)
+    else:
+        inside = n < tl.load(p_tiles + tile * 4 + 1)
+        position = tl.load(p_order + start + n, mask=inside, other=0)
+    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, TILES == WHOLE_TILES)
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
     if NEGATIVE:
         b_score = -b_score
-    if MASKED:
+    if TILES == SHORT_TILES:
+        b_score = tl.where(inside[None, :], b_score, float("-inf"))
+    if TILES == MASKED_TILES:
         seen = inside[None, :] & visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)
         b_score = tl.where(seen, b_score, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(b_score, 1) * scale)
-    base = tl.where(new_max == float("-inf"), 0.0, new_max) if MASKED else new_max
+    base = tl.where(new_max == float("-inf"), 0.0, new_max) if TILES == MASKED_TILES else new_max
     b_p = tl.exp2(b_score * scale - base[:, None])
     tile_sum = tl.sum(b_p, 1)
     decay = tl.exp2(row_max - base)
     row_sum = row_sum * decay + tile_sum
     if VALUE:
-        b_value = load_keys(p_value, stride_vs, position, inside, D, DP, not MASKED)
+        b_value = load_keys(p_value, stride_vs, position, inside, D, DP, TILES == WHOLE_TILES)
         b_out = tl.dot(b_p.to(b_value.dtype), b_value, b_out * decay[:, None], input_precision="ieee")
     if MASS:
         lane = tl.arange(0, BM)
@@ -94,23 +99,29 @@ def online_kernel(
     p_tile_max += scratch
     block_row = b64 * N + row_tile
     p_kv_indices += block_row * T
-    full_blocks = tl.load(p_num_blocks + block_row * 2)
-    num_blocks = tl.load(p_num_blocks + block_row * 2 + 1)
+    p_num_blocks += block_row * 3
+    whole, unmasked, num_blocks = tl.load(p_num_blocks), tl.load(p_num_blocks + 1), tl.load(p_num_blocks + 2)
 
     b_out = tl.zeros([BM, DP], tl.float32)
     row_sum = tl.zeros([BM], tl.float32)
     row_max = tl.full([BM], float("-inf"), tl.float32)
-    for i in range(full_blocks):
+    for i in range(whole):
         b_out, row_sum, row_max = online_step(
             b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_kv_indices + i), p_tile_sum,
             p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,
-            D, DP, BM, BN, False, BOUNDS, VALUE, MASS, NEGATIVE,
+            D, DP, BM, BN, WHOLE_TILES, BOUNDS, VALUE, MASS, NEGATIVE,
         )  # fmt: skip
-    for i in range(full_blocks, num_blocks):
+    for i in range(whole, unmasked):
         b_out, row_sum, row_max = online_step(
             b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_kv_indices + i), p_tile_sum,
             p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,
-            D, DP, BM, BN, True, BOUNDS, VALUE, MASS, NEGATIVE,
+            D, DP, BM, BN, SHORT_TILES, BOUNDS, VALUE, MASS, NEGATIVE,
+        )  # fmt: skip
+    for i in range(unmasked, num_blocks):
+        b_out, row_sum, row_max = online_step(
+            b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_kv_indices + i), p_tile_sum,
+            p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,
+            D, DP, BM, BN, MASKED_TILES, BOUNDS, VALUE, MASS, NEGATIVE,
         )  # fmt: skip
 
     lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum)) * TO_BASE_E

@@ -18,6 +18,23 @@ from appo_kernels.triton_launch import Tiling, multiprocessors, on_its_device, p
 FRAMES, FRAMES_SPLIT = 16, 4
 
 
+@triton.jit
+def all_seen(p_tiles, p_order, tile_start, tile_stop, first, last, prefix, valid):
+    """Whether every row sees every key of these tiles, none of them mixed: positions ascend in a tile."""
+    least, most = 0x7FFFFFFF, -1
+    for block in range(tile_start, tile_stop, 128):
+        tile = block + tl.arange(0, 128)
+        inside = tile < tile_stop
+        start = tl.load(p_tiles + tile * 4, mask=inside, other=0)
+        length = tl.load(p_tiles + tile * 4 + 1, mask=inside, other=1)
+        least = tl.minimum(least, tl.min(tl.load(p_order + start, mask=inside, other=0x7FFFFFFF), 0))
+        most = tl.maximum(most, tl.max(tl.load(p_order + start + length - 1, mask=inside, other=-1), 0))
+    most_first = tl.max(tl.where(valid, first, -0x7FFFFFFF), 0)
+    least_last = tl.min(tl.where(valid, last, 0x7FFFFFFF), 0)
+    least_prefix = tl.min(tl.where(valid, prefix, 0x7FFFFFFF), 0)
+    return ((most_first <= least) & (least_last >= most)) | (least_prefix > most)
+
+
 @triton.jit(
     do_not_specialize=["R", "S", "T", "F", "stride_ob", "stride_oh", "stride_or"],
     do_not_specialize_on_alignment=["stride_of"],
@@ -67,6 +84,10 @@ def replay_kernel(
         tile_stop = tile_start
         if small_start == small_stop:
             return
+    masked_start = tile_stop
+    if BOUNDS and LARGE:
+        unmasked = all_seen(p_tiles, p_order, tile_start, tile_stop, first, last, prefix, valid)
+        masked_start = tl.where(unmasked, tile_stop, tile_start)
     column = tl.arange(0, FG)
     frame_exists = first_frame + column < F
     weight = tl.full([FG], 1.0, tl.float32)
@@ -80,15 +101,25 @@ def replay_kernel(
         lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)
         p_head_key = p_key + b64 * stride_kb + tl.cast(kv_head, tl.int64) * stride_kh
         sums = tl.zeros([BM, FG], tl.float32)
-        for tile in range(tile_start, tile_stop):
+        for tile in range(tile_start, masked_start):
             start = tl.load(p_tiles + tile * 4)
             length = tl.load(p_tiles + tile * 4 + 1)
             frame = tl.load(p_tiles + tile * 4 + 2)
             b_p = probabilities(
                 b_query, p_head_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale,
-                D, DP, BN, BOUNDS,
+                D, DP, BN, False,
             )  # fmt: skip
             sums += tl.where(column[None, :] == frame - first_frame, tl.sum(b_p, 1)[:, None], 0.0)
+        if BOUNDS:
+            for tile in range(masked_start, tile_stop):
+                start = tl.load(p_tiles + tile * 4)
+                length = tl.load(p_tiles + tile * 4 + 1)
+                frame = tl.load(p_tiles + tile * 4 + 2)
+                b_p = probabilities(
+                    b_query, p_head_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale,
+                    D, DP, BN, BOUNDS,
+                )  # fmt: skip
+                sums += tl.where(column[None, :] == frame - first_frame, tl.sum(b_p, 1)[:, None], 0.0)
         for start in range(small_begin, small_stop, BN):
             length = tl.minimum(small_end - start, BN)
             b_p = probabilities(

@@ -10,9 +10,21 @@ from appo_kernels.attention import triton_backward as backward_kernels
 from appo_kernels.attention import triton_forward as forward_kernels
 from appo_kernels.attention import triton_mass
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
-from appo_kernels.attention.triton_block_mask import planned_block_mask, row_blocks
+from appo_kernels.attention.triton_block_mask import BlockMask, KeyPlan, planned_block_mask, row_blocks
 from appo_kernels.dtypes import LOG2_E
-from appo_kernels.triton_launch import BACKWARD, FORWARD, architecture, on_its_device, padded_head_dim, tiling
+from appo_kernels.triton_launch import (
+    BACKWARD_DELTA,
+    BACKWARD_KEY,
+    BACKWARD_QUERY,
+    FORWARD,
+    Tiling,
+    TilingTable,
+    architecture,
+    multiprocessors,
+    on_its_device,
+    padded_head_dim,
+    tiling,
+)
 
 # Row sums and maxima of all tiles, kept until the final normaliser is known. Longer inputs are taken in parts of rows.
 SCRATCH_BYTES = 256 << 20
@@ -44,7 +56,9 @@ def attend(
     G, tile_bytes = Hq // HKV, 2 * 4 * choice.rows
     bounds, plan, mask = planned_block_mask(layout, B, R, S, F, choice.keys, choice.rows // G)
     N, T = mask.kv_indices.shape[1:]
-    part = min(N, max(1, SCRATCH_BYTES // (B * HKV * T * tile_bytes)))
+    # Enough row tiles at a time for two programs on every multiprocessor, whatever that takes.
+    fill = triton.cdiv(2 * multiprocessors(query.device), B * HKV)
+    part = min(N, max(1, fill, SCRATCH_BYTES // (B * HKV * T * tile_bytes)))
     scratch = torch.empty(2, B * HKV * part * T * choice.rows if F else 1, dtype=torch.float32, device=query.device)
     bounds_or_any = plan.order if bounds is None else bounds
     value_or_any, out_or_any = (key, query) if value is None or out is None else (value, out)
@@ -97,9 +111,11 @@ def attend_backward(
             grad_query.zero_()
         return
     G, F = Hq // HKV, 0 if grad_mass is None else grad_mass.shape[3]
-    choice = tiling(BACKWARD, architecture(query.device), query.element_size(), D, G)
-    bounds, plan, mask = planned_block_mask(layout, B, R, S, F, choice.keys, choice.rows // G)
-    N, T = mask.kv_indices.shape[1:]
+
+    def planned(table: TilingTable) -> tuple[Tiling, Tensor | None, KeyPlan, BlockMask]:
+        choice = tiling(table, architecture(query.device), query.element_size(), D, G)
+        return choice, *planned_block_mask(layout, B, R, S, F, choice.keys, choice.rows // G)
+
     lse = lse.contiguous()
     if grad_out is not None and grad_out.stride(-1) != 1:
         grad_out = grad_out.contiguous()
@@ -117,37 +133,41 @@ def attend_backward(
     mass_strides = (0, 0, 0, 0) if grad_mass is None else _head_strides(grad_mass, per_head)
     # Kernels take a pointer for every operand, whatever their flags leave out.
     grad_mass_or_any, weights_or_any = _or(grad_mass, lse), _or(frame_weights, lse)
-    bounds_or_any = _or(bounds, plan.order)
     common = {
-        "G": G, "D": D, "DP": padded_head_dim(D), "BM": choice.rows, "BN": choice.keys, "BOUNDS": bounds is not None,
+        "G": G, "D": D, "DP": padded_head_dim(D), "BOUNDS": layout.bounds != (None, None, None),
         "MASS": grad_mass is not None, "WEIGHTED": frame_weights is not None,
-        **choice.options,
     }  # fmt: skip
     delta = torch.empty_like(lse)
-    backward_kernels.delta_kernel[(N, B * HKV)](
+    choice, bounds, plan, mask = planned(BACKWARD_DELTA)
+    backward_kernels.delta_kernel[(triton.cdiv(R, choice.rows // G), B * HKV)](
         query, key, lse, _or(out, lse), _or(grad_out, lse), _or(grad_lse, lse), grad_mass_or_any, weights_or_any,
-        plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small, bounds_or_any, delta,
-        *query_strides, *key_strides, *out_strides, *lse_strides, *mass_strides, HKV, R, S, T, F, signed, factor,
-        OUT=grad_out is not None, LSE=grad_lse is not None, **common,
+        plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small, _or(bounds, plan.order),
+        delta, *query_strides, *key_strides, *out_strides, *lse_strides, *mass_strides, HKV, R, S, plan.tiles.shape[1],
+        F, signed, factor, BM=choice.rows, BN=choice.keys, OUT=grad_out is not None, LSE=grad_lse is not None,
+        **common, **choice.options,
     )  # fmt: skip
     operands = (
         query, key, _or(value, key), _or(grad_out, query), grad_mass_or_any, weights_or_any, lse, delta,
     )  # fmt: skip
-    strides = (
-        *query_strides, *key_strides, *value_strides, *out_strides, *mass_strides, HKV, R, S, T, N, F, signed, factor,
-    )  # fmt: skip
+    strides = *query_strides, *key_strides, *value_strides, *out_strides, *mass_strides, HKV, R, S
     if grad_query is not None:
+        choice, bounds, plan, mask = planned(BACKWARD_QUERY)
+        N, T = mask.kv_indices.shape[1:]
         backward_kernels.query_kernel[(N, B * HKV)](
             *operands, grad_query, plan.order, plan.frames, plan.tiles, mask.kv_indices, mask.kv_num_blocks,
-            bounds_or_any, *strides, VALUE=value is not None, **common,
+            _or(bounds, plan.order), *strides, T, N, F, signed, factor, BM=choice.rows, BN=choice.keys,
+            VALUE=value is not None, **common, **choice.options,
         )  # fmt: skip
     if grad_key is not None or grad_value is not None:
+        choice, bounds, plan, mask = planned(BACKWARD_KEY)
+        N, T = mask.kv_indices.shape[1:]
         q_indices, q_num_blocks = row_blocks(mask)
         grad_key = key.new_empty(key.shape) if grad_key is None else grad_key
         grad_value = key.new_empty(key.shape if value is not None else 1) if grad_value is None else grad_value
         backward_kernels.key_kernel[(T, B * HKV)](
             *operands, grad_key, grad_value, plan.order, plan.frames, plan.tiles, q_indices, q_num_blocks,
-            bounds_or_any, *strides, VALUE=value is not None, **common,
+            _or(bounds, plan.order), *strides, T, N, F, signed, factor, BM=choice.rows, BN=choice.keys,
+            VALUE=value is not None, **common, **choice.options,
         )  # fmt: skip
 
 

@@ -31,7 +31,8 @@ ARCHITECTURES = (80, 90, 100)
 HEAD_DIMS = (32, 64, 80, 96, 128, 256)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 RESULT = Path(__file__).parents[1] / "results" / "static.md"
-MASS_BUDGET = 1.05  # main-loop instructions of attention with the mass against without it
+# Main-loop instructions of attention with the mass against without it, by architecture.
+MASS_BUDGET = {80: 1.05, 90: 1.05, 100: 1.055}
 HEADS, KEY_HEADS, ROWS, KEYS, FRAMES = 28, 4, 64, 256, 2
 VOCABULARY, GROUP = 8192, 8  # two blocks of columns at least; the responses of a group
 
@@ -151,8 +152,8 @@ def mass_overhead(entries: list[Entry]) -> Iterator[tuple[Entry, float, list[str
         ratio = loop["all"] / base["all"]
         name = f"frame mass in the main loop, {entry.dtype} d={entry.head_dim} sm_{entry.arch}"
         over = [f"{name}: {loop[k]} {k} for {base[k]}" for k in ("tensor", "shuffle", "exp") if loop[k] > base[k]]
-        if ratio > MASS_BUDGET:
-            over.append(f"{name}: {ratio:.3f} of the instructions, at most {MASS_BUDGET} allowed")
+        if ratio > MASS_BUDGET[entry.arch]:
+            over.append(f"{name}: {ratio:.3f} of the instructions, at most {MASS_BUDGET[entry.arch]} allowed")
         yield entry, ratio, over
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from appo_kernels.attention.triton_block_mask import FULL, SKIP, block_mask, key_plan, row_blocks, row_bounds
+from appo_kernels.attention.triton_block_mask import FULL, SHORT, SKIP, block_mask, key_plan, row_blocks, row_bounds
 
 Bounds = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -123,20 +123,22 @@ def test_the_mask_is_that_of_all_pairs(size: int, tile_rows: int) -> None:
                     kind = int(mask.kinds[b, n, t])
                     if kind == SKIP:
                         assert not pairs.any()
-                    if kind == FULL:
-                        assert pairs.all() and length == size and frame != example.frames + 1
+                    if kind >= SHORT:
+                        assert pairs.all() and frame != example.frames + 1 and (kind == FULL) == (length == size)
                     total, kept = total + (not pairs.any()), kept + (not pairs.any() and kind != SKIP)
-                indices, (full, some) = mask.kv_indices[b, n].tolist(), mask.kv_num_blocks[b, n].tolist()
+                indices, (full, unmasked, some) = mask.kv_indices[b, n].tolist(), mask.kv_num_blocks[b, n].tolist()
                 kinds = mask.kinds[b, n]
                 assert indices[:some] == (kinds != SKIP).nonzero().flatten().tolist()
                 assert sorted(indices) == list(range(len(kinds)))
                 assert (kinds[indices[:full]] == FULL).all() and (full == some or kinds[indices[full]] != FULL)
+                assert (kinds[indices[:unmasked]] >= SHORT).all()
+                assert full <= unmasked and (unmasked == some or kinds[indices[unmasked]] < SHORT)
         rows, counts = row_blocks(mask)
         for b, t in [(b, t) for b in range(2) for t in range(mask.kinds.shape[2])]:
             full, some = counts[b, t].tolist()
             chosen = rows[b, t, :some].long()
             assert set(chosen.tolist()) == set((mask.kinds[b, :, t] != SKIP).nonzero().flatten().tolist())
-            assert (mask.kinds[b, chosen[:full], t] == FULL).all() and (mask.kinds[b, chosen[full:], t] != FULL).all()
+            assert (mask.kinds[b, chosen[:full], t] >= SHORT).all() and (mask.kinds[b, chosen[full:], t] < SHORT).all()
     assert kept < 0.3 * total, "tiles that no row sees are left out, but for rows with gaps between them"
 
 
@@ -158,3 +160,18 @@ def test_nothing_in_vain_where_rows_see_runs(name: str) -> None:
                     pairs = visible[b, 4 * n : 4 * n + 4][:, positions]
                     assert (int(mask.kinds[b, n, t]) == SKIP) == (not pairs.any())
                     assert (int(mask.kinds[b, n, t]) == FULL) == (length == 8 and bool(pairs.all()))
+                    assert (int(mask.kinds[b, n, t]) >= SHORT) == (length > 0 and bool(pairs.all()))
+
+
+# Tokens of a frame in real videos (48, 56, 60), multiples of a tile, a rest beside whole tiles.
+@pytest.mark.parametrize("frame_keys", [48, 56, 60, 64, 100, 240, 256])
+def test_frames_of_a_video_need_no_mask(frame_keys: int) -> None:
+    """A prompt with 16 frames in its text, then causal rows: at least 85 % of the visits are unmasked."""
+    frames, text, rows, size, tile_rows = 16, 126, 384, 64, 18
+    prompt = text + frames * frame_keys
+    ids = torch.full((1, prompt + rows), -1, dtype=torch.int32)
+    ids[0, 15 : 15 + frames * frame_keys] = torch.arange(frames * frame_keys, dtype=torch.int32) // frame_keys
+    bounds = row_bounds(1, rows, prompt + rows, None, (torch.arange(rows) + prompt - 1)[None].int(), None)
+    mask = block_mask(key_plan(ids, frames, bounds, size), frames, bounds, rows, tile_rows, size)
+    full, unmasked, some = mask.kv_num_blocks.sum((0, 1)).tolist()
+    assert unmasked >= 0.85 * some and (frame_keys % size or full >= 0.85 * some)
