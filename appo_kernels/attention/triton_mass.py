@@ -179,7 +179,6 @@ def replay(
     key: Tensor,
     lse: Tensor,
     plan: KeyPlan,
-    bounds: Tensor | None,
     frame_weights: Tensor | None,
     scale: float,
     mass: Tensor,
@@ -207,10 +206,10 @@ def replay(
     weights = lse if frame_weights is None else frame_weights
     replay_kernel[(row_tiles, groups, B * HKV if split else B)](
         query, key, lse.contiguous(), plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small,
-        plan.order if bounds is None else bounds, weights, out,
+        plan.order if plan.bounds is None else plan.bounds, weights, out,
         *query.stride()[:3], *key.stride()[:3], *out.stride(), HKV, R, S, T, F, scale * LOG2_E, factor,
         G=G, D=D, DP=padded_head_dim(D), BM=choice.rows, BN=choice.keys, FG=frames,
-        BOUNDS=bounds is not None, WEIGHTED=weighted, LARGE=large, PER_HEAD=per_head, SPLIT=split,
+        BOUNDS=plan.bounds is not None, WEIGHTED=weighted, LARGE=large, PER_HEAD=per_head, SPLIT=split,
         ROWS=triton.next_power_of_2(choice.rows // G), **choice.options,
     )  # fmt: skip
     if split:

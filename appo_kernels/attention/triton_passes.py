@@ -10,7 +10,7 @@ from appo_kernels.attention import triton_backward as backward_kernels
 from appo_kernels.attention import triton_forward as forward_kernels
 from appo_kernels.attention import triton_mass
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
-from appo_kernels.attention.triton_block_mask import BlockMask, KeyPlan, planned_block_mask, row_blocks
+from appo_kernels.attention.triton_block_mask import BlockMask, KeyPlan, block_mask, key_plan, row_blocks
 from appo_kernels.dtypes import LOG2_E
 from appo_kernels.triton_launch import (
     BACKWARD_DELTA,
@@ -54,13 +54,13 @@ def attend(
         return
     choice = tiling(FORWARD, architecture(query.device), query.element_size(), D, Hq // HKV)
     G, tile_bytes = Hq // HKV, 2 * 4 * choice.rows
-    bounds, plan, mask = planned_block_mask(layout, B, R, S, F, choice.keys, choice.rows // G)
+    plan, mask = block_mask(layout, B, R, S, F, choice.keys, choice.rows // G)
     N, T = mask.kv_indices.shape[1:]
     # Enough row tiles at a time for two programs on every multiprocessor, whatever that takes.
     fill = triton.cdiv(2 * multiprocessors(query.device), B * HKV)
     part = min(N, max(1, fill, SCRATCH_BYTES // (B * HKV * T * tile_bytes)))
     scratch = torch.empty(2, B * HKV * part * T * choice.rows if F else 1, dtype=torch.float32, device=query.device)
-    bounds_or_any = plan.order if bounds is None else bounds
+    bounds_or_any = _or(plan.bounds, plan.order)
     value_or_any, out_or_any = (key, query) if value is None or out is None else (value, out)
     for start in range(0, N, part):
         tiles = min(part, N - start)
@@ -68,7 +68,7 @@ def attend(
             query, key, value_or_any, out_or_any, lse, plan.order, plan.tiles, mask.kv_indices,
             mask.kv_num_blocks, bounds_or_any, *scratch, *query.stride()[:3], *key.stride()[:3],
             *value_or_any.stride()[:3], *out_or_any.stride()[:3], HKV, R, S, T, N, start, magnitude(scale),
-            G=G, D=D, DP=padded_head_dim(D), BM=choice.rows, BN=choice.keys, BOUNDS=bounds is not None,
+            G=G, D=D, DP=padded_head_dim(D), BM=choice.rows, BN=choice.keys, BOUNDS=plan.bounds is not None,
             VALUE=value is not None, MASS=F > 0, NEGATIVE=scale < 0, **choice.options,
         )  # fmt: skip
         if F:
@@ -79,7 +79,7 @@ def attend(
                 ROWS=triton.next_power_of_2(choice.rows // G), num_warps=4,
             )  # fmt: skip
     if F:
-        triton_mass.replay(query, key, lse, plan, bounds, frame_weights, scale, mass, per_head, choice, large=False)
+        triton_mass.replay(query, key, lse, plan, frame_weights, scale, mass, per_head, choice, large=False)
 
 
 def magnitude(scale: float) -> float:
@@ -112,9 +112,11 @@ def attend_backward(
         return
     G, F = Hq // HKV, 0 if grad_mass is None else grad_mass.shape[3]
 
-    def planned(table: TilingTable) -> tuple[Tiling, Tensor | None, KeyPlan, BlockMask]:
-        choice = tiling(table, architecture(query.device), query.element_size(), D, G)
-        return choice, *planned_block_mask(layout, B, R, S, F, choice.keys, choice.rows // G)
+    def chosen(table: TilingTable) -> Tiling:
+        return tiling(table, architecture(query.device), query.element_size(), D, G)
+
+    def masked(choice: Tiling) -> tuple[KeyPlan, BlockMask]:
+        return block_mask(layout, B, R, S, F, choice.keys, choice.rows // G)
 
     lse = lse.contiguous()
     if grad_out is not None and grad_out.stride(-1) != 1:
@@ -138,10 +140,11 @@ def attend_backward(
         "MASS": grad_mass is not None, "WEIGHTED": frame_weights is not None,
     }  # fmt: skip
     delta = torch.empty_like(lse)
-    choice, bounds, plan, mask = planned(BACKWARD_DELTA)
+    choice = chosen(BACKWARD_DELTA)
+    plan = key_plan(layout, R, F, choice.keys)
     backward_kernels.delta_kernel[(triton.cdiv(R, choice.rows // G), B * HKV)](
         query, key, lse, _or(out, lse), _or(grad_out, lse), _or(grad_lse, lse), grad_mass_or_any, weights_or_any,
-        plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small, _or(bounds, plan.order),
+        plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small, _or(plan.bounds, plan.order),
         delta, *query_strides, *key_strides, *out_strides, *lse_strides, *mass_strides, HKV, R, S, plan.tiles.shape[1],
         F, signed, factor, BM=choice.rows, BN=choice.keys, OUT=grad_out is not None, LSE=grad_lse is not None,
         **common, **choice.options,
@@ -151,22 +154,24 @@ def attend_backward(
     )  # fmt: skip
     strides = *query_strides, *key_strides, *value_strides, *out_strides, *mass_strides, HKV, R, S
     if grad_query is not None:
-        choice, bounds, plan, mask = planned(BACKWARD_QUERY)
+        choice = chosen(BACKWARD_QUERY)
+        plan, mask = masked(choice)
         N, T = mask.kv_indices.shape[1:]
         backward_kernels.query_kernel[(N, B * HKV)](
             *operands, grad_query, plan.order, plan.frames, plan.tiles, mask.kv_indices, mask.kv_num_blocks,
-            _or(bounds, plan.order), *strides, T, N, F, signed, factor, BM=choice.rows, BN=choice.keys,
+            _or(plan.bounds, plan.order), *strides, T, N, F, signed, factor, BM=choice.rows, BN=choice.keys,
             VALUE=value is not None, **common, **choice.options,
         )  # fmt: skip
     if grad_key is not None or grad_value is not None:
-        choice, bounds, plan, mask = planned(BACKWARD_KEY)
+        choice = chosen(BACKWARD_KEY)
+        plan, mask = masked(choice)
         N, T = mask.kv_indices.shape[1:]
-        q_indices, q_num_blocks = row_blocks(mask)
+        q_indices, q_num_blocks = row_blocks(mask.kinds)
         grad_key = key.new_empty(key.shape) if grad_key is None else grad_key
         grad_value = key.new_empty(key.shape if value is not None else 1) if grad_value is None else grad_value
         backward_kernels.key_kernel[(T, B * HKV)](
             *operands, grad_key, grad_value, plan.order, plan.frames, plan.tiles, q_indices, q_num_blocks,
-            _or(bounds, plan.order), *strides, T, N, F, signed, factor, BM=choice.rows, BN=choice.keys,
+            _or(plan.bounds, plan.order), *strides, T, N, F, signed, factor, BM=choice.rows, BN=choice.keys,
             VALUE=value is not None, **common, **choice.options,
         )  # fmt: skip
 

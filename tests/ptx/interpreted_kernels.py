@@ -5,12 +5,16 @@ The interpreter multiplies the raw bits of bf16 numbers in a matrix product, so 
 
 import attention_layouts as layouts
 import backend_calls as calls
+import block_mask_cases
+import block_mask_reference
 import pytest
 import surrogate_cases
 import torch
 
 import appo_kernels
 from appo_kernels import testing
+from appo_kernels.attention import triton_block_mask
+from appo_kernels.attention.arguments import Layout
 from appo_kernels.ops.frame_mass import streaming
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence
@@ -156,3 +160,36 @@ def test_a_second_backward_says_when_it_cannot_be():
     torch.testing.assert_close(list(thrice), [3 * gradient for gradient in once])
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, leaves)
+
+
+# Tiles smaller and larger than frames and than a block of the kernel's keys; one row to a tile and several.
+@pytest.mark.parametrize(
+    ("size", "tile_rows", "dtype"), [(3, 4, torch.int64), (8, 1, torch.int32), (128, 16, torch.int64)]
+)
+def test_block_mask(size, tile_rows, dtype):
+    # The interpreter is slow: a fifth of the examples for each size of a tile, the long one for the largest.
+    examples = block_mask_cases.examples()[size % 5 :: 5]
+    for example in (*examples, *([block_mask_cases.long()] if size == 128 else ())):
+        ids, given = example.frame_ids, example.given
+        bounds = block_mask_reference.row_bounds(2, example.rows, example.keys, *given)
+        plan = block_mask_reference.key_plan(ids, example.frames, bounds, size)
+        mask = block_mask_reference.block_mask(plan, example.frames, bounds, example.rows, tile_rows, size)
+        layout = Layout(ids.to(dtype), *(None if b is None else b.to(dtype) for b in given), None, 1.0)
+        got_plan, got = triton_block_mask.block_mask(
+            layout, 2, example.rows, example.keys, example.frames, size, tile_rows
+        )
+        assert (bounds is None) == (got_plan.bounds is None)
+        assert bounds is None or torch.equal(got_plan.bounds, bounds)
+        assert torch.equal(got_plan.frame_tiles, plan.frame_tiles) and torch.equal(got_plan.small, plan.small)
+        exists = plan.tiles[..., 1] > 0
+        assert torch.equal(got_plan.tiles[..., 1], plan.tiles[..., 1])
+        assert torch.equal(got_plan.tiles[exists], plan.tiles[exists])
+        assert torch.equal(got_plan.order, plan.order) and torch.equal(got_plan.frames, plan.frames)
+        assert torch.equal(got.kinds, mask.kinds) and torch.equal(got.kv_num_blocks, mask.kv_num_blocks)
+        blocks, expected = triton_block_mask.row_blocks(got.kinds), block_mask_reference.row_blocks(mask)
+        assert torch.equal(blocks[1], expected[1])
+        for places, counts, wanted in (
+            (got.kv_indices, got.kv_num_blocks, mask.kv_indices), (*blocks, expected[0])
+        ):  # fmt: skip
+            known = torch.arange(places.shape[2]) < counts[..., -1:]  # what is behind is never read
+            assert torch.equal(places[known], wanted[known])

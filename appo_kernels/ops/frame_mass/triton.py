@@ -5,8 +5,7 @@ from torch import Tensor
 from appo_kernels import triton_launch
 from appo_kernels.attention import triton_passes as passes
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
-from appo_kernels.attention.frame_plan import kept
-from appo_kernels.attention.triton_block_mask import KeyPlan, key_plan, row_bounds
+from appo_kernels.attention.triton_block_mask import key_plan
 from appo_kernels.attention.triton_mass import replay
 from appo_kernels.dispatch import Problem
 from appo_kernels.triton_launch import FORWARD, architecture, tiling
@@ -34,13 +33,8 @@ def forward(
     if not B * R * S * F:
         return
     choice = tiling(FORWARD, architecture(query.device), query.element_size(), D, Hq // HKV)
-
-    def make() -> tuple[Tensor | None, KeyPlan]:
-        bounds = row_bounds(B, R, S, *layout.bounds)
-        return bounds, key_plan(layout.frame_ids, F, bounds, choice.keys)
-
-    bounds, plan = kept(layout.frame_ids, ("replay", R, F, choice.keys), make)
-    replay(query, key, lse, plan, bounds, layout.frame_weights, layout.scale, mass, per_head, choice)
+    plan = key_plan(layout, R, F, choice.keys)
+    replay(query, key, lse, plan, layout.frame_weights, layout.scale, mass, per_head, choice)
 
 
 def backward(
