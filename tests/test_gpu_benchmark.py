@@ -5,6 +5,7 @@ import csv
 import pytest
 import torch
 
+import gpu_rehearsal
 from benchmarks import bench_group_attention, gpu, inputs_attention
 from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, GroupShape, VocabularyShape
 
@@ -19,7 +20,7 @@ class StandIn:
 
     def seconds(self, contestant, budget):
         self.asked.append(contestant.name)
-        return 1e-3 * len(self.asked), 3
+        return gpu.Timing(1e-3 * len(self.asked), 1e-5, 3)
 
     def rate(self, dtype):
         return 1e12
@@ -81,9 +82,46 @@ def test_a_wrong_result_is_not_timed(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_frame_mass, "check", wrong)
     machine = StandIn()
-    with pytest.raises(AssertionError, match="against fp64"):
-        gpu.main(["frame_mass", "--out", str(tmp_path)], machine, SHAPES)
-    assert not machine.asked
+    with pytest.raises(SystemExit, match=r"\d cases failed: frame_mass"):
+        gpu.main(["frame_mass", "weighted_surrogate", "--out", str(tmp_path)], machine, SHAPES)
+    assert machine.asked and not any("frame" in name for name in machine.asked)  # the others are timed and written
+    page = (tmp_path / "stand-in-gpu-40-gb.md").read_text()
+    assert "weighted_surrogate" in page and "failed: AssertionError: frame_mass: error 1 against fp64" in page
+
+
+def test_a_run_goes_on_where_it_ended(tmp_path):
+    arguments = ["weighted_surrogate", "token_logprobs", "--dtype", "float32", "--out", str(tmp_path)]
+    first = gpu.main(arguments[:1] + arguments[2:], StandIn(), SHAPES)
+    machine = StandIn()
+    rows = gpu.main(arguments, machine, SHAPES)
+    assert rows[: len(first)] == first and len(rows) > len(first)
+    assert not any(row.op == "weighted_surrogate" for row in rows[len(first) :])
+    again = StandIn()
+    gpu.main([*arguments, "--again"], again, SHAPES)
+    assert len(again.asked) > len(machine.asked)
+
+
+def test_time_runs_out(tmp_path):
+    machine = StandIn()
+    assert gpu.main(["weighted_surrogate", "--minutes", "0", "--out", str(tmp_path)], machine, SHAPES) == []
+    assert len(machine.asked) == 0
+    assert "0 minutes were over; run again" in (tmp_path / "stand-in-gpu-40-gb.md").read_text()
+
+
+def test_on_the_pretended_gpu(tmp_path, monkeypatch):
+    """As on a GPU, with every backend that one has; compiled peers and the vendor's rate are left out."""
+    monkeypatch.setattr(gpu, "attention_peers", lambda *arguments: None)
+    monkeypatch.setattr(gpu, "CACHE_BYTES", 1 << 10)
+    monkeypatch.setattr(gpu.Gpu, "rate", lambda self, dtype: 1e12)
+    with gpu_rehearsal.rehearse() as recording:
+        arguments = ["frame_attention", "--dtype", "bfloat16", "--seconds", "0", "--out"]
+        rows = gpu.main([*arguments, str(tmp_path)], shapes=SHAPES)
+    assert {row.op for row in rows} == {"frame_attention", "frame_attention backward"}
+    named = {row.name for row in rows if row.op == "frame_attention"}
+    assert {"ours, cuda, fused", "ours, triton, fused", "ours, torch, fused"} & named >= {"ours, triton, fused"}
+    assert {row.shape for row in rows if row.op == "frame_attention"} >= {f"{DEFAULT_ATTENTION[0].split('/')[0]}/of 60"}
+    assert all(row.milliseconds == 1.0 and row.host_milliseconds > 0 for row in rows)
+    assert not recording.of_kind("mixed") and not recording.of_kind("refused")
 
 
 def test_arguments(tmp_path):
