@@ -89,8 +89,11 @@ def expected(trainer: Any, group: list[Any], rewards: torch.Tensor) -> list[torc
     length, model = mask.shape[1], trainer.model
     frames = frame_ids(ids, model.config, video_grid_thw=inputs["video_grid_thw"])
     model.set_attn_implementation("eager")
+    text_config = model.get_decoder().config  # ms-swift's hook drops the argument
+    text_config.output_attentions = True
     with torch.no_grad():
-        out = model(**inputs, output_attentions=True, use_cache=False)
+        out = model(**inputs, use_cache=False)
+    text_config.output_attentions = False
     model.set_attn_implementation("sdpa")
     in_frame = (frames.ids[..., None] == torch.arange(int(frames.num_frames.max()))).float()
     rows = torch.stack(out.attentions[-3:]).mean((0, 2))[:, -length - 1 : -1]
