@@ -1,14 +1,16 @@
 """APPOConfig: one flat set of fields, from presets, a YAML file and `key=value` overrides."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from appo.constraints import ConfigError as ConfigError
 from appo.constraints import Constraint, check_fields, setting, shown
 from appo.given_values import given_values, suggestion
+from appo.presets import PRESETS, check_method, preset_settings
 from appo.yaml_files import dump_yaml, read_yaml
 
 # Names that `rewards` may use; `appo.rollout.rewards.register` adds to them.
@@ -79,7 +81,8 @@ class APPOConfig:
     overlong_buffer: int = setting(0, at_least=0)  # soft punishment over the last tokens before max_new_tokens; 0: off
 
     # Attention-guided weights (docs/method.md sections 3-5).
-    method: str = setting("appo", choices=("appo", "grpo"))  # "grpo": W = 1, nothing recorded
+    # How tokens are weighed; "grpo": W = 1.
+    method: str = setting("appo", choices=("appo", "grpo", "tw-grpo", "vppo", "pgpo"))
     layers: int = setting(3, at_least=1)  # the last n layers are recorded
     mass_reduction: str = setting("mean", choices=("mean", "sum"))
     strategy: str = setting("hard", choices=("hard", "soft", "all", "contrast", "released-hard", "released-soft"))
@@ -92,12 +95,20 @@ class APPOConfig:
     alpha: float = setting(1.7, at_least=0)
     average: str = setting("frames", choices=("frames", "member"))
     normalise: str | None = setting(None, choices=("mean",))  # "mean": weights of mean 1 over a response's tokens
+    token_share: float = setting(0.4, above=0, at_most=1)  # of a response's tokens, the most dependent on the video
+    factor_floor: float = setting(0.9, at_least=0, at_most=1)  # "vppo": of the responses' factors
+    entropy_share: float = setting(1.0, above=0, at_most=1)  # of a batch's tokens, the most uncertain; others: W = 0
+    # W = 0 in responses with A < 0 of a mean log-ratio, of the engine that sampled to the model, above this.
+    off_policy_threshold: float | None = setting(None)
 
-    # Loss (docs/method.md section 6).
+    # Loss (docs/method.md section 6, docs/losses.md).
+    kind: str = setting("clip", choices=("clip", "cispo", "sapo", "dppo_tv", "gpg", "gspo_token"))
+    attention_coef: float = setting(0.0, at_least=0)  # of the policy gradient on attention (RAL)
     eps_low: float = setting(0.2, at_least=0, at_most=1)
     eps_high: float = setting(0.28, at_least=0)
     delta: float | None = setting(None, above=0, hint="It caps the ratio where nothing else does; null leaves it out.")
     beta: float = setting(0.0, at_least=0)
+    kl_ratio: bool = setting(False)  # multiply the KL term by the ratio (bias-corrected KL)
     level: str = setting("token", choices=("token", "sequence"))
     aggregation: str = setting("dapo", choices=("dapo", "grpo", "bnpo", "dr_grpo"))
     advantage_scale: str = setting("group", choices=("group", "none"))
@@ -244,6 +255,13 @@ class APPOConfig:
                 f"`delta`: expected more than 1 + eps_high = {1 + self.eps_high:g}, which caps the ratio already, got "
                 f"{self.delta:g}. Change either, or leave `delta` out."
             )
+        if (reason := check_method(self)) is not None:
+            raise ConfigError(reason)
+
+    @property
+    def records_mass(self) -> bool:
+        """Whether scoring records frame mass."""
+        return self.method in ("appo", "vppo", "pgpo") or self.attention_coef > 0
 
     def corrects(self, own_engine: bool) -> bool:
         """Whether the loss corrects for the engine. own_engine: the model in training samples by itself."""
@@ -284,10 +302,17 @@ class APPOConfig:
         return cls(**settings)
 
     @classmethod
+    def preset(cls, name: str, **overrides: Any) -> "APPOConfig":
+        """Another method's settings: tw-grpo, top-entropy, vppo, pgpo or ral (docs/own_method.md)."""
+        if name not in PRESETS:
+            raise ConfigError(f"`preset`: expected one of {', '.join(PRESETS)}, got {shown(name)}.")
+        return cls(**preset_settings(name, overrides))
+
+    @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "APPOConfig":
         """Read a YAML file, then apply overrides such as ``learning_rate=2e-6`` or ``rewards.format=0.1``.
 
-        A key ``preset`` (paper, released, grpo, dapo) names the preset that the other keys change. Relative paths in
+        A key ``preset`` (docs/training.md) names the preset that the other keys change. Relative paths in
         ``data``, ``data_root``, ``eval_data`` and a ``model`` that exists as a folder are taken from the file's folder.
         ``rewards.format=0.1`` changes one entry and keeps the others.
 
@@ -317,7 +342,10 @@ class APPOConfig:
         """
         given, entries = given_values(values, overrides or [], _types(), also="preset")
         preset = given.pop("preset", "paper")
-        presets = {"paper": cls.paper, "released": cls.released, "grpo": cls.grpo, "dapo": cls.dapo}
+        presets: dict[str, Callable[..., APPOConfig]] = {
+            "paper": cls.paper, "released": cls.released, "grpo": cls.grpo, "dapo": cls.dapo,
+            **{name: partial(cls.preset, name) for name in PRESETS},
+        }  # fmt: skip
         if not isinstance(preset, str) or preset not in presets:
             hint = suggestion(preset, presets)
             raise ConfigError(f"`preset`: expected one of {', '.join(presets)}, got {shown(preset)}.{hint}")
@@ -338,8 +366,8 @@ class APPOConfig:
     def loss_arguments(self) -> dict[str, Any]:
         """The settings of the loss, as the surrogates of `appo_kernels` name them."""
         names = (
-            "eps_low", "eps_high", "delta", "beta", "level", "aggregation", "entropy_coef", "rollout_level",
-            "rollout_cap", "rollout_floor",
+            "kind", "eps_low", "eps_high", "delta", "beta", "kl_ratio", "level", "aggregation", "entropy_coef",
+            "rollout_level", "rollout_cap", "rollout_floor",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names} | {
             "rollout_correction": "truncate"

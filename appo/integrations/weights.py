@@ -54,6 +54,9 @@ def group_weights(
         ValueError: B is no multiple of ``group_size``, or the arguments do not fit each other.
     """
     op = "group_weights"
+    if config.method not in ("appo", "grpo") or config.attention_coef > 0:
+        got = config.method if config.attention_coef == 0 else "attention_coef > 0"
+        checks.fail(op, "config", "method = appo", got, "Other methods are weighed and trained by appo's own trainer.")
     checks.rank(op, "mass", mass, 3, "(B, N, F)")
     B, N = mass.shape[:2]
     checks.shape(op, "mask", mask, (B, N), "(B, N)", "Pass one entry per response token.")

@@ -56,7 +56,7 @@ def without_weights(kind: Any, name: str, **options: Any) -> Any:
 
 def check_fits(config: APPOConfig, model: Any, processor: Any) -> None:
     """Settings that need the model to be judged. Raises ConfigError."""
-    if config.method == "appo":
+    if config.records_mass:
         try:
             attention_layers(model, config.layers)
         except ValueError as error:

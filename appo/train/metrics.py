@@ -25,12 +25,14 @@ def measure_groups(meter: Meter, groups: Sequence[Group]) -> None:
         meter.add("length/clipped", 1 - group.finished.float().mean())
         if group.entropy is not None:
             meter.add("entropy", group.entropy[group.mask].mean(), group.tokens)
-        if group.target_frames is not None and group.weights is not None and group.mass is not None:
+        if group.weights is not None:
             weights = group.weights[group.mask]
             meter.add("weight/mean", weights.mean(), group.tokens)
             meter.maximum("weight/max", weights.max())
             meter.add("weight/share", (weights > 1).float().mean(), group.tokens)
+        if group.mass is not None:
             measure_looking(meter, group)
+        if group.target_frames is not None and group.weights is not None:
             measure_frames(meter, group)
 
 
@@ -68,6 +70,8 @@ def measure_loss(meter: Meter, result: SurrogateOutput, tokens: int, weighted: f
     meter.add("kl/ref", values["ref_kl"], tokens)
     meter.maximum("ratio/max", values["ratio_max"])
     meter.add("tokens/effective", values["effective_tokens"])
+    if "attention_divergence" in values:
+        meter.add("attention/divergence", values["attention_divergence"], tokens)
 
 
 def measure_padding(meter: Meter, batch: ResponseBatch, *, shared: bool) -> None:

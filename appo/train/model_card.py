@@ -8,7 +8,13 @@ from typing import Any
 from appo.config import APPOConfig
 from appo.yaml_files import dump_yaml
 
-METHODS = {"appo": "APPO (attention-guided perception policy optimisation, arXiv 2602.23823)", "grpo": "GRPO"}
+METHODS = {
+    "appo": "APPO (attention-guided perception policy optimisation, arXiv 2602.23823)",
+    "grpo": "GRPO",
+    "tw-grpo": "GRPO with the token weights of TW-GRPO (arXiv 2505.24718)",
+    "vppo": "GRPO with a token filter as VPPO's (arXiv 2510.09285), by frame mass",
+    "pgpo": "GRPO with token weights as PGPO's (arXiv 2604.01840), by frame mass",
+}
 # Settings of the machine and of its folders, which say nothing of the model.
 LOCAL = (
     "data_root",
@@ -29,6 +35,8 @@ def model_card(config: APPOConfig, step: int, evaluations: Mapping[str, Mapping[
     method = METHODS[config.method]
     if config.method == "grpo" and config.dynamic_sampling:
         method = "DAPO"
+    if config.attention_coef > 0:
+        method += " and a policy gradient on attention (RAL, arXiv 2602.04884)"
     head: dict[str, Any] = {
         "library_name": "peft" if config.lora_rank else "transformers",
         "pipeline_tag": "video-text-to-text",

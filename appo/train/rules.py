@@ -7,6 +7,7 @@ from torch import Tensor
 from appo.config import APPOConfig
 from appo.method.selection import perception_slots, select_frames
 from appo.method.token_weights import token_weights
+from appo.method.visual_dependence import filtered_weights, gated_weights, position_slots
 from appo.train.groups import Group, known
 
 # (K, G, J) slots -> (K, J): how much the tokens of a slot disagree (`appo_kernels.group_divergence`).
@@ -29,7 +30,34 @@ def choose_frames(group: Group, config: APPOConfig) -> Tensor:
 
 
 def weigh_tokens(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
-    """The weight (G, N) fp32 of each token of a scored group whose frames were chosen (docs/method.md 5)."""
+    """The weight (G, N) fp32 of each token of a scored group, by the rule of ``config.method``."""
+    return RULES[config.method](group, divergence, config)
+
+
+def _by_frames(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
+    """APPO: disagreement of the tokens that look at the group's key frames (docs/method.md 5)."""
     frames = known(group.target_frames)
     slots = perception_slots(known(group.mass), group.mask, frames, **config.slot_arguments())
     return token_weights(divergence(slots), slots, group.mask, **config.weight_arguments())
+
+
+def _by_position(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
+    """TW-GRPO: disagreement of the tokens at the same position."""
+    slots = position_slots(group.mask)
+    return token_weights(divergence(slots), slots, group.mask, **config.weight_arguments())
+
+
+def _filtered(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
+    """VPPO, with frame mass as a token's dependence on the video: it takes no second forward."""
+    score = known(group.mass).sum(-1)
+    return filtered_weights(score, group.mask, share=config.token_share, floor=config.factor_floor)
+
+
+def _gated(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
+    """PGPO's gate and normalisation, with frame mass as a token's dependence on the video."""
+    score, share = known(group.mass).sum(-1), config.token_share
+    return gated_weights(score, group.mask, share=share, alpha=config.alpha, normalise=config.normalise)
+
+
+# By ``config.method``; "grpo" weighs nothing.
+RULES: dict[str, WeighTokens] = {"appo": _by_frames, "tw-grpo": _by_position, "vppo": _filtered, "pgpo": _gated}

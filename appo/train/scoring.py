@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from appo.config import APPOConfig
+from appo.method.token_filters import off_policy_sequences, top_entropy_tokens
 from appo.recording.recorder import record_frame_mass
-from appo.train.groups import Group, Part, ResponseBatch
+from appo.train.groups import Group, Part, ResponseBatch, known, stack_tokens, token_weights_of
 from appo.train.policy import Policy
 from appo.train.rules import WeighTokens
 from appo_kernels import group_divergence, token_logprobs
@@ -19,13 +20,13 @@ from appo_kernels import group_divergence, token_logprobs
 def score_parts(
     parts: Sequence[Part], batch: ResponseBatch, wrapped: nn.Module, policy: Policy, config: APPOConfig
 ) -> None:
-    """Fill in log-probabilities and entropy, and for method "appo" frame mass and what weighing needs.
+    """Fill in log-probabilities and entropy, and what the method asks for: frame mass, and what weighing needs.
 
     batch: the parts side by side. wrapped: ``policy`` as it is called, inside what synchronises or shards it.
     """
     sequences = policy.sequences(batch)
     recorder: Any = None
-    recorded = config.method == "appo" and batch.prompts.num_frames > 0
+    recorded = config.records_mass and batch.prompts.num_frames > 0
     if recorded and sequences.rows.numel():  # responses that are all empty have no row to record
         recorder = record_frame_mass(
             policy.model,
@@ -50,7 +51,8 @@ def score_parts(
         group = part.group
         group.old_logprobs = _filled(group.old_logprobs, part, found[0].cpu())
         group.entropy = _filled(group.entropy, part, found[1].cpu())
-        if mass is not None and group.prompt.num_frames > 0:
+        # Positions can be weighed without frames, whatever else looks at them.
+        if config.method == "tw-grpo" or (config.method != "grpo" and group.prompt.num_frames > 0):
             group.lse = _filled(group.lse, part, found[2])
             group.hidden = _filled(group.hidden, part, found[3])
     if mass is not None:
@@ -97,7 +99,8 @@ def weigh_groups(groups: Sequence[Group], policy: Policy, weigh_tokens: WeighTok
 
     def weigh_all() -> None:
         for group in groups:
-            if group.hidden is not None and group.target_frames is not None:
+            chosen = group.target_frames is not None or (config.method != "appo" and group.tokens > 0)
+            if group.hidden is not None and chosen:
                 weight, bias = policy.output_head(group.hidden.dtype)
                 group.weights = weigh_tokens(group, divergence_of(group, weight, bias), config).cpu()
             group.hidden = group.lse = None
@@ -109,6 +112,26 @@ def weigh_groups(groups: Sequence[Group], policy: Policy, weigh_tokens: WeighTok
         return lambda slots: group_divergence(hidden, weight, lse, slots.to(hidden.device), **settings).cpu()
 
     policy.run(weigh_all)  # a forward, like that of the head above
+
+
+@torch.no_grad()
+def filter_tokens(groups: Sequence[Group], config: APPOConfig) -> None:
+    """Multiply token weights of 0 and 1 in: the most uncertain tokens of the batch, of all processes, which call alike;
+    and responses that the model has moved away from since they were sampled."""
+    scored = [group for group in groups if group.scored]
+    if config.entropy_share < 1:
+        entropy = stack_tokens([known(group.entropy) for group in scored], 0.0) if scored else torch.zeros(1, 1)
+        mask = stack_tokens([group.mask for group in scored], False) if scored else torch.zeros(1, 1, dtype=torch.bool)
+        kept = top_entropy_tokens(entropy, mask, share=config.entropy_share)
+        for group, rows in zip(scored, kept.split([len(g.mask) for g in scored]) if scored else (), strict=True):
+            group.weights = token_weights_of(group) * rows[:, : group.mask.shape[1]]
+    if config.off_policy_threshold is not None:
+        for group in scored:
+            kept = off_policy_sequences(
+                known(group.old_logprobs), group.rollout_logprobs, known(group.advantages), group.mask,
+                threshold=config.off_policy_threshold,
+            )  # fmt: skip
+            group.weights = token_weights_of(group) * kept
 
 
 def _token_values(

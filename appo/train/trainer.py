@@ -20,6 +20,7 @@ from appo.rollout.build import build_engine
 from appo.rollout.engine import Completion, Rollout, Sampling, checked
 from appo.rollout.model_engine import TransformersRollout
 from appo.train.ahead import Ahead, check_asynchronous, forget_ahead, next_groups
+from appo.train.attention_update import attention_update
 from appo.train.drawing import draw_prompts
 from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
@@ -30,7 +31,7 @@ from appo.train.micro_batches import micro_batches
 from appo.train.policy import Policy
 from appo.train.rules import ChooseFrames, WeighTokens, choose_frames, weigh_tokens
 from appo.train.run import run
-from appo.train.scoring import score_parts, score_reference, weigh_groups
+from appo.train.scoring import filter_tokens, score_parts, score_reference, weigh_groups
 from appo.train.setup import autocast, learning_rate, prepare_model, reference_policy
 from appo.train.sharding import check_launch, gathered, idle_group, missing, no_loss, place, processes, reshard
 from appo.train.trackers import check_trackers
@@ -196,7 +197,7 @@ class Trainer:
     def select(self, groups: Sequence[Group]) -> None:
         """The frames that matter for each group (docs/method.md 4); one without frames or without a token has none."""
         for group in groups:
-            if group.mass is not None and group.tokens:
+            if self.config.method == "appo" and group.mass is not None and group.tokens:
                 group.target_frames = self.choose_frames(group, self.config).cpu()
 
     def weigh(self, groups: Sequence[Group]) -> None:
@@ -205,9 +206,10 @@ class Trainer:
             weigh_groups(groups, self.unwrapped, self.weigh_tokens, self.config)
 
     def advantage(self, groups: Sequence[Group]) -> None:
-        """The advantage of each response over its group (docs/method.md 6)."""
+        """The advantage of each response over its group (docs/method.md 6), and which tokens it is left out of."""
         for group in groups:
             group.advantages = group_advantages(group.rewards, scale=self.config.advantage_scale)
+        filter_tokens(groups, self.config)
 
     def update(self, groups: Sequence[Group], number: int) -> None:
         """``updates_per_step`` optimizer steps, each on its own share of the groups (which come with signal first).
@@ -247,11 +249,15 @@ class Trainer:
         operands = loss_operands(parts, self.accelerator.device, rollout_logprobs=self.corrects)
         arguments = operands | config.loss_arguments() | self.unwrapped.logit_arguments(config) | {"num_items": tokens}
 
-        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SurrogateOutput:
-            return self.surrogate(hidden, weight, batch.completion_ids, mask=batch.mask, bias=bias, **arguments)
+        sequences = self.unwrapped.sequences(batch)
+        attention = attention_update(parts, batch, sequences, self.unwrapped, config)
 
-        with self.autocast():
-            result = self.policy(batch, head)
+        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SurrogateOutput:
+            found = self.surrogate(hidden, weight, batch.completion_ids, mask=batch.mask, bias=bias, **arguments)
+            return found if attention is None else attention.added(found, arguments)
+
+        with self.autocast(), nullcontext() if attention is None else attention.recorder:
+            result = self.policy(batch, head, sequences)
         count = sum(map(sum, batch.lengths))
         measure_padding(self.meter, batch, shared=self.unwrapped.share_prompt)
         weighted = sum(int((part.take(token_weights_of(part.group)) > 1).sum()) for part in parts) / max(count, 1)
