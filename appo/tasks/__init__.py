@@ -9,5 +9,17 @@ measured.
 
 from appo.tasks.dataset import DIFFICULTIES, SIZES, make_task, response_text, think_text
 from appo.tasks.questions import KINDS, Difficulty
+from appo.tasks.thoughts import IRRELEVANT_WORDS, Irrelevant, telling_spans
 
-__all__ = ["DIFFICULTIES", "KINDS", "SIZES", "Difficulty", "make_task", "response_text", "think_text"]
+__all__ = [
+    "DIFFICULTIES",
+    "KINDS",
+    "IRRELEVANT_WORDS",
+    "SIZES",
+    "Difficulty",
+    "Irrelevant",
+    "make_task",
+    "response_text",
+    "telling_spans",
+    "think_text",
+]

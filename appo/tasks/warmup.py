@@ -25,6 +25,7 @@ from appo.data.prompts import Prompt, collate
 from appo.data.records import Record
 from appo.tasks import response_text, think_text
 from appo.tasks.questions import NUMBERS
+from appo.tasks.thoughts import IRRELEVANT_WORDS, Irrelevant
 
 NOTHING = "nothing"
 
@@ -48,14 +49,15 @@ def warm_up(
     batch_size: int = 32,
     learning_rate: float = 2e-3,
     label_noise: float = 0.5,
+    irrelevant: Irrelevant | None = None,
     seed: int = 0,
     progress: Callable[[int, float, float], None] = lambda step, loss, seen: None,
 ) -> WarmUpStats:
     """Trains ``model`` in place on ``prompts`` made by ``PromptBuilder`` of records of ``appo.tasks``.
 
     looking_steps: optimizer steps that train the vision tower alone; ``steps`` that train everything follow.
-    label_noise: share of the examples whose answer is drawn at random, anew each time. progress: called after
-    each step with its number, from 1, the loss of a response token (nan while only looking), and the share of
+    label_noise: share of the examples whose answer is drawn at random, anew each time. irrelevant: words around what
+    was seen, drawn anew each time; None: none. progress: called after each step with its number, from 1, the loss of a response token (nan while only looking), and the share of
     events that were seen. Deterministic by ``seed``; the global generators are not used. Raises ValueError
     for a record that is not of ``appo.tasks``.
     """
@@ -76,8 +78,8 @@ def warm_up(
         answering = torch.tensor(float("nan"))
         if step > looking_steps:
             inputs["mm_encoder_outputs"] = {"video": features}
-            answers = [target(prompt, rng, label_noise) for prompt in chosen]
-            answering = _answering(model, processor.tokenizer, inputs, answers)
+            answers = [target(prompt, rng, label_noise, irrelevant) for prompt in chosen]
+            answering = _answering(model, processor.tokenizer, inputs, answers, irrelevant)
             loss = loss + answering
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -91,7 +93,7 @@ def warm_up(
     return WarmUpStats(*(sum(values) / len(last) for values in zip(*last, strict=True)), steps=total)
 
 
-def target(prompt: Prompt, rng: random.Random, label_noise: float) -> str:
+def target(prompt: Prompt, rng: random.Random, label_noise: float, irrelevant: Irrelevant | None = None) -> str:
     """The response to learn: what happened and when or, in a share ``label_noise``, an answer drawn at random.
 
     For a record that says what is seen when (the kind "cue"), the time is drawn, and the answer is what is seen then:
@@ -111,7 +113,8 @@ def target(prompt: Prompt, rng: random.Random, label_noise: float) -> str:
         if task == "count":  # as many moments as the answer says
             steps = sorted(rng.sample(range(prompt.num_frames), index + 1))
     letter, text = record.options[index].split(". ", 1)
-    return response_text(think_text(task, steps, text), letter)
+    think = think_text(task, steps, text)
+    return response_text(think if irrelevant is None else irrelevant.around(think, rng), letter)
 
 
 def words_seen(prompt: Prompt) -> list[str]:
@@ -165,8 +168,14 @@ def _looking(
     return loss, (logits.argmax(-1) == labels)[~quiet].float().mean()
 
 
-def _answering(model: Any, tokenizer: Any, inputs: dict[str, Any], responses: Sequence[str]) -> Tensor:
-    """Mean negative log-likelihood of the responses' tokens, the end token included."""
+def _answering(
+    model: Any, tokenizer: Any, inputs: dict[str, Any], responses: Sequence[str], irrelevant: Irrelevant | None
+) -> Tensor:
+    """Mean negative log-likelihood of the responses' tokens, the end token included.
+
+    With irrelevant words it is the mean of two: over tokens in whose place one might stand, and over the others.
+    Otherwise their entropy, which cannot be learned away, drowns the sentence: three responses of ten came without it.
+    """
     encoded = [tokenizer(text + tokenizer.eos_token, add_special_tokens=False).input_ids for text in responses]
     length = max(len(ids) for ids in encoded)
     ids = torch.tensor([row + [tokenizer.pad_token_id] * (length - len(row)) for row in encoded])
@@ -175,7 +184,13 @@ def _answering(model: Any, tokenizer: Any, inputs: dict[str, Any], responses: Se
     inputs["attention_mask"] = torch.cat([inputs["attention_mask"], mask], 1)
     inputs["mm_token_type_ids"] = torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(ids)], 1)
     logits = model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1]
-    return cross_entropy(logits[mask.bool()], ids[mask.bool()])
+    if irrelevant is None:
+        return cross_entropy(logits[mask.bool()], ids[mask.bool()])
+    losses = cross_entropy(logits.transpose(1, 2), ids, reduction="none")
+    # "i" and the closing tag end a run of irrelevant words: a weight of their own would shorten the runs.
+    choices = tokenizer.convert_tokens_to_ids([*IRRELEVANT_WORDS, "i", "</think>"])
+    open_ = torch.isin(ids, torch.tensor(choices)) & mask.bool()
+    return (losses[open_].mean() + losses[mask.bool() & ~open_].mean()) / 2
 
 
 def _batches(prompts: Sequence[Prompt], size: int, rng: random.Random) -> Any:

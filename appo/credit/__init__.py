@@ -1,0 +1,1 @@
+"""Credit: how well the gradient of each way of weighting tokens points, measured on a model (docs/credit.md)."""

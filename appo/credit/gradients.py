@@ -1,0 +1,73 @@
+"""The policy gradient of one group of responses under many ways of weighting its tokens, as count sketches."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from appo.credit.sketch import CountSketch
+from appo.train.groups import Group, batch_parts, known, whole_groups
+from appo.train.trainer import Trainer
+from appo_kernels import token_logprobs
+
+
+def trained(trainer: Trainer) -> list[Tensor]:
+    """The parameters that a run would train, in a fixed order."""
+    return [parameter for parameter in trainer.unwrapped.parameters() if parameter.requires_grad]
+
+
+def group_gradients(
+    trainer: Trainer, group: Group, weights: Mapping[str, Tensor], sketch: CountSketch
+) -> dict[str, Tensor]:
+    """name: sketch (size,) of the gradient of (1/G) sum of W A log p over the tokens of a group with advantages.
+
+    That is the ascent direction of every clipped surrogate at ratio 1, as in the first update on fresh rollouts, summed
+    over tokens ("dapo" aggregation up to a factor). One forward, and a backward for each entry of ``weights`` (G, N).
+    """
+    device = trainer.accelerator.device
+    batch = batch_parts(whole_groups([group]), trainer.pad_id, device)
+    targets = batch.completion_ids[batch.mask]
+    logits = trainer.unwrapped.logit_arguments(trainer.config)
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return token_logprobs(hidden[batch.mask], weight, targets, bias=bias, **logits).logprobs
+
+    with trainer.autocast():
+        logprobs = trainer.policy(batch, head)
+    parameters, found = trained(trainer), {}
+    factor = known(group.advantages)[:, None] / len(group.mask)
+    last = list(weights)[-1]
+    for name, weight in weights.items():
+        each = (weight * factor)[group.mask].to(device)
+        if not each.any():
+            found[name] = torch.zeros(sketch.size)
+            continue
+        gradients = torch.autograd.grad(
+            (each * logprobs).sum(), parameters, retain_graph=name != last, allow_unused=True
+        )
+        found[name] = sketch(gradients).cpu()
+    return found
+
+
+def hit_counts(weights: Tensor, mask: Tensor, told: Tensor) -> list[float]:
+    """How much of a weighting's bonus is on telling tokens of a group.
+
+    [bonus on them, bonus in all, telling tokens that weigh more than their response's mean, telling tokens]. The bonus
+    of a token is its weight above the least of the group.
+    """
+    bonus = (weights - weights[mask].min()).masked_fill(~mask, 0)
+    mean = (weights * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
+    # More by rounding is not more.
+    above = told & (weights > mean + 1e-4 * mean.abs())
+    return [float(bonus[told].sum()), float(bonus.sum()), float(above.sum()), float(told.sum())]
+
+
+def ranks(weights: Tensor, mask: Tensor, told: Tensor, tells: Tensor) -> Sequence[float]:
+    """The ROC AUC of the weights for telling tokens, in each response that tells; 0.5 is chance. Ties count half."""
+    found = []
+    for row, valid, labels in zip(weights[tells], mask[tells], told[tells], strict=True):
+        right, wrong = row[valid & labels], row[valid & ~labels]
+        if len(right) and len(wrong):
+            difference = right[:, None] - wrong[None]
+            found.append(float(((difference > 0).float() + 0.5 * (difference == 0).float()).mean()))
+    return found

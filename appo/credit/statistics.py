@@ -1,0 +1,111 @@
+"""How well gradients point, from the gradients of groups of responses: U-statistics and bootstrap intervals.
+
+With g a group's gradient under some weights and r its gradient under the reference ones, the gradient of a batch of B
+groups has, in expectation over its noise, the cosine
+
+    <E g, E r> / (|E r| sqrt(|E g|^2 + (E |g|^2 - |E g|^2) / B))
+
+with the exact reference. Every inner product of means is taken over pairs of *different* groups, so that no gradient
+is compared with itself and no noise passes for signal (docs/credit.md).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+class Products(NamedTuple):
+    """Inner products of the groups' gradients of one warm start, (n, n) each: of a method g and the reference r."""
+
+    gg: Array
+    gr: Array
+    rr: Array
+
+
+class Estimate(NamedTuple):
+    """A value with its 95 % bootstrap interval. p: two-sided, of the value being 0. undefined: share of draws without
+    a value, because the reference had no positive squared length in them."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    undefined: float
+
+    @property
+    def resolved(self) -> bool:
+        """Whether the interval leaves out 0, and hardly a draw was without a value."""
+        return (self.low > 0 or self.high < 0) and self.undefined <= 0.05
+
+
+def pair_means(products: Array, counts: Array) -> Array:
+    """(D,) means of ``products`` (n, n) over pairs of different groups, groups counting as in ``counts`` (D, n).
+
+    A group that counts twice makes no pair with itself either. NaN where a draw has fewer than two groups.
+    """
+    squares = counts**2
+    total = ((counts @ products) * counts).sum(1) - squares @ np.diag(products)
+    pairs = counts.sum(1) ** 2 - squares.sum(1)
+    return np.divide(total, pairs, out=np.full(len(total), np.nan), where=pairs > 0)
+
+
+def resamples(sizes: Sequence[int], draws: int, seed: int = 0) -> list[Array]:
+    """Counts (1 + draws, n) for each stratum of n groups: all ones, then bootstrap draws of n groups of it."""
+    rng = np.random.default_rng(seed)
+    return [np.concatenate([np.ones((1, n)), rng.multinomial(n, np.full(n, 1 / n), size=draws)]) for n in sizes]
+
+
+def moments(strata: Sequence[Products], counts: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
+    """<E g, E r>, |E r|^2, |E g|^2 and E |g|^2, (draws,) each, averaged over strata that count alike."""
+    found = []
+    for (gg, gr, rr), w in zip(strata, counts, strict=True):
+        own = (w @ np.diag(gg)) / w.sum(1)
+        found.append((pair_means(gr, w), pair_means(rr, w), pair_means(gg, w), own))
+    signal, reference, mean, square = np.mean(found, axis=0)
+    return signal, reference, mean, square
+
+
+def batch_cosine(strata: Sequence[Products], counts: Sequence[Array], batch: float) -> Array:
+    """(draws,) cosine of the gradient of ``batch`` groups with the reference; batch = inf: of the mean, its bias alone.
+
+    NaN where the reference's squared length, or the batch gradient's, is estimated as not positive.
+    """
+    signal, reference, mean, square = moments(strata, counts)
+    length = mean + (square - mean) / batch
+    good = (reference > 0) & (length > 0)
+    return np.where(good, signal / np.sqrt(np.where(good, reference * length, 1.0)), np.nan)
+
+
+def estimate(values: Array) -> Estimate:
+    """The first value with the percentile interval of the others, which are bootstrap draws of it."""
+    draws = values[1:][np.isfinite(values[1:])]
+    undefined = 1 - len(draws) / max(len(values) - 1, 1)
+    if not len(draws):
+        return Estimate(float(values[0]), np.nan, np.nan, 1.0, undefined)
+    low, high = np.percentile(draws, [2.5, 97.5])
+    tail = min((draws <= 0).sum(), (draws >= 0).sum())
+    return Estimate(float(values[0]), float(low), float(high), min(1.0, 2 * (1 + tail) / (1 + len(draws))), undefined)
+
+
+def samples_ratio(cosine: Array, base: Array) -> Array:
+    """How many times more samples ``base`` needs for the same cosine: the ratio of squared signal-to-noise ratios."""
+
+    def snr2(values: Array) -> Array:
+        squares = np.clip(values, 1e-6, 1 - 1e-6) ** 2
+        ratio: Array = squares / (1 - squares)
+        return ratio
+
+    return snr2(cosine) / snr2(base)
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """p-values corrected for their number by Holm's step-down procedure: reject those of at most 0.05."""
+    adjusted, least = {}, 0.0
+    for place, name in enumerate(sorted(p, key=lambda name: p[name])):
+        least = max(least, min(1.0, (len(p) - place) * p[name]))
+        adjusted[name] = least
+    return {name: adjusted[name] for name in p}
