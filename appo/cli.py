@@ -12,6 +12,7 @@ try:
 except ModuleNotFoundError:
     sys.exit("appo: the command line needs the training packages. Install them with: pip install 'appo[train]'")
 
+from appo.cli_credit import measure_credit
 from appo.cli_data import data_app
 from appo.cli_errors import check_given, guarded
 from appo.cli_eval import evaluate_model, run_the_matrix
@@ -103,6 +104,7 @@ def train(
 
 
 command("eval")(evaluate_model)
+command("credit")(measure_credit)
 command("matrix")(run_the_matrix)
 
 

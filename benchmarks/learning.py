@@ -12,6 +12,8 @@ Tasks:
   cue     Every time of a clip shows another colour, and a mark that is hard to read says which time is meant. A
           response writes a time, and that decides where it looks for the colour: right and wrong responses look at
           different frames, which is what `hard`, the paper's difference of sets, goes by.
+  verbose-0, verbose-WORDSxOF  The clips of one kind of "moment", answered at length: so many irrelevant words around
+          what was seen, drawn from so many (docs/credit.md).
 
 Time: a warm start with its clips takes two to three minutes of a core, a run 20 to 25 seconds (less for "cue"), so the
 default of 12 seeds x 10 variants takes about half an hour on two cores. With less time take fewer --seeds, not fewer
@@ -31,7 +33,6 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from appo.data.prompts import PromptBuilder
 from appo.demo import SETTINGS as DEMO_SETTINGS
 from appo.demo import make_clips, stage, warm_start
 from appo.method.selection import select_frames
+from appo.tasks.named import TASKS
 from appo.train.evaluate import evaluate
 from appo.train.groups import whole_groups
 from appo.train.setup import load_model
@@ -63,26 +65,6 @@ SPLITS = ("validation", "ood")
 MEASURES = {"validation": "validation/after", "ood": "ood/after", "training": "train/accuracy"}
 # Metrics of training that say what was picked.
 SELECTION = ("frames/empty", "frames/precision", "frames/recall", "weight/share")
-
-
-@dataclass(frozen=True)
-class Task:
-    """clips: of `make_task`. warm: of `warm_start`. settings: what differs from those of the demo."""
-
-    clips: dict[str, Any] = field(default_factory=dict)
-    warm: dict[str, Any] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-TASKS = {
-    "moment": Task(),
-    "cue": Task(
-        clips={"kinds": ("cue",)},
-        warm={"model_options": {"num_hidden_layers": 2}, "looking_steps": 40, "steps": 200, "label_noise": 0.4},
-        # The look-up is one token's and may happen in the first layer: every layer counts, and the one largest mass.
-        settings={"layers": 2, "top_tokens": 1, "top_frames": 1},
-    ),
-}
 
 
 def prepare(work: Path, task: str, number: int) -> tuple[Path, Path]:

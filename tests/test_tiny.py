@@ -23,6 +23,7 @@ from appo.rollout.engine import Sampling
 from appo.rollout.model_engine import TransformersRollout
 from appo.rollout.rewards import combine
 from appo.tasks import KINDS, Difficulty, make_task, response_text, think_text
+from appo.tasks.named import TASKS
 from appo.tasks.questions import NUMBERS
 from appo.tasks.tiny import build_tiny, build_tokenizer
 from appo.tasks.warmup import target, time_marked, warm_up, words_seen
@@ -31,7 +32,6 @@ from appo.train.groups import whole_groups
 from appo.train.logs import Meter
 from appo.train.metrics import measure_frames
 from appo.train.trainer import Trainer
-from benchmarks.learning import TASKS
 
 CONFIG = APPOConfig(fps=4.0, max_frames=16, max_pixels=28 * 28, instructions=False)
 

@@ -67,7 +67,7 @@ class Collector:
         self.key = {"version": VERSION, "size": size, "rows": list(self.weightings)} | dict(identity or {})
 
     def unit(self, number: int) -> Unit:
-        """Batch ``number`` of the order of prompts, from 0; it depends on nothing but the run's settings and weights."""
+        """Batch ``number`` of the order of prompts, from 0; by the run's settings and weights alone."""
         trainer, started = self.trainer, time.process_time()
         trainer.sampler.load_state_dict([])
         trainer.sampler.take(number * trainer.config.prompts_per_step)

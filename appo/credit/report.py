@@ -30,7 +30,7 @@ def gradients(units: Sequence[Unit], weightings: Mapping[str, Weighting] = WEIGH
     found = {name: stacked[:, index] for index, name in enumerate(names)}
     for name, row in weightings.items():
         if row.sum_of and all(part in found for part in row.sum_of):
-            found[name] = sum(factor * found[part] for part, factor in row.sum_of.items())
+            found[name] = np.sum([factor * found[part] for part, factor in row.sum_of.items()], axis=0)
     return found
 
 
@@ -95,7 +95,9 @@ def noise(models: Sequence[Sequence[Unit]], names: Sequence[str]) -> dict[str, d
                 gram = products(found[name], found[name]).gg
                 signal = float(pair_means(gram, np.ones((1, len(gram))))[0])
                 rows.setdefault(name, []).append((signal, float(np.diag(gram).mean()) - signal))
-    return {name: dict(zip(("signal", "noise"), np.mean(values, 0).tolist())) for name, values in rows.items()}
+    return {
+        name: dict(zip(("signal", "noise"), np.mean(values, 0).tolist(), strict=True)) for name, values in rows.items()
+    }
 
 
 def hits(models: Sequence[Sequence[Unit]]) -> dict[str, dict[str, float]]:

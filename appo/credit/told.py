@@ -22,7 +22,7 @@ NOT_TOLD = (SENTENCE, "when")
 class Told:
     """Masks (G, N) bool of a group's tokens.
 
-    places: one for each kind of place. told: all places that tell what was seen. sentence: those and what they stand in.
+    places: one for each kind of place. told: all places that tell what was seen. sentence: those and all around them.
     tells: (G,) bool, the responses in which something was found.
     """
 

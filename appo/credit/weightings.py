@@ -46,9 +46,9 @@ class Scored:
 class Weighting:
     """A row of the comparison.
 
-    make: the weights (G, N). about: what it is, in a few words. looks: whether it needs a video. frames, told: whether it
-    needs a record whose key frames are known, or responses whose telling tokens are. sum_of: instead of weights, factors of other rows: gradients are
-    linear in weights.
+    make: the weights (G, N). about: what it is, in a few words. looks: whether it needs a video. frames: whether it
+    needs a record whose key frames are known. told: whether it needs responses whose telling tokens are known. sum_of:
+    instead of weights, factors of other rows: gradients are linear in weights.
     """
 
     about: str

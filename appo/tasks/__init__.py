@@ -13,8 +13,8 @@ from appo.tasks.thoughts import IRRELEVANT_WORDS, Irrelevant, telling_spans
 
 __all__ = [
     "DIFFICULTIES",
-    "KINDS",
     "IRRELEVANT_WORDS",
+    "KINDS",
     "SIZES",
     "Difficulty",
     "Irrelevant",

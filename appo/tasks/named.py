@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from appo.tasks.questions import Difficulty
 from appo.tasks.thoughts import Irrelevant
 
 
@@ -20,12 +21,16 @@ SPARE_TOKENS = 16  # for responses with more irrelevant words than they were tau
 
 
 def verbose(words: int, vocabulary: int) -> Task:
-    """Clips of the task "moment", answered at length: so many irrelevant words around what was seen.
+    """Clips in which a colour flashes, answered at length: so many irrelevant words around what was seen.
 
-    The warm start is longer than the demo's, until fewer than 2 % of its responses lack the sentence that tells.
+    The warm start sees the noise and the distractor of the training clips, and takes longer than the demo's.
     """
     return Task(
-        warm={"steps": 250, "irrelevant": Irrelevant(words, vocabulary)},
+        clips={
+            "kinds": ("colour",),
+            "difficulties": {"warmup": Difficulty(noise=14.0, size=(0.17, 0.26), distractors=1)},
+        },
+        warm={"steps": 350, "irrelevant": Irrelevant(words, vocabulary)},
         settings={"max_new_tokens": SENTENCE_TOKENS + words + (SPARE_TOKENS if words else 0)},
     )
 

@@ -50,7 +50,7 @@ class Irrelevant:
 
 
 def telling_spans(text: str, record: Record) -> dict[str, tuple[int, int]] | None:
-    """The places (start, end) in characters of what a response to a record of ``appo.tasks`` tells; None if it does not.
+    """The places (start, end) in characters of what a response to a record of ``appo.tasks`` tells, or None.
 
     "seen": the word for what was seen, the first that depends on it; "when": the step or time; "said": the word in the
     conclusion; "letter": the answer. "sentence": from "i see" to the conclusion. A response tells if it has the

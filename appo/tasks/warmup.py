@@ -45,7 +45,6 @@ def warm_up(
     prompts: Sequence[Prompt],
     *,
     looking_steps: int = 50,
-    sentence_steps: int = 0,
     steps: int = 100,
     batch_size: int = 32,
     learning_rate: float = 2e-3,
@@ -58,7 +57,7 @@ def warm_up(
 
     looking_steps: optimizer steps that train the vision tower alone; ``steps`` that train everything follow.
     label_noise: share of the examples whose answer is drawn at random, anew each time. irrelevant: words around what
-    was seen, drawn anew each time; None: none. sentence_steps: as ``steps``, before those, without irrelevant words.
+    was seen, drawn anew each time; None: none.
     progress: called after each step with its number, from 1, the loss of a response token (nan while only looking), and
     the share of events that were seen. Deterministic by ``seed``; the global generators are not used. Raises ValueError
     for a record that is not of ``appo.tasks``.
@@ -66,8 +65,7 @@ def warm_up(
     rng = random.Random(seed)
     batches = _batches(prompts, batch_size, rng)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
-    taught = looking_steps + sentence_steps  # before irrelevant words come in
-    total = taught + steps
+    total = looking_steps + steps
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=total, pct_start=0.1)
     history: list[tuple[float, float]] = []
     model.train()
@@ -81,9 +79,8 @@ def warm_up(
         answering = torch.tensor(float("nan"))
         if step > looking_steps:
             inputs["mm_encoder_outputs"] = {"video": features}
-            around = irrelevant if step > taught else None
-            answers = [target(prompt, rng, label_noise, around) for prompt in chosen]
-            answering = _answering(model, processor.tokenizer, inputs, answers, around)
+            answers = [target(prompt, rng, label_noise, irrelevant) for prompt in chosen]
+            answering = _answering(model, processor.tokenizer, inputs, answers, irrelevant)
             loss = loss + answering
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

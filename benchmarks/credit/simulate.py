@@ -1,4 +1,4 @@
-"""When can token weights help? A policy whose tokens are known exactly: python -m benchmarks.credit.simulate [--seeds 20]
+"""When can token weights help? A policy whose tokens are known exactly: python -m benchmarks.credit.simulate
 
 G responses of independent softmax tokens that share their parameters; one token earns the reward. Batch gradients are
 drawn and compared with the closed form of docs/credit.md, then the policy is trained with SGD and with Adam. numpy, no
@@ -132,9 +132,7 @@ def learning_rows(seeds: int, steps: int = 40, groups: int = 4) -> list[dict[str
     return rows
 
 
-def train(
-    irrelevant: int, optimizer: str, weight: float, factor: float, seed: int, steps: int, groups: int
-) -> float:
+def train(irrelevant: int, optimizer: str, weight: float, factor: float, seed: int, steps: int, groups: int) -> float:
     """The right word's probability at the end, of gradients under ``weight`` times ``factor``."""
     rng = np.random.default_rng(seed)
     policy, first, second = Policy(irrelevant, rng), np.zeros(PARAMETERS), np.zeros(PARAMETERS)
@@ -142,9 +140,7 @@ def train(
         update = factor * combined(group_gradients(policy, groups, rng).mean(0), weight)
         if optimizer == "adam":
             first, second = 0.9 * first + 0.1 * update, 0.99 * second + 0.01 * update**2
-            policy.theta = policy.theta + 0.03 * (first / (1 - 0.9**step)) / (
-                np.sqrt(second / (1 - 0.99**step)) + 1e-8
-            )
+            policy.theta = policy.theta + 0.03 * (first / (1 - 0.9**step)) / (np.sqrt(second / (1 - 0.99**step)) + 1e-8)
         else:
             policy.theta = policy.theta + 0.1 * update
     return float(policy.probabilities()[0, 0])
@@ -172,7 +168,9 @@ def main() -> None:
     seeds = parser.parse_args().seeds
     rows = [*noise_rows(seeds), *wiener_rows(), *learning_rows(seeds)]
     for row in rows:
-        print("  ".join(f"{name} {round(value, 3) if isinstance(value, float) else value}" for name, value in row.items()))
+        print(
+            "  ".join(f"{name} {round(value, 3) if isinstance(value, float) else value}" for name, value in row.items())
+        )
     print(harness.save("credit-simulation", rows, device="cpu", seeds=seeds))
 
 
