@@ -50,7 +50,7 @@ from appo.train.groups import whole_groups
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
 from benchmarks import harness, plots
-from benchmarks.learning_variants import VARIANTS
+from benchmarks.learning_variants import OTHERS, VARIANTS
 
 # The results that the page shows are of models with these positions.
 SETTINGS = DEMO_SETTINGS | {"video_positions": "transformers"}
@@ -87,7 +87,7 @@ def run_one(
     builder: of an earlier run of the seed, whose clips are decoded already; returns that of this run.
     """
     clips, warm = prepare(work, task, seed % warm_starts)
-    functions, changes = VARIANTS[variant]
+    functions, changes = (VARIANTS | OTHERS)[variant]
     output = work / f"{variant}-{seed}"
     settings = SETTINGS | TASKS[task].settings | {"preset": "paper"} | changes
     settings |= {"seed": seed, "max_steps": steps, "output": str(output), "model": str(warm), "tensorboard": False}
@@ -221,7 +221,7 @@ def main() -> None:
     parser.add_argument("--warm-starts", type=int, default=3, help="seeds take these in turn")
     parser.add_argument("--steps", type=int, default=10, help="training steps of a run")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *OTHERS], default=list(VARIANTS))
     parser.add_argument("--run", type=int, metavar="SEED", help="the variants of one seed, in this process")
     parser.add_argument("--name", help="of the result files (default: learning, or learning-cue); '-': none")
     parser.add_argument("--prepare", type=int, metavar="NUMBER", help="one warm start, in this process")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from appo.config import APPOConfig
+from appo.presets import PRESETS
 from appo.train.groups import Group
 from appo.train.rules import Divergence, weigh_tokens
 
@@ -50,3 +51,5 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "control-entropy": ({"weigh_tokens": entropy_weights}, {"strategy": "all"}),
     "control-true-frames": ({"choose_frames": true_frames}, {}),
 }
+# Other methods' presets (docs/own_method.md), run when they are named.
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: ({}, {"preset": name}) for name in PRESETS}
