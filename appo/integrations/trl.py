@@ -17,7 +17,7 @@ from appo.config import APPOConfig
 from appo.integrations.media import Media, WithMedia, forward_inputs, split_media
 from appo.integrations.response_head import add_response_head
 from appo.integrations.trl_loss import check_layout, fused_loss, log_mean, loss_mask, why_not_fused
-from appo.integrations.weights import GroupWeights, group_weights
+from appo.integrations.weights import GroupWeights, check_served, group_weights
 from appo.models.loaded import vision_token_ids
 from appo.models.positions import use_positions
 from appo.recording.arguments import response_rows
@@ -41,13 +41,14 @@ class APPOTrainer(GRPOTrainer):
     ``appo.integrations.trl_loss.FUSED`` are computed by ``linear_weighted_surrogate`` where no option forbids it.
 
     Raises:
-        ValueError: groups that straddle processes, ZeRO-3, an unknown reward, prompts with videos for vLLM (which TRL
-            does not hand them to).
+        ValueError: a method that appo's own trainer alone has, groups that straddle processes, ZeRO-3, an unknown
+            reward, prompts with videos for vLLM (which TRL does not hand them to).
     """
 
     def __init__(self, *args: Any, appo: APPOConfig | None = None, accuracy: str | None = None, **others: Any) -> None:
-        super().__init__(*args, **others)
         self.appo = appo or APPOConfig()
+        check_served(self.appo)
+        super().__init__(*args, **others)
         if accuracy is not None and accuracy not in self.reward_func_names:
             raise ValueError(f"`accuracy`: expected one of {', '.join(self.reward_func_names)}, got {accuracy!r}.")
         self._accuracy_column = 0 if accuracy is None else self.reward_func_names.index(accuracy)

@@ -54,9 +54,7 @@ def group_weights(
         ValueError: B is no multiple of ``group_size``, or the arguments do not fit each other.
     """
     op = "group_weights"
-    if config.method not in ("appo", "grpo") or config.attention_coef > 0:
-        got = config.method if config.attention_coef == 0 else "attention_coef > 0"
-        checks.fail(op, "config", "method = appo", got, "Other methods are weighed and trained by appo's own trainer.")
+    check_served(config)
     checks.rank(op, "mass", mass, 3, "(B, N, F)")
     B, N = mass.shape[:2]
     checks.shape(op, "mask", mask, (B, N), "(B, N)", "Pass one entry per response token.")
@@ -86,3 +84,11 @@ def group_weights(
         weights.append(token_weights(divergence, slots, mask[own], **config.weight_arguments()))
         frames.append(chosen)
     return GroupWeights(torch.cat(weights), logprobs, frames)
+
+
+def check_served(config: APPOConfig) -> None:
+    """Raise ValueError for a method that other trainers cannot be given through token weights."""
+    if config.method not in ("appo", "grpo") or config.attention_coef > 0:
+        got = config.method if config.attention_coef == 0 else "attention_coef > 0"
+        remedy = "Other methods are weighed and trained by appo's own trainer."
+        checks.fail("group_weights", "config", "method = appo or grpo", got, remedy)

@@ -266,6 +266,13 @@ def test_groups_that_straddle_processes_are_refused(tmp_path: Any) -> None:
         )  # fmt: skip
 
 
+@pytest.mark.parametrize("changes", [{"method": "vppo"}, {"method": "grpo", "attention_coef": 0.1}])
+def test_methods_of_our_own_trainer_are_refused_before_anything_is_loaded(changes: dict[str, Any]) -> None:
+    config = SimpleNamespace(**({"attention_coef": 0.0} | changes))
+    with pytest.raises(ValueError, match="expected method = appo or grpo"):
+        APPOTrainer(appo=config)
+
+
 def test_a_group_without_frames_has_weights_of_one() -> None:
     hidden, weight, targets = torch.randn(4, 5, 8), torch.randn(11, 8), torch.randint(11, (4, 5))
     mask = torch.ones(4, 5, dtype=torch.bool)
