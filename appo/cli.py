@@ -61,6 +61,14 @@ def demo(
 
 
 @command()
+def doctor() -> None:
+    """Say which optional packages a run here can use, and why not the others."""
+    from appo.doctor import report
+
+    typer.echo(report())
+
+
+@command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file with the fields of APPOConfig (see examples/).")],
     overrides: Overrides = None,

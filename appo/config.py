@@ -72,6 +72,8 @@ class APPOConfig:
     engine_retries: int = setting(2, at_least=0, at_most=100)  # further tries of a request that got no answer
     vllm_python: str = setting("")  # interpreter of an environment with vLLM: each process starts a server with it
     vllm_arguments: str = setting("{}")  # JSON: further arguments of vLLM's engine, such as {"tensor_parallel_size": 2}
+    # How weights reach a server: files that both can read, or between GPUs (nccl: other ones, ipc: the same ones).
+    weight_transfer: str = setting("file", choices=("file", "nccl", "ipc"))
 
     # Dynamic sampling and overlong shaping (DAPO).
     dynamic_sampling: bool = setting(False)  # replace groups whose rewards are all equal by new prompts
@@ -138,6 +140,7 @@ class APPOConfig:
     max_grad_norm: float = setting(1.0, above=0, hint="A large number, such as 1e9, clips nothing.")
     dtype: str = setting("bfloat16", choices=("float32", "bfloat16", "float16"))
     attn_implementation: str = setting("sdpa", choices=ATTENTION)
+    liger: bool = setting(False)  # RMSNorm and SwiGLU by liger-kernel, where it is installed
     # Positions of text behind a video in Qwen2-VL and Qwen2.5-VL (docs/models.md): those the models were trained with,
     # which vLLM has too, or those of transformers >= 5.3.
     video_positions: str = setting("original", choices=("original", "transformers"))

@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +17,10 @@ from appo.data.prompts import Prompt
 from appo.data.records import Record
 from appo.data.video import Clip
 from appo.rollout.engine import Sampling
+from appo.rollout.vllm_extension import Checksum
 from appo.rollout.vllm_server import EngineError, VLLMServerRollout, request_of
-from appo.rollout.vllm_worker import PROTOCOL, Checksum, read_tensors
-from appo.rollout.weight_files import weights_of, write_weights
+from appo.rollout.vllm_worker import PROTOCOL, read_tensors
+from appo.rollout.weight_files import described_weights, weights_of, write_weights
 from appo.tasks.tiny import build_tiny
 
 SAMPLING = Sampling(2, 4)
@@ -29,8 +31,10 @@ class Played:
 
     def __init__(self, **faults):
         self.faults, self.version, self.checksum, self.calls = faults, -1, [0, 0], []
+        self.loaded = []
         self.routes = {
             "/update_weights": self.update_weights,
+            "/update_adapters": self.update_weights,
             "/checksum": lambda body: {"workers": [self.checksum]},
             "/generate": self.generate,
         }
@@ -76,14 +80,17 @@ class Played:
         standard = {
             "protocol": PROTOCOL, "vllm": "9", "transformers": "9", "model": "m", "vocabulary": 315,
             "logprobs_mode": "raw_logprobs", "architectures": ["Qwen2_5_VLForConditionalGeneration"],
+            "lora_rank": 0, "workers": 1, "weight_transfer": "", "weight_version": self.version,
         }  # fmt: skip
         return standard | self.faults.get("info", {})
 
     def update_weights(self, body):
         given = json.loads(body)
         sums = Checksum()
-        for tensor in load_file(f"{given['path']}/model-00000.safetensors").values():
-            sums.add(tensor)
+        for file in Path(given["path"]).glob("*.safetensors"):
+            for tensor in load_file(file).values():
+                sums.add(tensor)
+        self.loaded.append(Path(given["path"]).name)
         self.version, self.checksum = given["version"], self.faults.get("checksum", [sums.total, sums.count])
         return {}
 
@@ -200,7 +207,7 @@ def nobody():
 @pytest.mark.parametrize(
     ("faults", "message"),
     [
-        ({"info": {"protocol": 0}}, "version 1 of the protocol, got 0"),
+        ({"info": {"protocol": 0}}, "version 2 of the protocol, got 0"),
         (
             {"info": {"architectures": ["Qwen3VLForConditionalGeneration"]}},
             "a Qwen3VLForConditionalGeneration, the model",
@@ -250,7 +257,7 @@ def test_one_of_several_servers_is_wrong(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ((None, 200), "version 1 of the protocol, got None"),
+        ((None, 200), "version 2 of the protocol, got None"),
         (({"detail": "Not Found"}, 404), "another kind of server"),
     ],
 )
@@ -301,16 +308,60 @@ def test_weights_are_those_of_the_saved_model(tiny, tmp_path):
     )
 
 
-def test_adapters_are_added_to_the_weights(tiny):
+def with_adapters(model, **options):
     from peft import LoraConfig, get_peft_model
 
-    model = tiny[0]
-    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
-    got = dict(weights_of(adapted))
+    settings = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False} | options
+    return get_peft_model(model, LoraConfig(**settings))
+
+
+def test_adapters_travel_alone_where_the_server_takes_them(tiny, tmp_path):
+    """The weights below them once, also for a server that lost them; adapters after every update, with their sum."""
+    server = Played(info={"lora_rank": 8})
+    model = with_adapters(tiny[0])
+    engine = VLLMServerRollout(model, tiny[1], tmp_path / "engine", urls=[server.url], timeout=5)
+    engine.update_weights(model, 0)
+    engine.update_weights(model, 1)
+    assert server.loaded == ["weights-below-0", "adapters-0", "adapters-1"]
+    assert sorted(path.name for path in (tmp_path / "engine").iterdir()) == ["adapters-1", "weights-below-0"]
+    saved = load_file(tmp_path / "engine/adapters-1/adapter_model.safetensors")
+    model.save_pretrained(tmp_path / "peft")
+    expected = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    assert saved.keys() == expected.keys() and all(torch.equal(saved[name], expected[name]) for name in saved)
+    below = load_file(tmp_path / "engine/weights-below-0/model-00000.safetensors")
+    name = next(name for name in below if name.endswith("q_proj.weight"))
+    layer = dict(model.get_base_model().named_modules())[name.removesuffix(".weight")]
+    assert torch.equal(below[name], layer.base_layer.weight)
+    server.faults["forgets"] = True
+    assert engine.generate([prompt_with_clip()], SAMPLING, [1])[0][0].weight_version == 1
+    assert server.loaded[3:] == ["weights-below-0", "adapters-1"]
+    server.version = -1  # started again by somebody, and not asked since
+    engine.update_weights(model, 2)
+    assert server.loaded[5:] == ["weights-below-0", "adapters-2"]
+
+
+@pytest.mark.parametrize(("options", "rank"), [({"r": 16}, 8), ({"use_dora": True}, 8), ({}, 0)])
+def test_adapters_that_a_server_does_not_take_are_added_in(options, rank, tiny, tmp_path):
+    server = Played(info={"lora_rank": rank})
+    model = with_adapters(tiny[0], **options)
+    engine = VLLMServerRollout(model, tiny[1], tmp_path / "engine", urls=[server.url], timeout=5)
+    engine.update_weights(model, 0)
+    engine.update_weights(model, 1)
+    assert server.loaded == ["weights-0", "weights-1"]
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_adapters_are_added_to_the_weights(dora, tiny):
+    adapted = with_adapters(tiny[0], use_dora=dora)
+    for name, parameter in adapted.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(torch.rand_like(parameter) + 0.5)  # trained
+    got, described = dict(weights_of(adapted)), described_weights(adapted, torch.bfloat16)
     merged = dict(adapted.merge_and_unload().named_parameters())
     assert got.keys() == merged.keys()
     for name, tensor in merged.items():
-        torch.testing.assert_close(got[name], tensor.detach(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(got[name], tensor.detach(), rtol=1e-5, atol=1e-6)
+    assert described == [(name, torch.bfloat16, tuple(tensor.shape)) for name, tensor in got.items()]
 
 
 def test_a_checksum_does_not_depend_on_how_weights_are_joined():

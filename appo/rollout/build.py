@@ -53,4 +53,5 @@ def build_engine(config: APPOConfig, model: Any, processor: Any) -> Rollout:
         retries=config.engine_retries,
         logprobs_mode=mode,
         dtype=dtype,
+        weight_transfer=config.weight_transfer,
     )

@@ -28,12 +28,13 @@ class Server:
     token: str = ""
     command: list[str] = field(default_factory=list)  # empty: it is somebody else's
     log: Path | None = None
+    environment: dict[str, str] = field(default_factory=dict)  # what its process has besides ours
     process: subprocess.Popen[bytes] | None = None
 
     def start(self, timeout: float) -> None:
         """Start the process and wait until it answers."""
         assert self.log is not None
-        environment = os.environ | {"APPO_SERVER_TOKEN": self.token}
+        environment = os.environ | self.environment | {"APPO_SERVER_TOKEN": self.token}
         # Python adds the worker's own folder to its path, where vLLM's processes find the worker extension.
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,20 @@ from appo.rollout.engine import Completion, Sampling
 from appo.rollout.vllm_process import WORKER, Server, own_server
 from appo.rollout.vllm_requests import EngineError, check_prompt, completion_of, request_of
 from appo.rollout.vllm_worker import PROTOCOL
-from appo.rollout.weight_files import write_weights
+from appo.rollout.weight_files import adapter_rank, write_adapters, write_weights
+from appo.rollout.weight_transfer import IPC_ENVIRONMENT, Transfer, refuse_transfer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Handed:
+    """Weights that servers were given: a folder, the request that loads it, and the checksum of what is in it."""
+
+    folder: Path
+    route: str
+    checksum: tuple[int, int]
+    adapters_apart: bool  # adapters are not in these weights
 
 
 class VLLMServerRollout:
@@ -39,10 +51,10 @@ class VLLMServerRollout:
         arguments: further arguments of vLLM's engine, such as ``{"tensor_parallel_size": 2}``.
         timeout: seconds for a server to start, and for a request. retries: further tries of a request whose server
             does not answer; one that this process started is started again.
-        dtype: of the weights that are handed over.
+        dtype: of the weights that are handed over. weight_transfer: how, `appo.rollout.weight_transfer.KINDS`.
 
     Raises:
-        EngineError: no server there, an old one, one of another model.
+        EngineError: no way of transfer like that here, no server there, an old one, one of another model.
     """
 
     def __init__(
@@ -60,12 +72,16 @@ class VLLMServerRollout:
         retries: int = 2,
         logprobs_mode: str = "raw_logprobs",
         dtype: torch.dtype | None = None,
+        weight_transfer: str = "file",
     ) -> None:
         if bool(urls) == bool(python):
             raise ValueError(
                 "VLLMServerRollout: expected `urls` of running servers or `python` of an environment with vLLM, got "
                 f"{'both' if urls else 'neither'}. Pass one of them."
             )
+        refuse_transfer(weight_transfer)
+        self.weight_transfer = weight_transfer
+        self._transfer: Transfer | None = None  # joined when there are weights to send
         self.folder = Path(folder).absolute()
         self.timeout, self.retries, self.dtype = timeout, retries, dtype
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -73,14 +89,18 @@ class VLLMServerRollout:
         self.end_ids, self.suppressed = end_ids(model, tokenizer), vision_token_ids(model, tokenizer)
         self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.architecture = type(unwrapped(model)).__name__.removeprefix("FSDP")
-        self.version, self.weights = -1, Path()
-        self.checksum = (0, 0)
+        self.version = -1
+        self.handed: list[Handed] = []  # what makes a new server one with the trainer's weights
         if urls:
             own = urls[self.rank :: self.world] or [urls[self.rank % len(urls)]]
             self.servers = [Server(url.rstrip("/"), token) for url in own]
         else:
             log = self.folder / f"vllm-{self.rank}.log"
-            self.servers = [own_server(python, model_path, logprobs_mode, arguments or {}, log)]
+            arguments = dict(arguments or {})
+            if weight_transfer != "file":
+                arguments["weight_transfer_config"] = {"backend": weight_transfer}
+            self.servers = [own_server(python, model_path, logprobs_mode, arguments, log)]
+            self.servers[0].environment = IPC_ENVIRONMENT if weight_transfer == "ipc" else {}
             self.servers[0].start(timeout)
             atexit.register(self.close)
         self.info = [self._check(server, logprobs_mode) for server in self.servers]
@@ -114,6 +134,12 @@ class VLLMServerRollout:
             raise EngineError(
                 f"vLLM server {server.url}: gives {info['logprobs_mode']}, this run needs {logprobs_mode}. Start "
                 f"it with --logprobs-mode {logprobs_mode}."
+            )
+        if self.weight_transfer not in ("file", info["weight_transfer"]):
+            raise EngineError(
+                f"vLLM server {server.url}: takes weights by {info['weight_transfer'] or 'file'}, this run sends them "
+                f"by {self.weight_transfer}. Start it with --arguments "
+                f"""'{{"weight_transfer_config": {{"backend": "{self.weight_transfer}"}}}}'."""
             )
         logger.info("rollouts by vLLM %s (transformers %s) at %s", info["vllm"], info["transformers"], server.url)
         return info
@@ -180,41 +206,94 @@ class VLLMServerRollout:
         ) from problem
 
     def _start_again(self, server: Server) -> None:
+        if self._transfer is not None:
+            raise EngineError(
+                f"vLLM server {server.url}: gone, with weights that came by {self.weight_transfer} and that one "
+                "process cannot send again. Start the run again: it goes on from its checkpoint."
+            )
         server.stop()
         server.start(self.timeout)
 
     def update_weights(self, model: nn.Module, version: int) -> None:
-        """Write the weights and have every server load them. Every process calls it; see ``Rollout``."""
-        before, self.weights = self.weights, self.folder / f"weights-{version}"
-        self.checksum = write_weights(model, self.weights, dtype=self.dtype, write=self.rank == 0)
+        """Write the weights and have every server load them. Every process calls it; see ``Rollout``.
+
+        Of a model with LoRA adapters that every server takes by themselves, the weights below them are written once.
+        """
+        if self.weight_transfer != "file":
+            return self._send(model, version)
+        before, last, self.version = self.handed, self.version, version
+        alone = 0 < adapter_rank(model) <= min(info["lora_rank"] for info in self.info)
+        if alone:
+            kept = [each for each in before if each.route == "/update_weights" and each.adapters_apart]
+            below = kept or [self._written(model, f"weights-below-{version}", "/update_weights", apart=True)]
+            fresh = [self._written(model, f"adapters-{version}", "/update_adapters", apart=True)]
+            self.handed = below + fresh
+            # A server that somebody started again has lost the weights below.
+            fresh = fresh if kept and all(self._is_at(server, last) for server in self.servers) else self.handed
+        else:
+            fresh = self.handed = [self._written(model, f"weights-{version}", "/update_weights", apart=False)]
+        with ThreadPoolExecutor(len(self.servers)) as threads:
+            list(threads.map(lambda server: self._load(server, fresh), self.servers))
+        self._barrier()
+        if self.rank == 0:
+            for each in before:
+                if each.folder not in [kept.folder for kept in self.handed]:
+                    shutil.rmtree(each.folder)
+
+    def _is_at(self, server: Server, version: int) -> bool:
+        try:
+            return bool(server.call("/info", timeout=self.timeout)["weight_version"] == version)
+        except OSError:
+            return False
+
+    def _send(self, model: Any, version: int) -> None:
+        if self._transfer is None:
+            workers = [info["workers"] for info in self.info]
+            self._transfer = Transfer(self.weight_transfer, self.servers, workers, self.timeout)
+        sent = Handed(self.folder, self.weight_transfer, self._transfer.send(model, version, self.dtype), False)
+        self.version = version
+        for server in self.servers:
+            self._compare(server, sent, server.call("/checksum", {}, timeout=self.timeout)["workers"])
+
+    def _written(self, model: Any, name: str, route: str, *, apart: bool) -> Handed:
+        folder, write = self.folder / name, self.rank == 0
+        if route == "/update_adapters":
+            checksum = write_adapters(model, folder, dtype=self.dtype, write=write)
+        else:
+            checksum = write_weights(model, folder, dtype=self.dtype, write=write, adapters=not apart)
         self._barrier()
         if self.rank != 0:
-            saved = json.loads((self.weights / "checksum.json").read_text())
-            self.checksum = (saved["sum"], saved["count"])
-        self.version = version
-        with ThreadPoolExecutor(len(self.servers)) as threads:
-            list(threads.map(self._load, self.servers))
-        self._barrier()
-        if self.rank == 0 and before != Path() and before != self.weights:
-            shutil.rmtree(before)
+            saved = json.loads((folder / "checksum.json").read_text())
+            checksum = (saved["sum"], saved["count"])
+        return Handed(folder, route, checksum, apart)
 
-    def _load(self, server: Server) -> None:
-        if self.version < 0:
-            return
-        try:
-            server.call("/update_weights", {"path": str(self.weights), "version": self.version}, timeout=self.timeout)
-            found = server.call("/checksum", {}, timeout=self.timeout)
-        except OSError:
-            if not server.command:
-                raise EngineError(f"vLLM server {server.url}: no answer while it was handed weights.") from None
-            self._start_again(server)
-            server.call("/update_weights", {"path": str(self.weights), "version": self.version}, timeout=self.timeout)
-            found = server.call("/checksum", {}, timeout=self.timeout)
-        for worker in found["workers"]:
-            if tuple(worker) != self.checksum:
+    def _load(self, server: Server, handed: Sequence[Handed] | None = None) -> None:
+        """Have a server load weights; None: all it needs to be where the trainer is."""
+        for each in self.handed if handed is None else handed:
+            try:
+                found = self._hand_over(server, each)
+            except OSError:
+                if not server.command:
+                    raise EngineError(f"vLLM server {server.url}: no answer while it was handed weights.") from None
+                self._start_again(server)
+                return self._load_once(server)
+            self._compare(server, each, found)
+
+    def _load_once(self, server: Server) -> None:
+        for each in self.handed:
+            self._compare(server, each, self._hand_over(server, each))
+
+    def _hand_over(self, server: Server, each: Handed) -> list[Any]:
+        server.call(each.route, {"path": str(each.folder), "version": self.version}, timeout=self.timeout)
+        workers: list[Any] = server.call("/checksum", {}, timeout=self.timeout)["workers"]
+        return workers
+
+    def _compare(self, server: Server, each: Handed, workers: Sequence[Any]) -> None:
+        for worker in workers:
+            if tuple(worker) != each.checksum:
                 raise EngineError(
                     f"vLLM server {server.url}: loaded weights with checksum {tuple(worker)}, the trainer's have "
-                    f"{self.checksum}. Is {self.weights} the same folder on both sides?"
+                    f"{each.checksum}. Is {each.folder} the same folder on both sides?"
                 )
 
     def _barrier(self) -> None:
@@ -225,5 +304,5 @@ class VLLMServerRollout:
         """Stop the server that this process started, and remove the weights that were handed over."""
         for server in self.servers:
             server.stop()
-        if self.rank == 0 and self.weights != Path():
-            shutil.rmtree(self.weights, ignore_errors=True)
+        for each in self.handed if self.rank == 0 else ():
+            shutil.rmtree(each.folder, ignore_errors=True)

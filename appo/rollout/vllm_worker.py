@@ -1,7 +1,8 @@
 """A vLLM server of rollouts, in an environment of its own: ``python vllm_worker.py --model FOLDER``.
 
-It needs vLLM and what vLLM brings, nothing of this project: versions of transformers and torch here and in the trainer
-never meet. `appo.rollout.vllm_server.VLLMServerRollout` starts it, or finds one that is already running.
+It needs vLLM, what vLLM brings and vllm_extension.py beside it, nothing else of this project: versions of transformers
+and torch here and in the trainer never meet. `appo.rollout.vllm_server.VLLMServerRollout` starts it, or finds one that
+is already running.
 
 Every request but ``/health`` carries the token of the environment variable APPO_SERVER_TOKEN, where that is set.
 
@@ -9,7 +10,9 @@ Every request but ``/health`` carries the token of the environment variable APPO
     GET  /info                                      versions, model, weight version
     POST /generate         safetensors              frames as tensors, the rest as JSON in the header's "request"
     POST /update_weights   {"path", "version"}      weights of a folder of safetensors
+    POST /update_adapters  {"path", "version"}      LoRA adapters, as peft saves them, on top of these weights
     POST /checksum                                  of the weights that were loaded last
+    GET  /stats                                     tokens of prompts so far, and how many were found in the cache
     POST /sleep {"level"}, /wake                    give GPU memory back, and take it again
     POST /transfer/{init, start, update, finish}    vLLM's weight transfer (NCCL, IPC); JSON as its own routes take
 """
@@ -24,84 +27,7 @@ import threading
 import time
 from typing import Any
 
-PROTOCOL = 1
-# Bit patterns are summed in pieces, so that no copy of a whole weight is made.
-CHECKSUM_PIECE = 1 << 22
-
-
-class Checksum:
-    """Sum of the fp32 bit patterns of weights modulo 2^63, and their number.
-
-    It does not depend on how weights are named, split and joined. The trainer computes the same of what it sends.
-    """
-
-    def __init__(self) -> None:
-        self.total, self.count = 0, 0
-
-    def add(self, tensor: Any) -> None:
-        import torch
-
-        for piece in tensor.detach().reshape(-1).split(CHECKSUM_PIECE):
-            bits = piece.float().contiguous().view(torch.int32).long().sum()
-            self.total = (self.total + int(bits)) % (1 << 63)
-            self.count += piece.numel()
-
-
-class WorkerExtension:
-    """Methods of every vLLM worker, reached by ``collective_rpc``."""
-
-    appo_loaded: tuple[int, int] | None = None
-    _appo_numbers: int | None = None
-
-    def appo_load(self, folder: str) -> tuple[int, int]:
-        """Load the weights of a folder of safetensors in place; the checksum of what the model was handed.
-
-        Weights of a loaded model are no longer those of a file: they are joined, and on a CPU packed. What can be
-        compared with the trainer's is what arrives, and that it is as much as the model's own folder holds.
-        """
-        from pathlib import Path
-
-        from safetensors import safe_open
-
-        files = sorted(Path(folder).glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"no .safetensors in {folder}: is it a folder that this server can read?")
-        sums = Checksum()
-
-        def weights() -> Any:
-            for file in files:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118  (not a mapping)
-                        tensor = opened.get_tensor(name)
-                        sums.add(tensor)
-                        yield name, tensor
-
-        expected = self.appo_numbers()
-        self.model_runner.reload_weights(weights_iterator=weights())  # type: ignore[attr-defined]
-        if expected and sums.count != expected:
-            raise ValueError(
-                f"{folder}: expected the {expected} numbers of the server's model, got {sums.count}. Start the server "
-                "on the model that is trained."
-            )
-        self.appo_loaded = (sums.total, sums.count)
-        return self.appo_loaded
-
-    def appo_numbers(self) -> int:
-        """How many numbers the weights in the folder are that the server was started on; 0 if it is no local folder."""
-        import math
-        from pathlib import Path
-
-        from safetensors import safe_open
-
-        if self._appo_numbers is None:
-            self._appo_numbers = 0
-            for file in Path(self.model_runner.model_config.model).glob("*.safetensors"):  # type: ignore[attr-defined]
-                with safe_open(file, framework="pt") as opened:
-                    self._appo_numbers += sum(math.prod(opened.get_slice(name).get_shape()) for name in opened.keys())  # noqa: SIM118
-        return self._appo_numbers
-
-    def appo_checksum(self) -> tuple[int, int] | None:
-        return self.appo_loaded
+PROTOCOL = 2
 
 
 def whole_prompts() -> dict[str, Any]:
@@ -132,7 +58,7 @@ class Engine:
             "model": options.model,
             "limit_mm_per_prompt": {"video": 16, "image": 64},
             "logprobs_mode": options.logprobs_mode,
-            "worker_extension_cls": f"{__name__ if __name__ != '__main__' else 'vllm_worker'}.WorkerExtension",
+            "worker_extension_cls": "vllm_extension.WorkerExtension",
             "trust_remote_code": False,
             "generation_config": "vllm",  # sampling is what the request says, not what the model's folder suggests
             # Pixels as the processor makes them, which is what the trainer sees.
@@ -142,6 +68,7 @@ class Engine:
         }
         self.options, self.version, self.requests = options, options.version, 0
         self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self.adapters: Any = None  # vLLM's request for those of the trainer
         self.updating = asyncio.Lock()
 
     def info(self) -> dict[str, Any]:
@@ -162,6 +89,10 @@ class Engine:
             "dtype": str(config.dtype).removeprefix("torch."),
             "logprobs_mode": self.options.logprobs_mode,
             "weight_version": self.version,
+            "weight_transfer": transfer.backend if (transfer := self.llm.vllm_config.weight_transfer_config) else "",
+            "workers": self.llm.vllm_config.parallel_config.world_size,
+            # The largest rank of adapters that it takes by themselves; 0: none.
+            "lora_rank": lora.max_lora_rank if (lora := self.llm.vllm_config.lora_config) else 0,
         }
 
     async def generate(self, body: bytes) -> dict[str, Any]:
@@ -200,7 +131,10 @@ class Engine:
         )
         self.requests += 1
         # FINAL_ONLY: one result, with all responses.
-        (result,) = [each async for each in self.llm.generate(given, parameters, f"appo-{self.requests}")]
+        (result,) = [
+            each
+            async for each in self.llm.generate(given, parameters, f"appo-{self.requests}", lora_request=self.adapters)
+        ]
         completions = [
             {
                 "ids": list(output.token_ids),
@@ -219,8 +153,24 @@ class Engine:
             await self.llm.pause_generation(mode="wait", clear_cache=True)
             try:
                 await self.llm.collective_rpc("appo_load", args=(path,))
+                self.adapters = None
                 await self.forget()
                 self.version = version
+            finally:
+                await self.llm.resume_generation()
+
+    async def adapt(self, path: str, version: int) -> None:
+        """Adapters of a folder on top of the weights that were loaded last."""
+        from vllm.lora.request import LoRARequest
+
+        async with self.updating:
+            await self.llm.pause_generation(mode="wait", clear_cache=True)
+            try:
+                await self.llm.collective_rpc("appo_read", args=(path,))
+                adapters = LoRARequest(f"adapters-{version}", version + 1, path)
+                await self.llm.add_lora(adapters)
+                await self.forget()
+                self.adapters, self.version = adapters, version
             finally:
                 await self.llm.resume_generation()
 
@@ -237,11 +187,14 @@ class Engine:
             await self.llm.init_weight_transfer_engine(WeightTransferInitRequest(**payload))
         elif step == "start":
             await self.llm.pause_generation(mode="wait", clear_cache=True)
+            await self.llm.collective_rpc("appo_watch")
             await self.llm.start_weight_update()
         elif step == "update":
             await self.llm.update_weights(WeightTransferUpdateRequest(**payload))
         elif step == "finish":
             await self.llm.finish_weight_update()
+            await self.llm.collective_rpc("appo_watched")
+            self.adapters = None
             await self.forget()
             self.version = int(payload["version"])
             await self.llm.resume_generation()
@@ -287,10 +240,23 @@ def application(engine: Engine, token: str) -> Any:
         await engine.update(given["path"], int(given["version"]))
         return {"weight_version": engine.version}
 
+    @app.post("/update_adapters")
+    async def update_adapters(request: Request) -> Any:
+        given = await request.json()
+        await engine.adapt(given["path"], int(given["version"]))
+        return {"weight_version": engine.version}
+
     @app.post("/checksum")
     async def checksum() -> Any:
         found = await engine.llm.collective_rpc("appo_checksum")
         return {"workers": found, "weight_version": engine.version}
+
+    @app.get("/stats")
+    async def stats() -> Any:
+        from vllm.v1.metrics.reader import get_metrics_snapshot
+
+        names = {"vllm:prefix_cache_queries": "prompt_tokens", "vllm:prefix_cache_hits": "cached_tokens"}
+        return {names[metric.name]: metric.value for metric in get_metrics_snapshot() if metric.name in names}
 
     @app.post("/sleep")
     async def sleep(request: Request) -> Any:

@@ -21,7 +21,7 @@ FREE = {
     "rollout_tokens", "gradient_checkpointing", "share_prompt", "attn_implementation", "micro_tokens", "shard",
     "shard_group", "offload", "save_best", "trackers", "project",
     "heads_every", "eval_looking", "frame_cache", "frame_cache_gib", "prompt_cache_gib", "allow_outside", "engine_urls",
-    "engine_token", "engine_timeout", "engine_retries", "vllm_python", "vllm_arguments",
+    "engine_token", "engine_timeout", "engine_retries", "vllm_python", "vllm_arguments", "weight_transfer", "liger",
 }  # fmt: skip
 PATHS = ("model", "data")
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from appo.config import APPOConfig, ConfigError
 from appo.models.layouts import layout_of
+from appo.models.liger import use_liger
 from appo.models.load import check_fits, from_pretrained, without_weights
 from appo.models.loaded import enable_checkpointing, unwrapped
 from appo.models.merge import CONFIG as ADAPTER_CONFIG
@@ -90,6 +91,8 @@ def autocast(config: APPOConfig, device: torch.device) -> AbstractContextManager
 def prepare_model(model: Any, config: APPOConfig) -> nn.Module:
     """Freeze the vision tower, add LoRA adapters, gradient checkpointing and positions, as configured."""
     use_positions(model, config.video_positions)
+    if config.liger:
+        use_liger(model)
     if not config.lora_rank and hasattr(model, "peft_config"):
         raise ConfigError(
             f"`lora_rank`: expected {model.peft_config['default'].r}, that of the model's adapters, got 0."
