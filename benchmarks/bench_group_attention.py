@@ -1,4 +1,5 @@
-"""group_attention, forward and backward, beside separate sequences, a dense mask, and FlexAttention with a block mask.
+"""group_attention, forward and backward, beside separate sequences, a dense mask, FlexAttention with a block mask, and
+verl's PrefixGrouper (`pip install prefix-grouper`), with torch's attention in flash-attn's place.
 
 The lower bound is counted in pairs: torch's flash attention, without a mask, of as many query rows on as many keys as
 make the same number of query-key pairs.
@@ -51,18 +52,44 @@ def case(shape: GroupShape, dtype: torch.dtype, device: str) -> Case:
     full = partial(scaled_dot_product_attention, enable_gqa=True)
     causal = partial(full, is_causal=True)
     dense = partial(full, attn_mask=seen)
+    grouper = prefix_grouper(layout)
     flex, reason = flex_attention(seen, packed)
     checked = {f"ours, {name}": partial(both, partial(ours, name), packed, upstream) for name in usable}
     contestants = [Contestant(name, "ours", run) for name, run in checked.items()]
     contestants.append(Contestant("separate flash", "peer", partial(both, causal, separate)))
     contestants.append(Contestant("dense mask, sdpa", "peer", partial(both, dense, packed, upstream)))
+    if grouper is None:
+        skipped["PrefixGrouper, sdpa"] = "the package prefix-grouper is not installed"
+    else:
+        contestants.append(Contestant("PrefixGrouper, sdpa", "peer", partial(both, grouper, packed, upstream)))
     if flex is None:
         skipped["FlexAttention, block mask"] = reason
     else:
         contestants.append(Contestant("FlexAttention, block mask", "peer", partial(both, flex, packed, upstream)))
     contestants.append(Contestant("bound: flash, as many pairs", "bound", partial(both, full, limit)))
+    if grouper is not None:
+        checked = checked | {"PrefixGrouper": partial(both, grouper, packed, upstream)}
     verify = partial(check, shape, dtype, layout, checked, packed, upstream, dense)
     return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, contestants, skipped)
+
+
+def prefix_grouper(layout: GroupLayout) -> Callable[..., Tensor] | None:
+    """Prompt and responses taken apart, the prompt's keys repeated before each response's, and put together again."""
+    try:
+        from prefix_grouper import PrefixGrouper
+        from prefix_grouper.forward import AttentionForward
+    except ImportError:
+        return None
+
+    def causal(query: Tensor, key: Tensor, value: Tensor, padding: Tensor) -> Tensor:
+        rows, keys = query.shape[2], key.shape[2]  # lengths are equal: no padding
+        if rows == keys:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
+        seen = torch.ones(rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+        return scaled_dot_product_attention(query, key, value, attn_mask=seen, enable_gqa=True).transpose(1, 2)
+
+    attend, grouper = AttentionForward(causal), PrefixGrouper(layout.lengths.tolist())
+    return lambda *inputs: attend(grouper, *inputs).transpose(1, 2)
 
 
 def flex_attention(seen: Tensor, inputs: list[Tensor]) -> tuple[Any, str]:

@@ -26,7 +26,17 @@ from appo_kernels.testing import peak_extra_bytes
 from benchmarks.timers import WallClock
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "trl", "flash-attn", "cut-cross-entropy", "numpy")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "liger-kernel",
+    "trl",
+    "flash-attn",
+    "cut-cross-entropy",
+    "prefix-grouper",
+    "numpy",
+)
 
 
 @dataclass
