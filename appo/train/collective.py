@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -24,6 +25,11 @@ def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
         raise result[1]
     found: T = result[0]
     return found
+
+
+def total_of(value: float, accelerator: Accelerator) -> float:
+    """The sum of every process's ``value``."""
+    return float(accelerator.reduce(torch.tensor([float(value)], device=accelerator.device), "sum"))
 
 
 @contextmanager

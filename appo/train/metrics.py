@@ -5,7 +5,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from appo.train.groups import Group, ResponseBatch
+from appo.train.groups import Group, Part, ResponseBatch, token_weights_of
 from appo.train.logs import Meter
 from appo.train.looking import measure_looking
 from appo_kernels import SurrogateOutput
@@ -54,8 +54,10 @@ def measure_frames(meter: Meter, group: Group) -> None:
             meter.add("frames/precision_chance", len(crucial) / group.prompt.num_frames)
 
 
-def measure_loss(meter: Meter, result: SurrogateOutput, tokens: int, weighted: float) -> None:
-    """Clip rates, ratio and KL of one loss over ``tokens`` tokens, a share ``weighted`` of which has W > 1."""
+def measure_loss(meter: Meter, result: SurrogateOutput, parts: Sequence[Part]) -> None:
+    """Clip rates, ratio and KL of one loss over the tokens of ``parts``; clip rates also of those with W > 1."""
+    tokens = sum(int(part.take(part.group.mask).sum()) for part in parts)
+    weighted = sum(int((part.take(token_weights_of(part.group)) > 1).sum()) for part in parts) / max(tokens, 1)
     values = {name: float(value) for name, value in result.metrics.items()}
     meter.add("loss", result.loss.detach(), tokens)
     meter.add("clip/low", values["clip_low"], tokens)

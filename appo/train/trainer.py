@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate.tracking import GeneralTracker
 from torch import Tensor, nn
 
@@ -21,10 +20,11 @@ from appo.rollout.engine import Completion, Rollout, Sampling, checked
 from appo.rollout.model_engine import TransformersRollout
 from appo.train.ahead import Ahead, check_asynchronous, forget_ahead, next_groups
 from appo.train.attention_update import attention_update
+from appo.train.collective import total_of
 from appo.train.drawing import draw_prompts
 from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
-from appo.train.groups import Group, Part, batch_parts, loss_operands, token_weights_of, whole_groups
+from appo.train.groups import Group, Part, batch_parts, loss_operands, portion, whole_groups
 from appo.train.logs import Meter, peak_memory_gib
 from appo.train.metrics import measure_groups, measure_loss, measure_padding, speed
 from appo.train.micro_batches import micro_batches
@@ -248,7 +248,6 @@ class Trainer:
         batch = batch_parts(parts, self.pad_id, self.accelerator.device)
         operands = loss_operands(parts, self.accelerator.device, rollout_logprobs=self.corrects)
         arguments = operands | config.loss_arguments() | self.unwrapped.logit_arguments(config) | {"num_items": tokens}
-
         sequences = self.unwrapped.sequences(batch)
         attention = attention_update(parts, batch, sequences, self.unwrapped, config)
 
@@ -258,13 +257,9 @@ class Trainer:
 
         with self.autocast(), nullcontext() if attention is None else attention.recorder:
             result = self.policy(batch, head, sequences)
-        count = sum(map(sum, batch.lengths))
         measure_padding(self.meter, batch, shared=self.unwrapped.share_prompt)
-        weighted = sum(int((part.take(token_weights_of(part.group)) > 1).sum()) for part in parts) / max(count, 1)
-        measure_loss(self.meter, result, count, weighted)
-        # "dapo" divides by the tokens of the whole batch itself; the others are means over these responses alone.
-        portion = {"dapo": 1.0, "bnpo": count / max(tokens, 1.0)}.get(config.aggregation, len(batch.mask) / responses)
-        return result.loss * portion
+        measure_loss(self.meter, result, parts)
+        return result.loss * portion(batch, config.aggregation, tokens, responses)
 
     def idle_backward(self, group: Group) -> None:
         """A forward and backward of no weight: those of a sharded policy are collectives, and others have more."""
@@ -298,8 +293,7 @@ class Trainer:
         return micro_batches(groups, groups_at_most=config.micro_groups, tokens=config.micro_tokens, shared=shared)
 
     def total(self, value: float) -> float:
-        """The sum over all processes."""
-        return float(self.accelerator.reduce(torch.tensor([float(value)], device=self.accelerator.device), "sum"))
+        return total_of(value, self.accelerator)
 
     def timed(self, phase: str) -> AbstractContextManager[None]:
         return self.meter.timed(f"time/{phase}", self.accelerator.device)
