@@ -267,3 +267,9 @@ def test_nothing_in_tests_has_the_name_of_a_package():
     names = {path.stem for path in (ROOT / "tests").iterdir() if not path.name.startswith(("_", "."))}
     packages = {"vllm", "trl", "verl", "sglang", "datasets", "transformers", "peft", "swift", "ray", "deepspeed"}
     assert not names & (packages | set(sys.stdlib_module_names))
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by name alone: of two with one name it runs the first."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
