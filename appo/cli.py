@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from appo_kernels.pipes import quiet_on_closed_pipe
+from appo_kernels.closed_pipe import quiet_on_closed_pipe
 
 try:
     import typer

@@ -14,7 +14,7 @@ import torch
 
 import appo_kernels
 from appo_kernels import cuda_constants, cuda_library, dispatch, ops
-from appo_kernels.pipes import quiet_on_closed_pipe
+from appo_kernels.closed_pipe import quiet_on_closed_pipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Of vision-language models in use; 72 and 112 stand for those that CUDA kernels are not built for.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from appo_kernels.pipes import quiet_on_closed_pipe
+from appo_kernels.closed_pipe import quiet_on_closed_pipe
 from benchmarks import harness, plots
 from benchmarks.shapes import DEFAULT_ATTENTION, DEFAULT_VOCABULARY
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from appo.credit.sketch import CHUNK, CountSketch
-from appo.credit.statistics import (
+from appo.credit.u_statistics import (
     Products,
     batch_cosine,
     estimate,

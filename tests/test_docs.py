@@ -6,6 +6,7 @@ import importlib.util
 import json
 import re
 import subprocess
+import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -273,3 +274,9 @@ def test_files_of_tests_have_names_of_their_own():
     """pytest imports them by name alone: of two with one name it runs the first."""
     names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
     assert len(names) == len(set(names)), sorted(name for name in set(names) if names.count(name) > 1)
+
+
+def test_no_module_has_a_name_of_the_standard_library():
+    packages = ("appo", "appo_kernels", "benchmarks", "ptxsim", "cudasim", "gpu_rehearsal")
+    names = [path for package in packages for path in (ROOT / package).rglob("*.py")]
+    assert not [str(path) for path in names if path.stem in {*sys.stdlib_module_names, "pipes"}]

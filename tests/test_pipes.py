@@ -41,12 +41,14 @@ SCRIPTS = {
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_reader_that_stops_ends_the_writer(name: str) -> None:
-    script = f"from appo_kernels.pipes import quiet_on_closed_pipe\nwith quiet_on_closed_pipe():\n    {SCRIPTS[name]}"
+    script = (
+        f"from appo_kernels.closed_pipe import quiet_on_closed_pipe\nwith quiet_on_closed_pipe():\n    {SCRIPTS[name]}"
+    )
     assert closed("-c", script, lines=0 if name == "flush" else 3) == (141, "")
 
 
 def test_other_broken_pipes_and_exits_stay_what_they_are() -> None:
-    head = "import sys\nfrom appo_kernels.pipes import quiet_on_closed_pipe\nwith quiet_on_closed_pipe():\n    "
+    head = "import sys\nfrom appo_kernels.closed_pipe import quiet_on_closed_pipe\nwith quiet_on_closed_pipe():\n    "
     for body, status, last in (
         ("raise BrokenPipeError('of a worker')", 1, "BrokenPipeError: of a worker"),
         ("sys.exit('appo: no such file')", 1, "appo: no such file"),

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from appo.credit.collect import Unit
-from appo.credit.statistics import (
+from appo.credit.u_statistics import (
     Array,
     Products,
     batch_cosine,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from appo.reports.heatmap import save_heatmap
-from appo.reports.html import jpeg_uri, shown, verdict, weight_scale, whole, write_page
 from appo.reports.inspection import Inspection
+from appo.reports.markup import jpeg_uri, shown, verdict, weight_scale, whole, write_page
 from appo.reports.responses import list_options
 from appo_kernels import checks
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from appo.evaluation.benchmark import Benchmark
 from appo.evaluation.intervals import Estimate
 from appo.evaluation.scoring import Row, shown
-from appo.reports.html import section, write_page
+from appo.reports.markup import section, write_page
 
 WIDTH, HEIGHT = 240, 18
 COLOURS = ("#2f62d8", "#d9730d")

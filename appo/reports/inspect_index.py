@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 from appo.data.records import Record
-from appo.reports.html import png_uri, section, write_page
+from appo.reports.markup import png_uri, section, write_page
 
 
 @dataclass(frozen=True)

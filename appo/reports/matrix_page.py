@@ -12,7 +12,7 @@ from appo.evaluation.intervals import Estimate, difference, estimate
 from appo.evaluation.matrix import Matrix
 from appo.evaluation.scoring import shown
 from appo.reports.charts import COLOURS, STYLE, data_uri
-from appo.reports.html import section, write_page
+from appo.reports.markup import section, write_page
 
 
 def matrix_rows(matrix: Matrix) -> list[tuple[str, str, Estimate]]:

@@ -5,7 +5,7 @@ from html import escape
 from pathlib import Path
 
 from appo.reports.charts import COLOURS, Series, line_chart, save_row, smoothing_window, stacked_chart, trailing_mean
-from appo.reports.html import key
+from appo.reports.markup import key
 from appo.reports.runs import Run
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from appo.reports.html import answer_class, section, token_spans, verdict, weight_scale
+from appo.reports.markup import answer_class, section, token_spans, verdict, weight_scale
 from appo.reports.runs import Run
 
 SHOWN_SAMPLES = 6  # groups of responses on the page, spread over the run

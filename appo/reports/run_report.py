@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from appo.reports import panels
-from appo.reports.html import key, png_uri, section, tile, write_page
+from appo.reports.markup import key, png_uri, section, tile, write_page
 from appo.reports.responses import draw_samples
 from appo.reports.runs import ReportError, Run, is_number, read_runs
 from appo.reports.story import at_work, explanation

@@ -3,7 +3,7 @@
 from html import escape
 from typing import Any, NamedTuple
 
-from appo.reports.html import section, tile
+from appo.reports.markup import section, tile
 from appo.reports.runs import Run, is_number
 
 STRATEGIES = {
