@@ -24,7 +24,7 @@ def settings_of(config: Any) -> dict[str, Any]:
     """
     model, rollout = config.actor_rollout_ref.model, config.actor_rollout_ref.rollout
     actor, algorithm = config.actor_rollout_ref.actor, config.algorithm
-    wanted: dict[str, Any] = OmegaConf.to_container(config.get("appo") or OmegaConf.create({}))  # type: ignore[assignment]
+    wanted: Any = OmegaConf.to_container(config.get("appo") or OmegaConf.create({}))
     known = {field.name for field in fields(APPOConfig)} | set(SETTINGS) - {"group_size"}
     for name in wanted:
         if name not in known:
