@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from appo_kernels.dtypes import dtype_name
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTS = (torch.int32, torch.int64)
 BOOLS = (torch.bool,)
@@ -58,8 +60,8 @@ def rank(op: str, argument: str, value: Tensor, expected: int, legend: str) -> N
 def dtype(op: str, argument: str, value: Tensor, allowed: Sequence[torch.dtype]) -> None:
     tensor(op, argument, value)
     if value.dtype not in allowed:
-        names = " or ".join(str(d).removeprefix("torch.") for d in allowed)
-        fail(op, argument, f"dtype {names}", str(value.dtype).removeprefix("torch."), "Convert it with .to(dtype).")
+        names = " or ".join(dtype_name(d) for d in allowed)
+        fail(op, argument, f"dtype {names}", dtype_name(value.dtype), "Convert it with .to(dtype).")
 
 
 def same_device(op: str, first: str, reference: Tensor, **others: Tensor | None) -> None:

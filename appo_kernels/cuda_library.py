@@ -19,6 +19,7 @@ from torch import Tensor
 
 from appo_kernels import cuda_constants, dispatch
 from appo_kernels.cuda_constants import ELEMENTS
+from appo_kernels.dtypes import dtype_name
 
 FILE_NAME = "libappo_cuda.so"
 DECISION_NAME = "cuda_build.txt"
@@ -101,8 +102,8 @@ def why_not(
         if capability < LEAST_CAPABILITY:
             return f"it needs compute capability 8.0 or later and {problem.device} has {capability[0]}.{capability[1]}"
     if problem.dtype not in dtypes:
-        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        return f"it takes {names}, not {str(problem.dtype).removeprefix('torch.')}"
+        names = ", ".join(dtype_name(d) for d in dtypes)
+        return f"it takes {names}, not {dtype_name(problem.dtype)}"
     if head_dims and problem.head_dim not in head_dims:
         return f"it is built for head sizes {', '.join(map(str, head_dims))}, not {problem.head_dim}"
     if grad_head_dims and problem.needs_grad and problem.head_dim not in grad_head_dims:

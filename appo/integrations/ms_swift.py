@@ -22,6 +22,7 @@ from torch import Tensor
 
 from appo.config import APPOConfig
 from appo.integrations.weights import GroupWeights, group_weights
+from appo.models.loaded import unwrapped
 from appo.recording.arguments import response_rows
 from appo.recording.frame_ids import frame_ids
 from appo.recording.recorder import record_frame_mass
@@ -110,7 +111,7 @@ class APPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _score(self, inputs: dict[str, Any], mask: Tensor, rewards: Tensor) -> GroupWeights:
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = unwrapped(self.model)
         ids, length = inputs["input_ids"], mask.shape[1]
         recorder = record_frame_mass(
             base,

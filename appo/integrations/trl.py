@@ -18,7 +18,7 @@ from appo.integrations.media import Media, WithMedia, forward_inputs, split_medi
 from appo.integrations.response_head import add_response_head
 from appo.integrations.trl_loss import check_layout, fused_loss, log_mean, loss_mask, why_not_fused
 from appo.integrations.weights import GroupWeights, check_served, group_weights
-from appo.models.loaded import vision_token_ids
+from appo.models.loaded import unwrapped, vision_token_ids
 from appo.models.positions import use_positions
 from appo.recording.arguments import response_rows
 from appo.recording.frame_ids import frame_ids
@@ -53,7 +53,7 @@ class APPOTrainer(GRPOTrainer):
             raise ValueError(f"`accuracy`: expected one of {', '.join(self.reward_func_names)}, got {accuracy!r}.")
         self._accuracy_column = 0 if accuracy is None else self.reward_func_names.index(accuracy)
         check_layout(self)
-        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        base = unwrapped(self.model)
         for each in (base, getattr(self, "ref_model", None)):
             if each is not None:
                 use_positions(each, self.appo.video_positions)

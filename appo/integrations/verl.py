@@ -21,6 +21,7 @@ from verl.workers.engine.base import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 
 from appo.integrations.verl_scoring import Scoring
+from appo.models.loaded import unwrapped
 from appo.models.packed_attention import narrowed
 from appo_kernels import token_logprobs
 
@@ -113,8 +114,8 @@ def _head_in_the_root() -> Iterator[None]:
     select = fsdp_utils._select_fsdp2_wrap_targets
 
     def without_head(model: Any, *args: Any) -> list[Any]:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return [module for module in select(model, *args) if module is not base.get_output_embeddings()]
+        head = unwrapped(model).get_output_embeddings()
+        return [module for module in select(model, *args) if module is not head]
 
     fsdp_utils._select_fsdp2_wrap_targets = without_head
     try:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from appo.models.loaded import unwrapped
 from appo.rollout.vllm_extension import Checksum
 
 SHARD_BYTES = 2 << 30
@@ -36,9 +37,8 @@ def described_weights(model: Any, dtype: torch.dtype | None = None) -> list[tupl
 
 def _parameters(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Each parameter once, without those of adapters."""
-    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     seen: set[int] = set()
-    for name, parameter in plain.named_parameters():
+    for name, parameter in unwrapped(model).named_parameters():
         if ".lora_" not in name and id(parameter) not in seen:
             seen.add(id(parameter))
             yield name, parameter

@@ -21,6 +21,7 @@ from appo.rollout.vllm_extension import Checksum
 from appo.rollout.vllm_process import Server
 from appo.rollout.vllm_requests import EngineError
 from appo.rollout.weight_files import SHARD_BYTES, described_weights, weights_of
+from appo_kernels.dtypes import dtype_name
 
 DEVICE = torch.device("cuda")
 KINDS = ("file", "nccl", "ipc")
@@ -97,7 +98,7 @@ class Transfer:
         described = described_weights(model, dtype)
         info = {
             "names": [name for name, _, _ in described],
-            "dtype_names": [str(kind).removeprefix("torch.") for _, kind, _ in described],
+            "dtype_names": [dtype_name(kind) for _, kind, _ in described],
             "shapes": [list(shape) for _, _, shape in described],
         }
         # Not in a `with`: a server that fails leaves the broadcast waiting, and its error is to be seen.
@@ -128,7 +129,7 @@ class Transfer:
             handles = [{gpu: reduce_tensor(tensor)[1]} for tensor in tensors]
             info = {
                 "names": [name for name, _ in part],
-                "dtype_names": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors],
+                "dtype_names": [dtype_name(tensor.dtype) for tensor in tensors],
                 "shapes": [list(tensor.shape) for tensor in tensors],
                 "ipc_handles_pickled": base64.b64encode(pickle.dumps(handles)).decode(),
             }
