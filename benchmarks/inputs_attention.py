@@ -94,13 +94,6 @@ def flash(work: Attention) -> tuple[Tensor, Tensor]:
     return found[0], found[1].reshape(work.shape.batch, work.shape.heads, work.shape.keys).float()
 
 
-def sdpa(work: Attention) -> Tensor:
-    """The attention that a model calls."""
-    return scaled_dot_product_attention(
-        work.query, repeated(work, work.key), repeated(work, work.value), is_causal=True
-    )
-
-
 def eager(work: Attention) -> tuple[Tensor, Tensor]:
     """transformers' eager attention, with the mass of the response rows taken from its matrix."""
     key, value, shape = repeated(work, work.key), repeated(work, work.value), work.shape

@@ -1,18 +1,10 @@
-"""Clocks of a single run, for `harness` (paired rounds on any device) and `gpu` (one contestant after the other)."""
+"""The clock of a single run, for `harness` (paired rounds on any device); `gpu` has the GPU's own."""
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
-
-
-class Timer(Protocol):
-    def __call__(self, run: Callable[[], object]) -> float:
-        """Seconds of one call of ``run``, whose result is dropped after the clock has stopped."""
-        ...
 
 
 class WallClock:
@@ -22,6 +14,7 @@ class WallClock:
         self.synchronize: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
 
     def __call__(self, run: Callable[[], object]) -> float:
+        """Seconds of one call of ``run``, whose result is dropped after the clock has stopped."""
         self.synchronize()
         start = time.perf_counter()
         result = run()
@@ -29,20 +22,3 @@ class WallClock:
         taken = time.perf_counter() - start
         del result
         return taken
-
-
-class CudaEvents:
-    """The GPU's own clock, with its L2 cache flushed before."""
-
-    def __init__(self) -> None:
-        self.flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
-
-    def __call__(self, run: Callable[[], object]) -> float:
-        self.flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        result = run()
-        end.record()
-        torch.cuda.synchronize()
-        del result
-        return float(start.elapsed_time(end)) / 1e3

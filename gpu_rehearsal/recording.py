@@ -82,12 +82,6 @@ class Recording:
         """torch operations that launch something and are no matrix products."""
         return len(self.trace) - len(self.launches) - self.products
 
-    @property
-    def operations_before_kernel(self) -> int:
-        """Those before the first kernel of ours, or all where there is none."""
-        first = next((i for i, name in enumerate(self.trace) if name.startswith("[")), len(self.trace))
-        return sum(name not in PRODUCTS for name in self.trace[:first])
-
     def report(self, title: str = "recorded") -> str:
         lines = [
             f"{title}: {self.operations} torch operations, {self.products} products, {len(self.launches)} launches, "

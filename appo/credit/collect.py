@@ -1,7 +1,7 @@
 """Measuring a run's model, one batch of prompts after the other, each written when it is done."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,16 +141,6 @@ def _divergences(
         return lambda slots: group_divergence(hidden, weight, lse, slots.to(hidden.device), **settings).cpu()
 
     return of
-
-
-def collect(collector: Collector, folder: Path, units: int, *, show: Callable[[int, Unit], None]) -> None:
-    """Measure the units of ``range(units)`` that ``folder`` lacks. show: called with each one's number, new or not."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for number in range(units):
-        path = unit_path(folder, number)
-        if not path.is_file():
-            save_unit(collector.unit(number), path)
-        show(number, load_unit(path, collector.key))
 
 
 def unit_path(folder: Path, number: int) -> Path:

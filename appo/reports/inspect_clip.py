@@ -103,11 +103,6 @@ def _numbers(frames: Tensor | None) -> list[int]:
     return [] if frames is None else frames.tolist()
 
 
-def draw_record(trainer: Trainer, record: Record, output: Path) -> list[Path]:
-    """Sample a group for ``record``, score it as a training step does, and write picture and page to ``output``."""
-    return draw_group(trainer, sample_group(trainer, record), output)
-
-
 def sample_group(trainer: Trainer, record: Record) -> Group:
     """A group of responses to ``record``, with rewards; the seed of the run decides it."""
     trainer.policy.eval()
