@@ -358,6 +358,13 @@ class APPOConfig:
         config.check()
         return config
 
+    def clip_arguments(self) -> dict[str, Any]:
+        """The settings of reading a video, as `appo.data.media.load_clip` names them."""
+        return {
+            "fps": self.fps, "max_frames": self.max_frames, "max_pixels": self.max_pixels,
+            "decoder": self.video_decoder, "timeout": self.decode_timeout,
+        }  # fmt: skip
+
     def slot_arguments(self) -> dict[str, Any]:
         """The settings of perception tokens, as `perception_slots` names them."""
         return {"top_tokens": self.slot_tokens, "score": self.token_score}
@@ -382,9 +389,13 @@ class APPOConfig:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def public(self) -> dict[str, Any]:
+        """The settings that may be shown around: all but ``engine_token``, a secret."""
+        return {name: value for name, value in self.to_dict().items() if name != "engine_token"}
+
     def save(self, path: str | Path) -> None:
-        """Write a YAML file that ``load`` reads as the same settings, without ``engine_token``, a secret."""
-        Path(path).write_text(dump_yaml(self.to_dict() | {"engine_token": ""}), encoding="utf-8")
+        """Write a YAML file that ``load`` reads as the same settings, but for the secret ones."""
+        Path(path).write_text(dump_yaml(self.public()), encoding="utf-8")
 
 
 def _types() -> dict[str, str]:

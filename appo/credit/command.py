@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from appo.credit.told import FindSpans
 from appo.credit.weightings import BASE
 from appo.data.load import check_media, load_records
 from appo.data.records import Record
+from appo.rollout.registry import user_module
 from appo.tasks.dataset import SOURCE
 from appo.tasks.thoughts import telling_spans
 from appo.train.setup import load_model
@@ -126,12 +125,10 @@ def find_function(told: str, records: Sequence[Record]) -> FindSpans | None:
     file, colon, name = told.rpartition(":")
     if not colon or not file.endswith(".py") or not Path(file).is_file():
         raise ConfigError(f"`told`: expected auto, none or FILE.py:NAME of a file that exists, got {told!r}.")
-    specification = spec_from_file_location("appo_told", file)
-    assert specification is not None and specification.loader is not None
-    module = module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    function: Any = getattr(module, name, None)
+    try:
+        function: Any = getattr(user_module(str(Path(file).resolve()), "told"), name, None)
+    except ValueError as error:
+        raise ConfigError(f"`told`: {error}") from error
     if not callable(function):
         raise ConfigError(f"`told`: {file}: expected a function {name!r}, got {function!r}. Define it there.")
 

@@ -109,7 +109,7 @@ class PromptBuilder:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
         sizes = video_processor(processor)
         self._temporal_patch = sizes.temporal_patch_size
-        self._picture = {"max_pixels": config.max_pixels, "factor": sizes.patch_size * sizes.merge_size}
+        self._factor = sizes.patch_size * sizes.merge_size
 
     def __call__(self, record: Record) -> Prompt:
         """The prompt of ``record``. Raises DataError naming it where it cannot be built."""
@@ -142,18 +142,13 @@ class PromptBuilder:
 
     def clips(self, record: Record) -> list[Clip]:
         """The sampled frames of a record's videos, as the model sees them; decoded again, since none are kept."""
-        config = self.config
-        sampling: dict[str, Any] = {
-            "fps": config.fps,
-            "max_frames": config.max_frames,
-            "timeout": config.decode_timeout,
-        }
-        sampling |= {"decoder": config.video_decoder, "cache": self._clips, **self._picture}
-        return [load_clip(medium, record, **sampling) for medium in record.media if medium.kind == "video"]
+        reading = self.config.clip_arguments() | {"factor": self._factor, "cache": self._clips}
+        return [load_clip(medium, record, **reading) for medium in record.media if medium.kind == "video"]
 
     def images(self, record: Record) -> list[Tensor]:
         """A record's images, (3, H, W) uint8 each, as the model sees them."""
-        return [load_image(medium, record, **self._picture) for medium in record.media if medium.kind == "image"]
+        size = {"max_pixels": self.config.max_pixels, "factor": self._factor}
+        return [load_image(medium, record, **size) for medium in record.media if medium.kind == "image"]
 
     @property
     def held_bytes(self) -> int:

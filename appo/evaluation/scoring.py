@@ -62,7 +62,7 @@ def _row(
     facet: str = "",
     group: str = "",
 ) -> Row:
-    clusters = [_video(records[place]) for place in places]
+    clusters = [video_of(records[place]) for place in places]
     groups = None if benchmark.averaged is None else [benchmark.averaged(records[place]) for place in places]
     first = [scores[place][measure] for place in places]
     found = estimate(first, clusters, groups)
@@ -74,7 +74,8 @@ def _row(
     )
 
 
-def _video(record: Record) -> str:
+def video_of(record: Record) -> str:
+    """The cluster of a record's answer: its video, or itself where it has none."""
     return str(record.media[0].path) if record.media else record.place
 
 

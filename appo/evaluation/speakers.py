@@ -13,6 +13,7 @@ from appo.constraints import check_fields, setting
 from appo.data.prompts import PromptBuilder
 from appo.data.records import Record
 
+FACTOR = 28  # pixels that the sides of frames sent to an endpoint are multiples of
 FAILED = 5  # answers that a server may refuse in a row, each after a longer wait
 
 
@@ -162,17 +163,13 @@ class Endpoint:
 
         from appo.data.media import load_clip, load_image
 
-        sampling: dict[str, Any] = {"fps": self.config.fps, "max_frames": self.config.max_frames, "factor": 28}
         parts: list[dict[str, Any]] = []
         for medium in record.media:
             if medium.kind == "image":
-                picture = load_image(medium, record, max_pixels=self.config.max_pixels, factor=28)
+                picture = load_image(medium, record, max_pixels=self.config.max_pixels, factor=FACTOR)
                 parts.append(_picture(Image.fromarray(picture.permute(1, 2, 0).numpy())))
                 continue
-            clip = load_clip(
-                medium, record, max_pixels=self.config.max_pixels, decoder=self.config.video_decoder,
-                timeout=self.config.decode_timeout, **sampling,
-            )  # fmt: skip
+            clip = load_clip(medium, record, factor=FACTOR, **self.config.clip_arguments())
             for frame, stamp in zip(clip.frames, clip.timestamps.tolist(), strict=True):
                 parts.append({"type": "text", "text": f"<{stamp:.1f} seconds>"})
                 parts.append(_picture(Image.fromarray(frame.permute(1, 2, 0).numpy())))

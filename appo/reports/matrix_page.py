@@ -10,7 +10,7 @@ from matplotlib.ticker import PercentFormatter
 
 from appo.evaluation.intervals import Estimate, difference, estimate
 from appo.evaluation.matrix import Matrix
-from appo.evaluation.scoring import shown
+from appo.evaluation.scoring import shown, video_of
 from appo.reports.charts import COLOURS, STYLE, data_uri
 from appo.reports.markup import section, write_page
 
@@ -78,7 +78,7 @@ def write_matrix_page(output: str | Path, matrix: Matrix) -> Path:
 
 
 def _videos(matrix: Matrix) -> list[str]:
-    return [str(record.media[0].path) if record.media else record.place for record in matrix.records]
+    return [video_of(record) for record in matrix.records]
 
 
 def _curves(matrix: Matrix) -> Figure:

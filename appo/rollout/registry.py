@@ -71,7 +71,7 @@ def get_reward(name: str) -> Reward:
 @functools.cache
 def _from_file(file: str, function: str) -> Reward:
     place = f"reward {file}:{function}"
-    found = getattr(_module(file), function, None)
+    found = getattr(user_module(file, "reward"), function, None)
     if not callable(found):
         raise ValueError(f"{place}: expected a function of that name in the file, got {found!r}. Define it there.")
 
@@ -86,15 +86,16 @@ def _from_file(file: str, function: str) -> Reward:
 
 
 @functools.cache
-def _module(file: str) -> ModuleType:
+def user_module(file: str, what: str) -> ModuleType:
+    """A user's Python file, run once. Raises ValueError naming ``what`` it is for and what is wrong with it."""
     if not Path(file).is_file():
-        raise ValueError(f"reward {file}: no such file. Relative paths start from the working directory.")
-    specification = importlib.util.spec_from_file_location(f"appo_reward_{Path(file).stem}_{abs(hash(file))}", file)
+        raise ValueError(f"{what} {file}: no such file. Relative paths start from the working directory.")
+    specification = importlib.util.spec_from_file_location(f"appo_{what}_{Path(file).stem}_{abs(hash(file))}", file)
     assert specification is not None and specification.loader is not None
     module = importlib.util.module_from_spec(specification)
     sys.modules[specification.name] = module  # dataclasses of the file look themselves up
     try:
         specification.loader.exec_module(module)
     except Exception as error:
-        raise ValueError(f"reward {file}: cannot be loaded: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{what} {file}: cannot be loaded: {type(error).__name__}: {error}") from error
     return module

@@ -20,7 +20,6 @@ LOCAL = (
     "data_root",
     "output",
     "frame_cache",
-    "engine_token",
     "engine_urls",
     "vllm_python",
     "vllm_arguments",
@@ -44,7 +43,7 @@ def model_card(config: APPOConfig, step: int, evaluations: Mapping[str, Mapping[
     }
     if base and not Path(base).exists():
         head = {"base_model": base} | head
-    settings = {name: value for name, value in config.to_dict().items() if name not in LOCAL}
+    settings = {name: value for name, value in config.public().items() if name not in LOCAL}
     settings |= {name: Path(settings[name] or "").name for name in ("model", "data", "eval_data")}
     return "\n".join(
         [

@@ -35,7 +35,9 @@ def start_trackers(accelerator: Accelerator, config: APPOConfig, output: Path, s
     name, run = output.name, kept.read_text(encoding="utf-8").strip()
     accelerator.init_trackers(
         config.project,
-        config={key: value if isinstance(value, (int, float)) else str(value) for key, value in _public(config)},
+        config={
+            name: value if isinstance(value, (int, float)) else str(value) for name, value in config.public().items()
+        },
         init_kwargs={
             "wandb": {"name": name, "id": run, "resume": "allow", "dir": str(output)},
             "trackio": {"name": f"{name}-{run[:4]}", "resume": "allow"},
@@ -44,11 +46,6 @@ def start_trackers(accelerator: Accelerator, config: APPOConfig, output: Path, s
         },
     )
     return list(accelerator.trackers)
-
-
-def _public(config: APPOConfig) -> list[tuple[str, Any]]:
-    """Settings that may leave the machine: without the token of a server."""
-    return [(name, value) for name, value in config.to_dict().items() if name != "engine_token"]
 
 
 def log_numbers(trackers: Sequence[GeneralTracker], prefix: str, values: Mapping[str, float], step: int) -> None:
