@@ -75,13 +75,8 @@ def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Te
 
 def _between_marks(input_ids: Tensor, source: Any) -> Tensor:
     """(B, S) bool: image tokens behind a mark that begins a video and before the one that ends it."""
-    begun, ended = (
-        (
-            input_ids
-            == _token_id(source, f"video_{name}_token_id" if hasattr(source, "model_type") else f"video_{name}_id")
-        )
-        for name in ("start", "end")
-    )
+    field = "video_{}_token_id" if hasattr(source, "model_type") else "video_{}_id"  # of a config, of a processor
+    begun, ended = (input_ids == _token_id(source, field.format(name)) for name in ("start", "end"))
     return (input_ids == _token_id(source, "image_token_id")) & (begun.cumsum(1) > ended.cumsum(1))
 
 
