@@ -100,8 +100,7 @@ def group_of(size: Size) -> Group:
 
 
 def step(policy: Policy, model: Any, size: Size, config: APPOConfig, pieces: int) -> dict[str, Tensor]:
-    """Gradients of all weights, left in the model; what is compared is returned."""
-    model.zero_grad(set_to_none=True)
+    """Gradients of all weights; those to compare are returned, none is left, so that all contestants allocate them."""
     group = group_of(size)
     numbers = torch.arange(size.responses).tensor_split(pieces)
     parts = [[Part(group, tuple(chosen.tolist()))] for chosen in numbers] if pieces > 1 else [whole_groups([group])]
@@ -114,7 +113,8 @@ def step(policy: Policy, model: Any, size: Size, config: APPOConfig, pieces: int
     for some in parts:
         loss_of(some, policy, config, group.tokens).backward()
     gradient = model.get_decoder().layers[0].self_attn.q_proj.weight.grad
-    return {"log-probabilities": group.old_logprobs, "mass": group.mass, "gradient": gradient.clone()}
+    model.zero_grad(set_to_none=True)
+    return {"log-probabilities": group.old_logprobs, "mass": group.mass, "gradient": gradient}
 
 
 def loss_of(parts: Sequence[Part], policy: Policy, config: APPOConfig, tokens: int) -> Tensor:
