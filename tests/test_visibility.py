@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from appo.recording.hooks import AttentionCall
 from appo.recording.mask_bounds import Visibility, visible_keys
 
 S = 12
@@ -28,15 +29,8 @@ def see(
     causal: bool = True,
     **options,
 ):
-    return visible_keys(
-        chosen,
-        mask,
-        num_queries=num_queries,
-        num_keys=S,
-        implementation=implementation,
-        is_causal=causal,
-        options=options,
-    )
+    query, key = torch.empty(len(chosen), 1, num_queries, 1), torch.empty(len(chosen), 1, S, 1)
+    return visible_keys(chosen, AttentionCall(query, key, mask, implementation, causal, options))
 
 
 def causal_mask(batch: int = 1) -> Tensor:

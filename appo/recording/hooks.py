@@ -8,7 +8,7 @@ that the model's own config names, with the same arguments, and then tells the l
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +19,20 @@ OP = "record_frame_mass"
 NAME = "appo_frame_mass"
 
 
+class AttentionCall(NamedTuple):
+    """One call of a tapped layer's attention function: its arguments, and what it returned beside its output."""
+
+    query: Tensor  # (B, Hq, L, d), of the last L of the S positions
+    key: Tensor  # (B, Hkv, S, d)
+    mask: Any  # None, (B, S) padding (flash attention), or a boolean or additive (1 or B, 1 or Hq, L, S)
+    implementation: str | None  # name of the attention function; None: eager
+    is_causal: bool  # of the layer, where the mask does not say
+    options: dict[str, Any]  # other keyword arguments: scaling, sliding_window, position_ids, cu_seq_lens_k, ...
+    lse: Tensor | None = None  # (B, Hq, L) over all keys that the rows see, where it was returned
+
+
 class Listener(Protocol):
-    def record(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        mask: Any,
-        implementation: str | None,
-        is_causal: bool,
-        options: dict[str, Any],
-        lse: Tensor | None,
-    ) -> None: ...
+    def record(self, layer: int, call: AttentionCall) -> None: ...
 
 
 class Tap:
@@ -96,9 +98,10 @@ def recording_attention(
         query, key = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key))
     causal = options.get("is_causal")
     causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+    call = AttentionCall(query, key, attention_mask, tap.config._attn_implementation, causal, options, lse)
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         for listener, layer in tap.listeners.items():
-            listener.record(layer, query, key, attention_mask, tap.config._attn_implementation, causal, options, lse)
+            listener.record(layer, call)
     return result
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from appo.recording.hooks import OP
+from appo.recording.hooks import OP, AttentionCall
 from appo_kernels import checks
 
 # exp(-1e4) is 0 in every dtype, so an additive mask from here down hides the key. Masks use -inf, finfo.min or -1e9.
@@ -22,34 +22,22 @@ class Visibility(NamedTuple):
     prefix_keys: Tensor | None  # (B, R) int32: keys 0..prefix-1 are seen as well; None: of no row
 
 
-def visible_keys(
-    rows: Tensor,
-    attention_mask: Any,
-    *,
-    num_queries: int,
-    num_keys: int,
-    implementation: str | None,
-    is_causal: bool,
-    options: dict[str, Any],
-) -> Visibility:
+def visible_keys(rows: Tensor, call: AttentionCall) -> Visibility:
     """Return the visible key range of ``rows`` in one call of an attention function.
 
     Args:
-        rows: (B, R) int64, positions among the keys; this call's are the last ``num_queries`` of ``num_keys``.
-        attention_mask: as the function got it: None, (B, S) padding (flash attention), or a boolean or additive mask
-            (1 or B, 1 or Hq, num_queries, S).
-        implementation: name of the attention function: what None means, and whether packing and windows are told by
-            ``options`` ("flash" in the name) or by the mask.
-        is_causal: whether the layer is causal where there is no (B, 1, L, S) mask.
-        options: the other keyword arguments of the call: ``sliding_window``, ``position_ids``, ``cu_seq_lens_k``.
+        rows: (B, R) int64, positions among the keys; those of the call's queries are the last L of S.
+        call: ``call.implementation`` decides what a mask of None means, and whether packing and windows are told by
+            ``call.options`` ("flash" in the name) or by the mask.
 
     Raises:
         ValueError: the mask is no interval, adds a bias, differs between heads, or has an unknown type.
     """
-    if attention_mask is None:
-        return _without_mask(rows, num_keys, implementation, is_causal, options)
-    if not isinstance(attention_mask, Tensor) or attention_mask.dim() not in (2, 4):
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+    mask, num_queries, num_keys = call.mask, call.query.shape[2], call.key.shape[2]
+    if mask is None:
+        return _without_mask(rows, call)
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         checks.fail(
             OP,
             "attention_mask",
@@ -57,17 +45,17 @@ def visible_keys(
             got,
             'Use attn_implementation "sdpa", "eager" or "flash_attention_2".',
         )
-    if attention_mask.shape[-1] != num_keys:
+    if mask.shape[-1] != num_keys:
         checks.fail(
             OP,
             "attention_mask",
             f"{num_keys} keys, as the layer has",
-            f"{attention_mask.shape[-1]}",
+            f"{mask.shape[-1]}",
             "Record a forward without a static or quantised cache.",
         )
-    if attention_mask.dim() == 2:
-        return _from_padding(rows, attention_mask.bool(), is_causal, options.get("sliding_window"))
-    return intervals(_dense(rows - (num_keys - num_queries), attention_mask, implementation), rows)
+    if mask.dim() == 2:
+        return _from_padding(rows, mask.bool(), call)
+    return intervals(_dense(rows - (num_keys - num_queries), mask, call.implementation), rows)
 
 
 def intervals(visible: Tensor, rows: Tensor) -> Visibility:
@@ -116,31 +104,32 @@ def _dense(query_rows: Tensor, mask: Tensor, implementation: str | None) -> Tens
     return visible[:, :, 0]
 
 
-def _from_padding(rows: Tensor, valid: Tensor, is_causal: bool, window: int | None) -> Visibility:
+def _from_padding(rows: Tensor, valid: Tensor, call: AttentionCall) -> Visibility:
     """Flash attention's (B, S) mask: padding tokens are taken out, as keys and as rows."""
     batch, num_keys = valid.shape
     token = intervals(valid[:, None, :], rows[:, :1].new_zeros(batch, 1))
     if token.prefix_keys is not None:
         checks.fail(OP, "attention_mask", "padding at the ends only", "padding within a sequence", "Pad at one side.")
-    last = torch.minimum(rows, token.last_key.long()) if is_causal else token.last_key.expand_as(rows)
-    first = token.first_key.expand_as(rows).long()
-    if window is not None:
-        first = torch.maximum(first, rows - window + 1)
+    last = torch.minimum(rows, token.last_key.long()) if call.is_causal else token.last_key.expand_as(rows)
+    first = _within_window(rows, token.first_key.expand_as(rows).long(), call)
     first = torch.where(valid.gather(1, rows), first, num_keys)
     return Visibility(first.int(), last.int(), None)
 
 
-def _without_mask(
-    rows: Tensor, num_keys: int, implementation: str | None, is_causal: bool, options: dict[str, Any]
-) -> Visibility:
-    first = torch.zeros_like(rows)
-    if implementation in (None, "eager") or not is_causal:  # eager attention without a mask sees everything
+def _without_mask(rows: Tensor, call: AttentionCall) -> Visibility:
+    first, num_keys = torch.zeros_like(rows), call.key.shape[2]
+    if call.implementation in (None, "eager") or not call.is_causal:  # eager attention without a mask sees everything
         return Visibility(first.int(), torch.full_like(rows, num_keys - 1).int(), None)
-    if "flash" in str(implementation):
-        first = torch.maximum(first, _packed_starts(rows, num_keys, options))
-        if (window := options.get("sliding_window")) is not None:
-            first = torch.maximum(first, rows - window + 1)
+    if "flash" in str(call.implementation):
+        first = torch.maximum(first, _packed_starts(rows, num_keys, call.options))
+        first = _within_window(rows, first, call)
     return Visibility(first.int(), rows.int(), None)
+
+
+def _within_window(rows: Tensor, first: Tensor, call: AttentionCall) -> Tensor:
+    """(B, R) first keys, none before the sliding window of the call."""
+    window = call.options.get("sliding_window")
+    return first if window is None else torch.maximum(first, rows - window + 1)
 
 
 def _packed_starts(rows: Tensor, num_keys: int, options: dict[str, Any]) -> Tensor:

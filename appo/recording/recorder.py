@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from appo.recording.arguments import check_frame_ids, check_rows
 from appo.recording.frame_ids import FrameIds
-from appo.recording.hooks import OP, attention_layers, tap_module, untap_module
+from appo.recording.hooks import OP, AttentionCall, attention_layers, tap_module, untap_module
 from appo.recording.mask_bounds import visible_keys
 from appo_kernels import FramePlan, checks, frame_mass
 
@@ -169,25 +169,13 @@ class FrameMassRecorder:
             self._add_waiting()
         self._in_forward, self._plans, self._waiting = False, {}, []
 
-    def record(
-        self,
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        mask: Any,
-        implementation: str | None,
-        is_causal: bool,
-        options: dict[str, Any],
-        lse: Tensor | None,
-    ) -> None:
-        """Adds the mass of one tapped layer; query (B, Hq, L, d) and key (B, Hkv, S, d) as its attention got them.
-
-        lse: (B, Hq, L) over all keys that the rows see, where the attention returned it.
-        """
+    def record(self, layer: int, call: AttentionCall) -> None:
+        """Adds the mass of one call of a tapped layer."""
         if not self._in_forward:
             return
+        query, key, lse = call.query, call.key, call.lse
         for name in UNSUPPORTED:
-            if options.get(name) is not None:
+            if call.options.get(name) is not None:
                 checks.fail(OP, "layers", f"attention without `{name}`", f"layer {layer} with it", "Tap other layers.")
         batch, length = self._frame_ids.shape
         if (key.shape[0], key.shape[2]) != (batch, length):
@@ -208,13 +196,13 @@ class FrameMassRecorder:
                 self._rows.lowest,
                 "Positions before these are in the KV cache; record the forward that computed them.",
             )
-        if options.get("group_layout") is not None and lse is None:
+        if call.options.get("group_layout") is not None and lse is None:
             remedy = 'Use attn_implementation "appo" for the text layers.'
             checks.fail(OP, "model", "attention that returns the lse of a packed row", f"none in layer {layer}", remedy)
         operands = {
-            "plan": self._plan_of(query, key, mask, implementation, is_causal, options),
+            "plan": self._plan_of(call),
             "lse": None if lse is None else self._rows.of(lse[..., None], first_row)[..., 0],
-            "scale": options.get("scaling"),
+            "scale": call.options.get("scaling"),
         }
         if self._gradient:
             self._waiting.append((layer, query, key, operands | {"first_row": first_row}))
@@ -257,32 +245,16 @@ class FrameMassRecorder:
         if self._total is not None and self._total.device != device:
             self._total = self._total.to(device)
 
-    def _plan_of(
-        self,
-        query: Tensor,
-        key: Tensor,
-        mask: Any,
-        implementation: str | None,
-        is_causal: bool,
-        options: dict[str, Any],
-    ) -> FramePlan:
+    def _plan_of(self, call: AttentionCall) -> FramePlan:
         """Frames and visibility of the rows to record, worked out once for the layers that share a mask or layout."""
-        layout, window = options.get("group_layout"), options.get("sliding_window")
-        shared = mask if layout is None else layout
+        layout, window = call.options.get("group_layout"), call.options.get("sliding_window")
+        shared = call.mask if layout is None else layout
         if (known := self._plans.get((id(shared), window))) is not None:
             return known[1]
         if layout is not None:
             plan = FramePlan.of_layout(self._frame_ids, self._num_frames, layout, rows=self._rows.on_host)
         else:
-            seen = visible_keys(
-                self._rows.positions,
-                mask,
-                num_queries=query.shape[2],
-                num_keys=key.shape[2],
-                implementation=implementation,
-                is_causal=is_causal,
-                options=options,
-            )
+            seen = visible_keys(self._rows.positions, call)
             plan = FramePlan.build(self._frame_ids, self._num_frames, **seen._asdict())
         self._plans[id(shared), window] = shared, plan
         return plan
