@@ -14,6 +14,7 @@ from torch import Tensor
 from appo_kernels import cuda_library
 from appo_kernels.cuda_constants import DIVERGENCE_CHUNK, ELEMENTS
 from appo_kernels.dispatch import Problem
+from appo_kernels.ops.group_divergence.selection import by_slot, write_divergence
 
 OP = "group_divergence_from_logits"
 
@@ -58,7 +59,7 @@ def forward_from_logits(
         return
     if logits.stride(2) != 1:
         logits = logits.contiguous()
-    members = slots.transpose(1, 2).reshape(K * J, G).to(torch.int64).contiguous()
+    members = by_slot(slots).to(torch.int64).contiguous()
     lse = lse.to(torch.float32).contiguous()
     chunks = -(-V // DIVERGENCE_CHUNK)
     partial = logits.new_empty(K * J, chunks, dtype=torch.float32)
@@ -80,5 +81,4 @@ def forward_from_logits(
         element=ELEMENTS[logits.dtype],
     )
     cuda_library.call(OP, "appo_divergence_chunks", params, logits.device)
-    # Not negative; rounding may leave a trace of it where members almost agree.
-    divergence.copy_(partial.sum(1).clamp_(min=0.0).view(K, J))
+    write_divergence(partial.sum(1), kind, divergence)  # the kernel leaves 0 where fewer than two members are

@@ -12,7 +12,7 @@ from torch import Tensor
 from appo_kernels.dispatch import Problem
 from appo_kernels.dtypes import LOG_ZERO
 from appo_kernels.ops.group_divergence.reference import CLAMP
-from appo_kernels.ops.group_divergence.selection import Selection, mark, select
+from appo_kernels.ops.group_divergence.selection import Selection, mark, select, write_divergence
 from appo_kernels.vocabulary.torch_tiles import convertible_columns, logits_tile, operand, tiles
 
 # Bytes of a tile (unique rows x columns), of which there are two, and of a copy of the members of a chunk of slots
@@ -94,9 +94,7 @@ def accumulate(
             fold_kl(logits, row_lse, selection, total, chunk, scratch, spare)
         else:
             fold_k3(logits, row_lse, selection, total, chunk, scratch, -math.log(V))
-    if kind == "kl":  # not negative; rounding may leave a trace of it where all members agree
-        total = total.clamp_(min=0.0).masked_fill_(selection.present < 2, 0.0)
-    divergence.copy_(total.view_as(divergence))
+    write_divergence(total, kind, divergence, selection.present)
 
 
 def fold_kl(

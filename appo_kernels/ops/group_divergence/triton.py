@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
-from appo_kernels.ops.group_divergence.selection import Selection
+from appo_kernels.ops.group_divergence.selection import Selection, member_rows, write_divergence
 from appo_kernels.ops.group_divergence.triton_fold import slots_kernel
 from appo_kernels.triton_launch import on_its_device
 from appo_kernels.triton_launch import unsupported as _unsupported
@@ -53,8 +53,7 @@ def forward_from_logits(
     G, N, V = logits.shape
     if logits.stride(2) != 1 or logits.dtype == torch.float64:
         logits = logits.float().contiguous()
-    members = torch.where(slots >= 0, torch.arange(G, device=slots.device)[None, :, None] * N + slots, G * N)
-    members = members.transpose(1, 2).reshape(-1, G).contiguous()  # (S, G)
+    members = member_rows(slots, N).contiguous()
     terms = _Terms(members, V, V, kind, temperature, None)
     terms.fold(logits, None, lse.float().contiguous(), G * N)
     terms.write(divergence, (members < G * N).sum(1))
@@ -82,10 +81,7 @@ class _Terms:
 
     def write(self, divergence: Tensor, present: Tensor) -> None:
         """present: (S,) members that are there."""
-        total = self.sums.sum(1)
-        if self.kind == "kl":  # not negative; rounding may leave a trace of it where all members agree
-            total = total.clamp_(min=0.0).masked_fill_(present < 2, 0.0)
-        divergence.copy_(total.view_as(divergence))
+        write_divergence(self.sums.sum(1), self.kind, divergence, present)
 
 
 @on_its_device
