@@ -2,14 +2,14 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from appo.constraints import ConfigError as ConfigError
-from appo.constraints import Constraint, check_fields, setting, shown
-from appo.given_values import given_values, suggestion
+from appo.constraints import Constraint, annotations, check_fields, setting, shown, suggestion
+from appo.given_values import given_values
 from appo.presets import PRESETS, check_method, preset_settings
 from appo.yaml_files import dump_yaml, read_yaml
 
@@ -343,7 +343,7 @@ class APPOConfig:
 
         Raises ConfigError.
         """
-        given, entries = given_values(values, overrides or [], _types(), also="preset")
+        given, entries = given_values(values, overrides or [], annotations(cls), also="preset")
         preset = given.pop("preset", "paper")
         presets: dict[str, Callable[..., APPOConfig]] = {
             "paper": cls.paper, "released": cls.released, "grpo": cls.grpo, "dapo": cls.dapo,
@@ -396,8 +396,3 @@ class APPOConfig:
     def save(self, path: str | Path) -> None:
         """Write a YAML file that ``load`` reads as the same settings, but for the secret ones."""
         Path(path).write_text(dump_yaml(self.public()), encoding="utf-8")
-
-
-def _types() -> dict[str, str]:
-    """The annotation of every field as text."""
-    return {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(APPOConfig)}

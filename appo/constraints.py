@@ -1,10 +1,11 @@
 """Allowed values of settings, declared beside each field of a dataclass and checked for all fields alike."""
 
+import difflib
 import math
 import numbers
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, NoReturn, cast, get_args, get_origin, get_type_hints
 
@@ -66,6 +67,11 @@ def check_fields(settings: Any) -> None:
     for one in fields(settings):
         value = checked(one.name, getattr(settings, one.name), hints[one.name], constraint_of(one))
         object.__setattr__(settings, one.name, value)
+
+
+def annotations(settings: Any) -> dict[str, str]:
+    """The annotation of every field of a dataclass, as text."""
+    return {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(settings)}
 
 
 def constraint_of(one: Field[Any]) -> Constraint:
@@ -173,3 +179,9 @@ def shown(value: Any) -> str:
         text = text[:SHOWN] + "..."
     kind = "" if isinstance(value, (str, bool, int, float, list, dict)) else f" ({type(value).__name__})"
     return text + kind
+
+
+def suggestion(name: Any, known: Collection[str]) -> str:
+    """The end of an error about an unknown name: the known one nearest to it, if any is near."""
+    close = difflib.get_close_matches(str(name), list(known), n=1)
+    return f" Did you mean `{close[0]}`?" if close else ""

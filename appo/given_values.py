@@ -1,13 +1,13 @@
 """Settings as they are given, a mapping and `key=value` overrides, made into values of named and typed fields."""
 
-import difflib
 import re
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from appo.constraints import ConfigError
+from appo.constraints import ConfigError, suggestion
 from appo.yaml_files import parse_overrides, parse_value
 
+FEW = 12  # fields that an error names all of
 _NUMBER_AS_TEXT = re.compile(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*", re.ASCII)
 
 
@@ -48,12 +48,6 @@ def given_values(
     return Given(found, entries)
 
 
-def suggestion(name: Any, known: Collection[str]) -> str:
-    """The end of an error about an unknown name: the known one nearest to it, if any is near."""
-    close = difflib.get_close_matches(str(name), list(known), n=1)
-    return f" Did you mean `{close[0]}`?" if close else ""
-
-
 def _parsed(name: str, text: str) -> Any:
     try:
         return parse_value(text)
@@ -71,4 +65,5 @@ def _override(name: str, text: str, kind: str) -> Any:
 
 def _check_name(name: Any, known: Collection[str]) -> None:
     if name not in known:
-        raise ConfigError(f"`{name}`: no such field.{suggestion(name, known)}")
+        names = f" Expected one of {', '.join(known)}." if len(known) <= FEW else ""
+        raise ConfigError(f"`{name}`: no such field.{suggestion(name, known) or names}")

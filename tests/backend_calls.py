@@ -34,13 +34,13 @@ def attention(layout: Layout, inputs, backend: str, *, scale: float, grads=None,
     lse = torch.full(query.shape[:3], math.nan, dtype=compute, device=device)
     mass = torch.zeros(query.shape[0], query.shape[2], layout.num_frames, dtype=compute, device=device)
     common = (*inputs, layout.operands(scale, weights))
-    module.forward(*common, out, lse, mass[:, None])
+    module.forward(*common, out, lse, mass[:, None], per_head=False)
     if grads is None:
         return out, lse, mass
     gradients = arguments.Gradients(*(torch.full(t.shape, math.nan, dtype=t.dtype, device=device) for t in inputs))
     grad_out, grad_lse, grad_mass = grads
     upstream = arguments.Upstream(grad_out.to(query.dtype), grad_lse.to(compute), grad_mass.to(compute)[:, None])
-    module.backward(*common, out, lse, upstream, gradients)
+    module.backward(*common, out, lse, upstream, gradients, per_head=False)
     return out, lse, mass, *gradients
 
 

@@ -103,7 +103,7 @@ def test_answers_that_do_not_fit_are_refused(name: str, grounding: Path, tmp_pat
 
 def test_what_is_asked_wrongly_is_named(grounding: Path, tmp_path: Path) -> None:
     command = ["eval", "--data", grounding, "--answers", tmp_path / "none.json"]
-    assert "got 'nextgqa'. Did you mean 'next-gqa'?" in refused(*command, "--benchmark", "nextgqa")
+    assert "got 'nextgqa'. Did you mean `next-gqa`?" in refused(*command, "--benchmark", "nextgqa")
     assert "Pass --benchmark NAME" in refused(*command)
     assert "no such file" in refused(*command, "--benchmark", "next-gqa").lower()
     assert "got both" in refused(*command, "--benchmark", "next-gqa", "--model", "m")

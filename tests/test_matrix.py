@@ -213,10 +213,11 @@ def test_two_models_and_an_endpoint_that_is_stopped_in_the_middle(server, tmp_pa
 WRONG = {
     "perceivers: 3": "`perceivers`: expected",
     "reasoners: {}": "`reasoners`: expected",
-    "perceivers: {x: {modle: a}}": "`perceivers.x.modle`: no such field. Expected one of model",
+    "perceivers: {x: {modle: a}}": "`perceivers.x`: `modle`: no such field. Did you mean `model`?",
     "perceivers: {x: {model: a, price_read: -1}}": "`perceivers.x`: `price_read`: expected a number at least 0",
     "perceivers: {x: {url: 'http://h/v1'}}": "`perceivers.x`: `model`: expected text",
-    "colour: red": "`colour`: no such field",
+    "colour: red": "`colour`: no such field. Expected one of data, data_root, output",
+    "perceivers: {x: {colour: red}}": "`perceivers.x`: `colour`: no such field. Expected one of model, url",
     "settings: {fpss: 2}": "`fpss`",
     "limit: 0": "`limit`: expected at least 1",
 }

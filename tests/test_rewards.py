@@ -250,7 +250,7 @@ def test_combine_leaves_out_what_does_not_apply_and_says_so() -> None:
     ("scales", "message"),
     [
         ({}, "at least one reward"),
-        ({"acuracy": 1.0}, "Did you mean 'accuracy'"),
+        ({"acuracy": 1.0}, "Did you mean `accuracy`"),
         ({"beauty": 1.0}, "expected one of accuracy, .* got 'beauty'"),
         ({"accuracy": math.inf}, "scale of `accuracy`: expected a finite number"),
     ],

@@ -9,9 +9,8 @@ from typing import Any, NoReturn
 
 from appo.data.math_answers import is_number, number
 from appo.data.options import LETTERS, LabelError, label, letter_options
-from appo.data.records import SLACK, DataError, Media, Record
+from appo.data.records import IDS, SLACK, DataError, Media, Record
 
-IDS = ("problem_id", "sample_id", "question_id", "qid", "id")
 LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on every common file system
 
 _TAGGED = "<answer>", "</answer>"

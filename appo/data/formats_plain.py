@@ -7,7 +7,7 @@ from typing import Any
 from appo.data.fields import Fields
 from appo.data.math_answers import is_number, quantity
 from appo.data.options import LabelError, label, split_options
-from appo.data.records import KINDS, MEDIA_KINDS, Media, Record
+from appo.data.records import IDS, KINDS, MEDIA_KINDS, Media, Record
 
 # Names under which people keep media, and the kind of each.
 MEDIA_FIELDS = {
@@ -60,7 +60,7 @@ def question_and_answer(
     meta: dict[str, Any] = {"grounding": True} if grounding else {}
     meta |= {"task": fields.text("task")} if "task" in fields.raw else {}
     return fields.record(
-        id_field=next((name for name in ("id", "problem_id", "question_id") if name in fields.raw), "id"),
+        id_field=next((name for name in IDS if name in fields.raw), "id"),
         id=id,
         question=question,
         answer=fields.letter(answer_field, answer, options)

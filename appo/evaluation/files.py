@@ -1,9 +1,8 @@
 """The records of a benchmark from a local copy of it."""
 
-import difflib
 from pathlib import Path
 
-from appo.config import ConfigError
+from appo.constraints import ConfigError, suggestion
 from appo.data.load import load_records
 from appo.data.records import DataError, Record
 from appo.evaluation.benchmark import Benchmark
@@ -13,9 +12,8 @@ from appo.evaluation.catalog import BENCHMARKS
 def find_benchmark(name: str) -> Benchmark:
     """The benchmark of that name. Raises ConfigError with the names there are."""
     if name not in BENCHMARKS:
-        close = difflib.get_close_matches(name, BENCHMARKS, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"`benchmark`: expected one of {', '.join(BENCHMARKS)}, got {name!r}.{hint}")
+        expected = f"expected one of {', '.join(BENCHMARKS)}"
+        raise ConfigError(f"`benchmark`: {expected}, got {name!r}.{suggestion(name, BENCHMARKS)}")
     return BENCHMARKS[name]
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from appo.config import APPOConfig, ConfigError
-from appo.constraints import check_fields, setting, shown
+from appo.constraints import annotations, check_fields, setting, shown
 from appo.data.messages import ANSWER_PROMPTS
 from appo.data.records import DataError, Record
 from appo.evaluation.speakers import Reply, Speaker, SpeakerSettings, open_speaker
+from appo.given_values import given_values
 from appo.rollout.rewards import combine
 
 DESCRIBE = (
@@ -70,13 +71,8 @@ def _made(kind: Any, where: str, values: Any) -> Any:
     """A dataclass from names and values; errors begin with ``where`` it stands."""
     if not isinstance(values, dict):
         raise ConfigError(f"`{where}`: expected `name: value` pairs, got {shown(values)}.")
-    known = kind.__dataclass_fields__
-    for name in values:
-        if name not in known:
-            place = f"{where}.{name}" if where else name
-            raise ConfigError(f"`{place}`: no such field. Expected one of {', '.join(known)}.")
     try:
-        return kind(**values)
+        return kind(**given_values(values, [], annotations(kind)).values)
     except ConfigError as error:
         raise ConfigError(f"`{where}`: {error}" if where else str(error)) from error
 

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from appo.data import strict_json
-from appo.data.records import DataError, Record
+from appo.data.records import IDS, DataError, Record
 from appo.data.rows import open_rows
 
-IDS = ("id", "question_id", "qid", "sample_id", "problem_id")
 TEXTS = ("text", "response", "prediction", "pred", "output", "model_output")
 
 

@@ -1,6 +1,5 @@
 """Rewards by name: those of `appo.rollout.rewards`, those that a program registers, and functions of a user's file."""
 
-import difflib
 import functools
 import importlib.util
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from appo.config import REWARD_NAMES
+from appo.constraints import suggestion
 from appo.data.records import Record
 
 Reward = Callable[[list[str], list[Record]], list[float | None]]
@@ -63,8 +63,7 @@ def get_reward(name: str) -> Reward:
     file, colon, function = name.rpartition(":")
     if colon and file.endswith(".py"):
         return _from_file(str(Path(file).resolve()), function)
-    close = difflib.get_close_matches(name, REWARDS, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else " Register your own, or name a function of a file: my.py:name."
+    hint = suggestion(name, REWARDS) or " Register your own, or name a function of a file: my.py:name."
     raise ValueError(f"reward: expected one of {', '.join(sorted(REWARDS))}, got {name!r}.{hint}")
 
 

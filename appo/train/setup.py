@@ -24,6 +24,12 @@ from appo.train.policy import Policy
 from appo.train.sharding import loads_weights, place
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Of the progress in [0, 1) behind the warm-up.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1 - progress,
+    "cosine": lambda progress: (1 + math.cos(math.pi * progress)) / 2,
+}
 
 
 def load_model(config: APPOConfig, *, trained: bool = True) -> tuple[nn.Module, Any]:
@@ -166,8 +172,7 @@ def learning_rate(step: int, config: APPOConfig) -> float:
     if step <= config.warmup_steps:
         return config.learning_rate * step / (config.warmup_steps + 1)
     progress = (step - 1 - config.warmup_steps) / max(1, config.max_steps - config.warmup_steps)
-    factor = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
-    return config.learning_rate * factor[config.lr_schedule]
+    return config.learning_rate * SCHEDULES[config.lr_schedule](progress)
 
 
 def reference_policy(

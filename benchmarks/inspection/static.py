@@ -70,15 +70,15 @@ def attention_entries(head_dim: int, dtype: str, arch: int, *, gradients: bool =
         ids = (torch.arange(KEYS) // (KEYS // FRAMES))[None].int()
         last = (torch.arange(ROWS) + KEYS - ROWS)[None].int()
         layout = Layout(ids, None, last, None, None, 0.1)
-        frame_attention.forward(query, key, value, layout, out, lse, mass)
+        frame_attention.forward(query, key, value, layout, out, lse, mass, per_head=False)
         without_frames = layout._replace(frame_ids=torch.full_like(ids, -1))
-        frame_attention.forward(query, key, value, without_frames, out, lse, mass[..., :0])
+        frame_attention.forward(query, key, value, without_frames, out, lse, mass[..., :0], per_head=False)
         frame_mass.forward(query, key, layout, lse, mass, None, False)
         frame_mass.forward(query, key, layout, None, mass, lse, False)
         if gradients:
             frame_attention.backward(
                 query, key, value, layout, out, lse, Upstream(grad_out, lse, mass),
-                Gradients(grad_query, grad_key, grad_value),
+                Gradients(grad_query, grad_key, grad_value), per_head=False,
             )  # fmt: skip
     seen = set()
     for launch in device.launches:

@@ -167,7 +167,7 @@ def forward_op(
     layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     if checks.values_enabled():
         arguments.check_values(OP, key.shape[2], mass.shape[-1], layout)
-    dispatch.backend_module(OP, backend).forward(query, key, value, layout, out, lse, mass[:, None])
+    dispatch.backend_module(OP, backend).forward(query, key, value, layout, out, lse, mass[:, None], per_head=False)
 
 
 @dispatch.out_variant("frame_attention_backward", mutates=("grad_query", "grad_key", "grad_value"))
@@ -195,4 +195,5 @@ def backward_op(
     layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     upstream = Upstream(grad_out, grad_lse, None if grad_mass is None else grad_mass[:, None])
     gradients = Gradients(grad_query, grad_key, grad_value)
-    dispatch.backend_module(OP, backend).backward(query, key, value, layout, out, lse, upstream, gradients)
+    module = dispatch.backend_module(OP, backend)
+    module.backward(query, key, value, layout, out, lse, upstream, gradients, per_head=False)

@@ -1,9 +1,6 @@
 """frame_attention, backend "torch": an online softmax over tiles of keys sorted by frame, any device."""
 
-from torch import Tensor
-
 from appo_kernels.attention import torch_passes as passes
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.dispatch import Problem
 
 
@@ -11,20 +8,4 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, layout: Layout, out: Tensor, lse: Tensor, mass: Tensor) -> None:
-    """Writes ``out`` and ``lse``, adds to ``mass`` (B, 1, R, F)."""
-    passes.attend(query, key, value, layout, out, lse, mass, per_head=False)
-
-
-def backward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    layout: Layout,
-    out: Tensor,
-    lse: Tensor,
-    upstream: Upstream,
-    gradients: Gradients,
-) -> None:
-    """Writes ``gradients`` from ``upstream``, whose mass is (B, 1, R, F)."""
-    passes.attend_backward(query, key, value, layout, out, lse, upstream, gradients, per_head=False)
+forward, backward = passes.attend, passes.attend_backward

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from appo_kernels import cuda_library
 from appo_kernels.attention import cuda_passes as passes
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.cuda_passes import unsupported as unsupported
 from appo_kernels.cuda_constants import ROW_TILE
-from appo_kernels.dispatch import Problem
 
 OP = "frame_mass"
 
@@ -27,10 +27,6 @@ class FrameMassParams(cuda_library.Params):
         ("scale_log2", ctypes.c_float),
         *passes.counts("head_dim", "element"),
     )
-
-
-def unsupported(problem: Problem) -> str | None:
-    return passes.unsupported(problem)
 
 
 def forward(
@@ -67,22 +63,12 @@ def forward(
     cuda_library.call(OP, "appo_frame_mass_replay", params, mass.device)
 
 
-def backward(
-    query: Tensor,
-    key: Tensor,
-    layout: Layout,
-    lse: Tensor,
-    grad_mass: Tensor,
-    gradients: Gradients,
-    per_head: bool,
-) -> None:
-    """Arguments as of ``streaming.backward``."""
-    passes.attend_backward(query, key, None, layout, None, lse, Upstream(None, None, grad_mass), gradients, per_head)
-
-
 def frames_per_block(blocks: int, frame_count: int, device: torch.device) -> int:
     """Number of frames of a block, so that every multiprocessor gets four blocks where there is that much work."""
     if device.type == "cpu":
         return max(1, frame_count // 2)  # emulated: two blocks, so that the cut is tested
     wanted = 4 * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, frame_count // max(1, -(-wanted // blocks)))
+
+
+backward = passes.attend_backward

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from appo_kernels import checks, dispatch
 from appo_kernels.attention import arguments
-from appo_kernels.attention.arguments import Gradients, Layout
+from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.attention.frame_plan import FramePlan, planned
 from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
@@ -233,5 +233,5 @@ def backward_op(
     """Writes the gradients that are not None; ``grad_mass`` is like the mass."""
     layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     gradients = Gradients(grad_query, grad_key, None)
-    grad_BHRF = grad_mass if per_head else grad_mass[:, None]
-    dispatch.backend_module(OP, backend).backward(query, key, layout, lse, grad_BHRF, gradients, per_head)
+    upstream = Upstream(None, None, grad_mass if per_head else grad_mass[:, None])
+    dispatch.backend_module(OP, backend).backward(query, key, None, layout, None, lse, upstream, gradients, per_head)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from appo_kernels import dispatch
 from appo_kernels.attention import torch_passes as passes
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import Layout
 from appo_kernels.attention.torch_tiles import KeyTile, Rows, mask_, row_tiles, tiles_of
 from appo_kernels.dtypes import compute_dtype
 
@@ -103,14 +103,4 @@ def _add_sums(probabilities: Tensor, tile: KeyTile, weights: Tensor | None, mass
     mass += sums if weights is None else sums * weights
 
 
-def backward(
-    query: Tensor,
-    key: Tensor,
-    layout: Layout,
-    lse: Tensor,
-    grad_mass: Tensor,
-    gradients: Gradients,
-    per_head: bool,
-) -> None:
-    """Writes ``gradients`` from ``grad_mass`` (B, H, R, F)."""
-    passes.attend_backward(query, key, None, layout, None, lse, Upstream(None, None, grad_mass), gradients, per_head)
+backward = passes.attend_backward

@@ -2,17 +2,12 @@
 
 from torch import Tensor
 
-from appo_kernels import triton_launch
 from appo_kernels.attention import triton_passes as passes
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import Layout
 from appo_kernels.attention.triton_block_mask import key_plan
 from appo_kernels.attention.triton_mass import replay
-from appo_kernels.dispatch import Problem
 from appo_kernels.triton_launch import FORWARD, architecture, tiling
-
-
-def unsupported(problem: Problem) -> str | None:
-    return triton_launch.unsupported(problem)
+from appo_kernels.triton_launch import unsupported as unsupported
 
 
 def forward(
@@ -37,14 +32,4 @@ def forward(
     replay(query, key, lse, plan, layout.frame_weights, layout.scale, mass, per_head, choice)
 
 
-def backward(
-    query: Tensor,
-    key: Tensor,
-    layout: Layout,
-    lse: Tensor,
-    grad_mass: Tensor,
-    gradients: Gradients,
-    per_head: bool,
-) -> None:
-    """Arguments as of ``streaming.backward``."""
-    passes.attend_backward(query, key, None, layout, None, lse, Upstream(None, None, grad_mass), gradients, per_head)
+backward = passes.attend_backward

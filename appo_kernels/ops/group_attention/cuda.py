@@ -4,11 +4,6 @@ from functools import partial
 
 from appo_kernels.attention import by_group
 from appo_kernels.attention import cuda_passes as passes
-from appo_kernels.dispatch import Problem
-
-
-def unsupported(problem: Problem) -> str | None:
-    return passes.unsupported(problem)
-
+from appo_kernels.attention.cuda_passes import unsupported as unsupported
 
 forward, backward = partial(by_group.forward, passes.attend), partial(by_group.backward, passes.attend_backward)

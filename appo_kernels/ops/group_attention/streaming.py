@@ -7,14 +7,10 @@ of each call is given the merged out and lse. Which flash attention that is, `ve
 import torch
 from torch import Tensor
 
-from appo_kernels import dispatch
 from appo_kernels.attention.group_layout import GroupLayout
 from appo_kernels.attention.merge import merge_attention
 from appo_kernels.ops.group_attention import vendor
-
-
-def unsupported(problem: dispatch.Problem) -> str | None:
-    return vendor.unsupported(problem)
+from appo_kernels.ops.group_attention.vendor import unsupported as unsupported
 
 
 def forward(

@@ -6,21 +6,16 @@ import torch
 import triton
 from torch import Tensor
 
-from appo_kernels.dispatch import Problem
 from appo_kernels.ops.group_divergence.selection import Selection, member_rows, write_divergence
 from appo_kernels.ops.group_divergence.triton_fold import slots_kernel
 from appo_kernels.triton_launch import on_its_device
-from appo_kernels.triton_launch import unsupported as _unsupported
+from appo_kernels.triton_launch import unsupported as unsupported
 from appo_kernels.vocabulary.torch_tiles import convertible_columns, operand, product, tiles, whole_lines
 from appo_kernels.vocabulary.triton_rows import row_layout
 
 TILE_BYTES = 64 << 20  # fp32 logits of the unique rows: few launches, and products that fill a GPU
 COLUMNS = 512  # of a slot's members that a program holds at a time
 CHUNK = 2048  # columns of a program: few slots still fill a GPU
-
-
-def unsupported(problem: Problem) -> str | None:
-    return _unsupported(problem)
 
 
 def forward(

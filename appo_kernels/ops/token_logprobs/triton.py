@@ -3,15 +3,10 @@
 import torch
 from torch import Tensor
 
-from appo_kernels.dispatch import Problem
 from appo_kernels.ops.token_logprobs.gradients import backward_by_tiles, row_coefficients
-from appo_kernels.triton_launch import unsupported as _unsupported
+from appo_kernels.triton_launch import unsupported as unsupported
 from appo_kernels.vocabulary.torch_tiles import operand, product, tile_shape, tiles
 from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state, results
-
-
-def unsupported(problem: Problem) -> str | None:
-    return _unsupported(problem)
 
 
 def forward(

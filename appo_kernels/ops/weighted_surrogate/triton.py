@@ -12,13 +12,12 @@ import torch
 import triton
 from torch import Tensor
 
-from appo_kernels import dispatch
 from appo_kernels.dtypes import compute_dtype
 from appo_kernels.ops.weighted_surrogate import triton_terms
 from appo_kernels.ops.weighted_surrogate.kinds import MASK, Options
 from appo_kernels.ops.weighted_surrogate.tokens import Tokens
 from appo_kernels.triton_launch import on_its_device
-from appo_kernels.triton_launch import unsupported as _unsupported
+from appo_kernels.triton_launch import unsupported as unsupported
 from appo_kernels.vocabulary.output_head import OutputHead
 from appo_kernels.vocabulary.torch_tiles import tiles
 from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state, row_layout
@@ -26,10 +25,6 @@ from appo_kernels.vocabulary.triton_rows import fold, gradient, new_state, row_l
 BLOCK = 512  # tokens that a program has at a time
 SCALED = 4096  # columns of a program of ``scale_``
 KIND = {"clip": 0, "gspo_token": 0, "cispo": 1, "sapo": 2, "dppo_tv": 3, "gpg": 4}
-
-
-def unsupported(problem: dispatch.Problem) -> str | None:
-    return _unsupported(problem)
 
 
 @on_its_device
