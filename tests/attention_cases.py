@@ -7,9 +7,9 @@ from attention_layouts import FRAMES, bounds, frames
 from torch import Tensor
 
 from appo_kernels import frame_attention, frame_mass
+from appo_kernels.attention.reference import visible_keys
 from appo_kernels.ops.frame_attention import reference as attention_reference
 from appo_kernels.ops.frame_mass import reference as mass_reference
-from appo_kernels.ops.frame_mass.reference import visible_keys
 from appo_kernels.testing import compare
 
 

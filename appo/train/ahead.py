@@ -2,16 +2,42 @@
 
 import copy
 import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+from accelerate import Accelerator
 
 from appo.config import APPOConfig, ConfigError
+from appo.data.prompts import Prompt
+from appo.data.sampler import RecordSampler
+from appo.rollout.engine import Completion
 from appo.train.collective import together
 from appo.train.groups import Group
 from appo.train.logs import Meter
 
-if TYPE_CHECKING:
-    from appo.train.trainer import Trainer
+
+class SamplingTrainer(Protocol):
+    """A trainer, as far as its responses are concerned."""
+
+    config: APPOConfig
+    accelerator: Accelerator
+    sampler: RecordSampler
+    meter: Meter
+    broken: list[dict[str, Any]]  # records skipped
+    version: int  # of the weights
+    ahead: "Ahead | None"
+
+    def rollout(self, count: int) -> list[tuple[Prompt, Sequence[Completion]]]: ...
+
+    def reward(self, sampled: Sequence[tuple[Prompt, Sequence[Completion]]]) -> list[Group]: ...
+
+    def sync_engine(self) -> None: ...
+
+    def whole_weights(self) -> AbstractContextManager[None]: ...
+
+    def timed(self, phase: str) -> AbstractContextManager[None]: ...
 
 
 @dataclass
@@ -23,7 +49,7 @@ class Collected:
     broken: list[dict[str, Any]]  # records skipped
 
 
-def collect(trainer: "Trainer") -> Collected:
+def collect(trainer: SamplingTrainer) -> Collected:
     """Sample and reward this process's groups of a step; no other process is asked or waited for."""
     own = copy.copy(trainer)  # the same engine, sampler and prompts; numbers of its own
     own.meter, own.broken = Meter(), []
@@ -32,7 +58,7 @@ def collect(trainer: "Trainer") -> Collected:
     return Collected(groups, own.meter, own.broken)
 
 
-def _rewarded_groups(trainer: "Trainer") -> list[Group]:
+def _rewarded_groups(trainer: SamplingTrainer) -> list[Group]:
     """With dynamic sampling, groups without signal give way to others."""
     config, groups = trainer.config, list[Group]()
     wanted = config.prompts_per_step // trainer.accelerator.num_processes
@@ -51,7 +77,7 @@ class Ahead:
     draws the same records again, and neither loses a record nor trains on one twice.
     """
 
-    def __init__(self, trainer: "Trainer", version: int) -> None:
+    def __init__(self, trainer: SamplingTrainer, version: int) -> None:
         self.before, self.version = trainer.sampler.state_dict(), version
         self._found: Collected | None = None
         self._error: BaseException | None = None
@@ -59,7 +85,7 @@ class Ahead:
         self._thread = threading.Thread(target=self._run, args=(trainer,), name="rollouts ahead", daemon=True)
         self._thread.start()
 
-    def _run(self, trainer: "Trainer") -> None:
+    def _run(self, trainer: SamplingTrainer) -> None:
         try:
             self._found = collect(trainer)
         except BaseException as error:  # raised where the responses are asked for
@@ -93,7 +119,7 @@ def check_asynchronous(config: APPOConfig, own_engine: bool) -> None:
         )
 
 
-def next_groups(trainer: "Trainer", number: int) -> list[Group]:
+def next_groups(trainer: SamplingTrainer, number: int) -> list[Group]:
     """The rewarded groups of a step: sampled now, or with ``asynchronous`` while the step before was updating."""
     found = None
     if trainer.ahead is not None:
@@ -111,13 +137,13 @@ def next_groups(trainer: "Trainer", number: int) -> list[Group]:
     return found.groups
 
 
-def forget_ahead(trainer: "Trainer") -> None:
+def forget_ahead(trainer: SamplingTrainer) -> None:
     """Drop responses on their way, as if their records had not been drawn."""
     if trainer.ahead is not None:
         trainer.ahead.wait()
         trainer.sampler.taken, trainer.ahead = trainer.ahead.before["taken"], None
 
 
-def sampler_state(trainer: "Trainer") -> dict[str, Any]:
+def sampler_state(trainer: SamplingTrainer) -> dict[str, Any]:
     """The state of the trainer's sampler, without what was drawn for a step to come."""
     return trainer.sampler.state_dict() if trainer.ahead is None else trainer.ahead.before

@@ -3,35 +3,59 @@
 import json
 import shutil
 import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 
 from appo.config import ConfigError
+from appo.data.prompts import PromptBuilder
+from appo.data.records import Record
+from appo.rollout.engine import Rollout
 from appo.train import checkpoints
-from appo.train.ahead import forget_ahead, sampler_state
+from appo.train.ahead import SamplingTrainer, forget_ahead, sampler_state
 from appo.train.collective import from_main, is_of_all
 from appo.train.engine_difference import warn_of_drift
 from appo.train.evaluate import evaluate
 from appo.train.folder import check_same_settings, locked
+from appo.train.groups import Group
 from appo.train.interrupt import StopFlag, Stopped
 from appo.train.logs import RunLog
 from appo.train.looking import head_shares
 from appo.train.metrics import sample_record
 from appo.train.model_card import model_card, newest_evaluations
+from appo.train.policy import Policy
 from appo.train.progress import training_progress
 from appo.train.sharding import full_weights, gathered
 from appo.train.trackers import start_trackers
-
-if TYPE_CHECKING:
-    from appo.train.trainer import Trainer
+from appo.train.updates import Updates
 
 BEST = "best.json"
 
 
-def run(trainer: "Trainer") -> Path:
+class SteppingTrainer(SamplingTrainer, Protocol):
+    """A trainer, as the run around its steps sees it."""
+
+    processor: Any
+    engine: Rollout
+    eval_splits: dict[str, Sequence[Record]]
+    build_prompt: PromptBuilder
+    model: Any
+    policy: nn.Module
+    unwrapped: Policy
+    updates: Updates
+    groups: list[Group]  # of the last step
+    pad_id: int
+
+    def step(self, number: int) -> dict[str, float]: ...
+
+    def autocast(self) -> AbstractContextManager[Any]: ...
+
+
+def run(trainer: SteppingTrainer) -> Path:
     """Train to ``max_steps`` and return the run folder; the trained model is in ``final/`` there.
 
     Raises Stopped after Ctrl-C or SIGTERM, with a checkpoint of the step it was in. When a step fails, the last one
@@ -56,7 +80,7 @@ def run(trainer: "Trainer") -> Path:
     return output
 
 
-def _steps(trainer: "Trainer", output: Path, log: RunLog, start: int) -> None:
+def _steps(trainer: SteppingTrainer, output: Path, log: RunLog, start: int) -> None:
     config, accelerator = trainer.config, trainer.accelerator
     if accelerator.is_main_process:
         config.save(output / "config.yaml")
@@ -106,7 +130,7 @@ def _steps(trainer: "Trainer", output: Path, log: RunLog, start: int) -> None:
     save_model(trainer, output / "final", config.max_steps)
 
 
-def _restore(trainer: "Trainer", output: Path) -> int:
+def _restore(trainer: SteppingTrainer, output: Path) -> int:
     """Go on from the newest checkpoint, and return its step; 0 where there is none."""
     state = checkpoints.load_newest(
         trainer.accelerator, trainer.unwrapped, trainer.updates.optimizer, output / "checkpoints"
@@ -126,7 +150,7 @@ def _restore(trainer: "Trainer", output: Path) -> int:
     return int(state["step"])
 
 
-def _state(trainer: "Trainer", step: int) -> dict[str, Any]:
+def _state(trainer: SteppingTrainer, step: int) -> dict[str, Any]:
     """The state in a checkpoint of ``step`` beside weights and optimizer; every process calls it."""
     return {
         "step": step,
@@ -137,7 +161,7 @@ def _state(trainer: "Trainer", step: int) -> dict[str, Any]:
     }
 
 
-def _save(trainer: "Trainer", output: Path, state: dict[str, Any]) -> None:
+def _save(trainer: SteppingTrainer, output: Path, state: dict[str, Any]) -> None:
     trainer.updates.check_weights(f"after step {trainer.version}")
     checkpoints.save(
         trainer.accelerator,
@@ -149,7 +173,7 @@ def _save(trainer: "Trainer", output: Path, state: dict[str, Any]) -> None:
     )
 
 
-def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> float | None:
+def _evaluate(trainer: SteppingTrainer, log: RunLog, step: int) -> float | None:
     """Answers to the held-out records, each process its share; the accuracy on the first split."""
     found: list[float] = []
     trainer.policy.eval()
@@ -170,7 +194,7 @@ def _evaluate(trainer: "Trainer", log: RunLog, step: int) -> float | None:
     return found[0] if found else None
 
 
-def _keep_best(trainer: "Trainer", output: Path, step: int, accuracy: float | None) -> None:
+def _keep_best(trainer: SteppingTrainer, output: Path, step: int, accuracy: float | None) -> None:
     """With ``save_best`` the model in ``best/``, where its evaluation is better than those of earlier steps."""
     if not trainer.config.save_best or accuracy is None:
         return
@@ -182,7 +206,7 @@ def _keep_best(trainer: "Trainer", output: Path, step: int, accuracy: float | No
         save_model(trainer, output / "best", step, {"step": step, "accuracy": accuracy})
 
 
-def _record_heads(trainer: "Trainer", log: RunLog, step: int) -> None:
+def _record_heads(trainer: SteppingTrainer, log: RunLog, step: int) -> None:
     """Record the heads that looked at the video of the step's first group: in every process; the main one's is kept."""
     trainer.policy.eval()
     with gathered(trainer.policy), trainer.autocast():  # a group without a video makes no forward
@@ -193,7 +217,7 @@ def _record_heads(trainer: "Trainer", log: RunLog, step: int) -> None:
         log.heads(step, shares.as_json())
 
 
-def save_model(trainer: "Trainer", folder: Path, step: int, best: dict[str, float] | None = None) -> None:
+def save_model(trainer: SteppingTrainer, folder: Path, step: int, best: dict[str, float] | None = None) -> None:
     """The model (or its adapters) of a step, the processor and a card, as ``from_pretrained`` loads them; complete or
     not there. best: written beside a model that was chosen."""
     trainer.updates.check_weights(f"after step {trainer.version}")
@@ -202,7 +226,7 @@ def save_model(trainer: "Trainer", folder: Path, step: int, best: dict[str, floa
 
 
 def _write_model(
-    trainer: "Trainer", folder: Path, weights: dict[str, Tensor] | None, step: int, best: dict[str, float] | None
+    trainer: SteppingTrainer, folder: Path, weights: dict[str, Tensor] | None, step: int, best: dict[str, float] | None
 ) -> None:
     partial = folder.with_name("." + folder.name)
     shutil.rmtree(partial, ignore_errors=True)

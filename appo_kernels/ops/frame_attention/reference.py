@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from appo_kernels.attention.merge import FrameAttentionOutput
-from appo_kernels.ops.frame_mass.reference import attention_matrix, mass_of, visible_keys
+from appo_kernels.attention.reference import attention_matrix, mass_of, visible_keys
 
 
 def frame_attention(
