@@ -37,7 +37,8 @@ def inputs_of(group: Any, row: int) -> dict[str, Tensor]:
     response = group.completion_ids[row : row + 1, :count]
     inputs["input_ids"] = torch.cat([inputs["input_ids"], response], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, count))
+    if "mm_token_type_ids" in inputs:
+        inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, count))
     return inputs
 
 

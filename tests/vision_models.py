@@ -95,6 +95,49 @@ def _glm(config: Any, model: Any, readers: str, text: dict[str, Any]) -> Callabl
     return build_one
 
 
+def _with_named(tokenizer: Any, names: dict[str, str]) -> Any:
+    """The tokenizer with further tokens that it knows by name, as ``tokenizer.NAME`` and ``tokenizer.NAME_id``."""
+    known = {name: getattr(tokenizer, name) for name in ("unk_token", "eos_token", "pad_token", "padding_side")}
+    named = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", **names}
+    return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens=named, **known)
+
+
+def _omni(name: str, first: bool, text: dict[str, Any], **vision: Any) -> Callable[[Any], tuple[Any, Any]]:
+    """A builder of a thinker of the Qwen-Omni family, which has an audio tower as well; ``first``: with the tokens and
+    sizes of Qwen2.5-Omni."""
+
+    def build_one(tokenizer: Any) -> tuple[Any, Any]:
+        patch = 7 if first else 8
+        marks = {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
+        marks |= {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
+        tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
+        tokenizer = _with_named(tokenizer, marks)
+        audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+        audio |= {"output_dim": 128, "num_mel_bins": 16}
+        rope = ROPE if first else INTERLEAVED
+        made = getattr(hf, f"{name}ThinkerForConditionalGeneration")
+        config = made.config_class(
+            audio_config=audio,
+            text_config={**tiny.text_settings(tokenizer, rope, {}), "head_dim": 32, **text},
+            vision_config={**VISION, **tiny.patches(patch), **vision},
+            audio_token_id=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+            audio_start_token_id=tokenizer.convert_tokens_to_ids("<|audio_bos|>"),
+            audio_end_token_id=tokenizer.convert_tokens_to_ids("<|audio_eos|>"),
+            position_id_per_seconds=2,
+            **tiny.special_ids(tokenizer),
+        )
+        size = tiny.pixels(patch)
+        return made(config), getattr(hf, f"{name}Processor")(
+            image_processor=hf.Qwen2VLImageProcessor(patch_size=patch, size=size),
+            tokenizer=tokenizer,
+            video_processor=hf.Qwen2VLVideoProcessor(patch_size=patch, size=size, cap_pixels_per_frame=False),
+            feature_extractor=hf.WhisperFeatureExtractor(feature_size=16),
+            chat_template=tiny.CHAT_TEMPLATE,
+        )
+
+    return build_one
+
+
 PARTIAL = {"rope": {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}}
 BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
@@ -111,6 +154,10 @@ BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     ),
     "glm4v": _glm(hf.Glm4vConfig, hf.Glm4vForConditionalGeneration, "Glm4v", {}),
     "glm4v_moe": _glm(hf.Glm4vMoeConfig, hf.Glm4vMoeForConditionalGeneration, "Glm4v", ROUTED),
+    "qwen2_5_omni_thinker": _omni("Qwen2_5Omni", True, {}, window_size=28, fullatt_block_indexes=[1]),
+    "qwen3_omni_moe_thinker": _omni(
+        "Qwen3OmniMoe", False, EXPERTS, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]
+    ),
     "glm46v": _glm(hf.Glm46VConfig, hf.Glm46VForConditionalGeneration, "Glm46V", {}),
 }
 

@@ -217,6 +217,9 @@ class PromptBuilder:
             for name, value in encoded.items()
             if name not in PER_TOKEN and name != "video_metadata"
         }
+        if "video_second_per_grid" in vision:  # Qwen-Omni's processor takes all frames to be sampled at one rate
+            seconds = [(clip.end - clip.start) / len(clip.timestamps) for clip in clips]
+            vision["video_second_per_grid"] = torch.tensor(seconds) * self._temporal_patch
         ids = frame_ids(encoded["input_ids"], self.model_config, video_grid_thw=vision.get("video_grid_thw"))
         types = encoded.get("mm_token_type_ids")
         return Prompt(

@@ -63,14 +63,14 @@ class LocalSpeaker:
     """A model of transformers: with eyes as in training, or a language model, greedy."""
 
     def __init__(self, settings: SpeakerSettings, config: APPOConfig) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from appo.models.load import from_pretrained
+        from appo.models.load import from_pretrained, read_config
         from appo.train.setup import DTYPES, load_model
 
         self.limit = settings.max_tokens
         self.config = APPOConfig.from_dict(config.to_dict() | {"model": settings.model})
-        self.sees = hasattr(from_pretrained(AutoConfig, settings.model), "vision_config")
+        self.sees = hasattr(read_config(settings.model), "vision_config")
         self.model: Any
         if self.sees:
             self.model, self.processor = load_model(self.config, trained=False)

@@ -8,7 +8,12 @@ from torch import Tensor
 
 # What processors return per video or image, and the grid (t, h, w in patches) that says how many rows each has.
 PATCHES = {"pixel_values_videos": "video_grid_thw", "pixel_values": "image_grid_thw"}
-KINDS = {"video_grid_thw": "video", "image_grid_thw": "image", "second_per_grid_ts": "video"}
+KINDS = {
+    "video_grid_thw": "video",
+    "image_grid_thw": "image",
+    "second_per_grid_ts": "video",
+    "video_second_per_grid": "video",
+}
 
 # Of one prompt: processor outputs by name, and "mm_token_type_ids" (P,): 0 text, 1 image, 2 video.
 Media = dict[str, Tensor]

@@ -33,6 +33,8 @@ LAYOUTS = {
         Layout("qwen2_5_vl", "Qwen2.5-VL", _RUN, True),
         Layout("qwen3_vl", "Qwen3-VL", _TIMES, True),
         Layout("qwen3_vl_moe", "Qwen3-VL, mixture of experts", _TIMES, True),
+        Layout("qwen2_5_omni_thinker", "Qwen2.5-Omni", _RUN, True),
+        Layout("qwen3_omni_moe_thinker", "Qwen3-Omni", _RUN, True),
         Layout("glm4v", "GLM-4.1V", _TIMES, True),
         Layout("glm4v_moe", "GLM-4.5V", _TIMES, True),
         Layout("glm46v", "GLM-4.6V", _TIMES, True),

@@ -40,14 +40,33 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
         raise ConfigError(f"`model`: the {place} {name!r} cannot be loaded: {reason[:500]}") from error
 
 
-def without_weights(kind: Any, name: str, **options: Any) -> Any:
-    """The model of `from_pretrained` with parameters on the meta device: for a process that gets them from another."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, GenerationConfig
+def read_config(name: str) -> Any:
+    """The configuration of what reads and writes text in a folder or hub name: of a model that speaks too
+    (Qwen-Omni) its thinker's. Raises ConfigError."""
+    from transformers import AutoConfig
 
     config = from_pretrained(AutoConfig, name)
+    return getattr(config, "thinker_config", config)
+
+
+def read_model(name: str, **options: Any) -> Any:
+    """The model of `read_config` with its weights. Raises ConfigError."""
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoModelForImageTextToText
+
+    config = read_config(name)
+    # The automatic class would look for the configuration of the whole.
+    kind = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING.get(type(config), AutoModelForImageTextToText)
+    return from_pretrained(kind, name, **options)
+
+
+def without_weights(name: str, **options: Any) -> Any:
+    """The model of `read_model` with parameters on the meta device: for a process that gets them from another."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForImageTextToText, GenerationConfig
+
+    config = read_config(name)
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(config, trust_remote_code=False, **options)
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False, **options)
     model.tie_weights()  # which moving to that device has undone
     with contextlib.suppress(OSError):  # a model may have none
         model.generation_config = GenerationConfig.from_pretrained(name)

@@ -8,20 +8,30 @@ from torch import Tensor
 
 
 def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """int64 positions of left-padded prompts: (3, P, L) with multimodal rotary positions, else (P, L)."""
+    """Positions of left-padded prompts: (3, P, L) with multimodal rotary positions, else (P, L). int64; fp32 where the
+    model counts parts of a second."""
     base = unwrapped(model).base_model
-    if hasattr(base, "get_rope_index") and "mm_token_type_ids" in inputs:
+    if hasattr(base, "get_rope_index"):
         accepted = inspect.signature(base.get_rope_index).parameters
-        return base.get_rope_index(**{name: value for name, value in inputs.items() if name in accepted})[0]
+        given = {_ROPE_NAMES.get(name, name): value for name, value in inputs.items()}
+        if "mm_token_type_ids" in given or "mm_token_type_ids" not in accepted:
+            return base.get_rope_index(**{name: value for name, value in given.items() if name in accepted})[0]
     return (inputs["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
 
 
+# Processor outputs that `get_rope_index` takes under another name
+_ROPE_NAMES = {"video_second_per_grid": "second_per_grids"}
+
+
 def vision_token_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that stand for pixels in a prompt (video, image, vision tokens): none may occur in a response."""
+    """Ids that stand for pixels or sound in a prompt (video, image, vision, audio tokens): none may occur in a
+    response."""
     config = unwrapped(model).config
-    names = [n for n in vars(config) if n.startswith(("image_", "video_", "vision_")) and n.endswith("_token_id")]
-    found = {getattr(config, name) for name in names}
-    special = {token for token in tokenizer.get_added_vocab() if "vision" in token or "_pad|" in token}
+    names = {*vars(config), *getattr(config, "attribute_map", {})}
+    media = ("image_", "video_", "vision_", "audio_")
+    found = {getattr(config, name) for name in names if name.startswith(media) and name.endswith("_token_id")}
+    parts = ("vision", "_pad|", "audio_")
+    special = {token for token in tokenizer.get_added_vocab() if any(part in token for part in parts)}
     found.update(tokenizer.convert_tokens_to_ids(token) for token in special)
     return sorted(i for i in found if i is not None and i not in end_ids(model, tokenizer))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from appo.config import ConfigError
-from appo.models.load import from_pretrained
+from appo.models.load import from_pretrained, read_model
 from appo.output_paths import check_output_folder
 
 ADAPTERS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -28,10 +28,10 @@ def merge_adapters(adapters: Path, output: Path, *, model: str | None = None) ->
     if output.exists() and any(output.iterdir()):
         raise ConfigError(f"`output`: expected a new or empty folder, got {output} with files in it. Pass another.")
     from peft import PeftModel
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
     processor = from_pretrained(AutoProcessor, str(adapters if has_processor(adapters) else name))
-    base = from_pretrained(AutoModelForImageTextToText, name, dtype="auto")
+    base = read_model(name, dtype="auto")
     try:
         merged: Any = PeftModel.from_pretrained(base, str(adapters)).merge_and_unload(safe_merge=True)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:  # peft's errors for adapters of another model

@@ -107,7 +107,7 @@ class Policy(nn.Module):
             arguments["mm_token_type_ids"] = sequences.token_types
         if sequences.position_ids is not None:
             arguments["position_ids"] = sequences.position_ids
-        for name in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts"):
+        for name in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts", "video_second_per_grid"):
             if name in inputs:
                 counts = batch.prompts.images if name.startswith("image") else batch.prompts.videos
                 arguments[name] = inputs[name][_repeat_order(counts, repeats, inputs[name].device)]

@@ -15,7 +15,7 @@ from torch import nn
 from appo.config import APPOConfig, ConfigError
 from appo.models.layouts import layout_of
 from appo.models.liger import use_liger
-from appo.models.load import check_fits, from_pretrained, without_weights
+from appo.models.load import check_fits, from_pretrained, read_config, read_model, without_weights
 from appo.models.loaded import enable_checkpointing, unwrapped
 from appo.models.merge import CONFIG as ADAPTER_CONFIG
 from appo.models.merge import base_model, has_processor
@@ -39,7 +39,7 @@ def load_model(config: APPOConfig, *, trained: bool = True) -> tuple[nn.Module, 
     forward computes in. With LoRA, and where nothing is ``trained``, the model is loaded in that dtype. Adapters go on
     with ``lora_rank``, their own; without it they are merged into the model. Raises ConfigError.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoProcessor
 
     if not config.model:
         raise ConfigError(
@@ -52,11 +52,10 @@ def load_model(config: APPOConfig, *, trained: bool = True) -> tuple[nn.Module, 
         raise ConfigError(
             f"`model`: {folder / ADAPTER_CONFIG}: expected the name of the model they belong to, got none."
         )
-    layout_of(from_pretrained(AutoConfig, name))  # before gigabytes are read
+    layout_of(read_config(name))  # before gigabytes are read
     processor = from_pretrained(AutoProcessor, config.model if adapters is None or has_processor(adapters) else name)
-    read = from_pretrained if not trained or loads_weights(config) else without_weights
+    read = read_model if not trained or loads_weights(config) else without_weights
     model = read(
-        AutoModelForImageTextToText,
         name,
         dtype=torch.float32 if trained and not config.lora_rank else DTYPES[config.dtype],
         attn_implementation=config.attn_implementation,
@@ -103,16 +102,14 @@ def prepare_model(model: Any, config: APPOConfig) -> nn.Module:
         raise ConfigError(
             f"`lora_rank`: expected {model.peft_config['default'].r}, that of the model's adapters, got 0."
         )
-    if config.freeze_vision:
-        for parameter in vision_tower(model).parameters():
-            parameter.requires_grad_(False)
+    for tower in [vision_tower(model)] * config.freeze_vision + audio_towers(model):
+        tower.requires_grad_(False)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.lora_rank and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model
 
-        tower = vision_tower(model)
-        outside = {id(module) for module in tower.modules()}
+        outside = {id(module) for tower in (vision_tower(model), *audio_towers(model)) for module in tower.modules()}
         targets = [
             name
             for name, module in model.named_modules()
@@ -137,6 +134,12 @@ def vision_tower(model: Any) -> nn.Module:
         if isinstance(getattr(base, name, None), nn.Module):
             return getattr(base, name)
     raise ValueError(f"model: expected one with a vision tower (`visual`, `vision_tower`), got {type(model).__name__}.")
+
+
+def audio_towers(model: Any) -> list[nn.Module]:
+    """What hears, where there is such a part: never trained, since no sound is read."""
+    found = getattr(unwrapped(model).base_model, "audio_tower", None)
+    return [found] if isinstance(found, nn.Module) else []
 
 
 def build_optimizer(policy: nn.Module, config: APPOConfig) -> torch.optim.Optimizer:
