@@ -77,8 +77,8 @@ def test_prompts_of_any_media_stand_alone_as_in_a_batch(built: tuple[Any, Any, A
         assert torch.equal(found[:, row, -len(prompt) :], alone) and (alone[:, -1] == alone.max()).all()
 
 
-def test_what_hears_is_never_trained(built: tuple[Any, Any, APPOConfig], tmp_path: Path) -> None:
-    model, processor, config = built
+def test_what_hears_is_never_trained(built: tuple[Any, Any, APPOConfig]) -> None:
+    model, _, config = built
     plain = prepare_model(model, config)
     (tower,) = audio_towers(plain)
     assert not any(parameter.requires_grad for parameter in tower.parameters())
