@@ -120,7 +120,7 @@ def choice(op: str, argument: str, value: Any, choices: Sequence[str], remedy: s
 
 def narrowed(value: Tensor) -> Tensor:
     """Integers as int32. What does not fit is brought to the nearest that does, so that it stays out of any range."""
-    return value.int() if value.dtype == torch.int32 else value.clamp(INT32.min, INT32.max).int()
+    return value if value.dtype == torch.int32 else value.clamp(INT32.min, INT32.max).int()
 
 
 def span(low: int, high: int) -> str:

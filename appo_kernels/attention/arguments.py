@@ -17,21 +17,26 @@ REDUCTIONS = ("sum", "mean")
 
 
 class Layout(NamedTuple):
-    """Frames, visibility and scale as the attention backends take them: validated, in the dtypes they read.
+    """Frames, visibility and scale as the attention backends take them: validated; whole numbers are int32 or int64.
 
     Tensors may have any strides. None stands for the default of a bound (0, S - 1, 0) and for weights of 1.
     """
 
-    frame_ids: Tensor  # (B, S) int32: frame of each key, -1 for none
-    first_key: Tensor | None  # (B, R) int32, may be negative
-    last_key: Tensor | None  # (B, R) int32
-    prefix_keys: Tensor | None  # (B, R) int32
+    frame_ids: Tensor  # (B, S): frame of each key, -1 for none
+    first_key: Tensor | None  # (B, R), may be negative
+    last_key: Tensor | None  # (B, R)
+    prefix_keys: Tensor | None  # (B, R)
     frame_weights: Tensor | None  # (B, F): factor of each frame's sum
     scale: float  # of the scores
 
     @property
     def bounds(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.first_key, self.last_key, self.prefix_keys
+
+    def narrowed(self) -> "Layout":
+        """With whole numbers as int32, for backends that compute with them."""
+        first, last, prefix = (None if bound is None else checks.narrowed(bound) for bound in self.bounds)
+        return Layout(checks.narrowed(self.frame_ids), first, last, prefix, self.frame_weights, self.scale)
 
 
 class Upstream(NamedTuple):
@@ -98,13 +103,12 @@ def prepare(
     )  # fmt: skip
     if scale is None:
         scale = 1.0 / math.sqrt(dispatch.constant(head_dim))
-    first, last, prefix = (None if b is None else checks.narrowed(b) for b in (first_key, last_key, prefix_keys))
     dtype = compute_dtype(query.dtype)
     return Layout(
-        checks.narrowed(frame_ids),
-        first,
-        last,
-        prefix,
+        frame_ids,
+        first_key,
+        last_key,
+        prefix_keys,
         kept(frame_ids, (reduction, dtype), lambda: frame_weights(frame_ids, num_frames, reduction, dtype)),
         checks.number(op, "scale", scale, "None or a finite number", "None stands for 1 / sqrt(d)."),
     )
@@ -171,11 +175,12 @@ def sees_any(keys: int, layout: Layout) -> Tensor | bool:
 
 
 def frame_weights(frame_ids: Tensor, num_frames: int, reduction: str, dtype: torch.dtype) -> Tensor | None:
-    """Factors (B, F) of the frames' sums: for "mean" 1 / keys of the frame, 0 where it has none; None for "sum"."""
+    """Factors (B, F) of the frames' sums: for "mean" 1 / keys of the frame; None for "sum"."""
     if reduction == "sum":
         return None
-    # An id out of range is an error that the custom operator reports; here it only must not index out of bounds.
-    ids = torch.where((frame_ids < 0) | (frame_ids >= num_frames), num_frames, frame_ids).long()
-    sizes = torch.zeros(len(frame_ids), num_frames + 1, dtype=torch.int32, device=frame_ids.device)
-    sizes = sizes.scatter_add(1, ids, torch.ones_like(ids, dtype=torch.int32))[:, :num_frames]
-    return torch.where(sizes > 0, 1.0 / sizes.to(dtype).clamp(min=1), 0.0)
+    # -1 becomes F. An id out of range is an error that the custom operator reports; here it only must not index out of
+    # bounds. The sum over a frame without keys is 0 whatever its factor.
+    ids = torch.remainder(frame_ids, num_frames + 1).long()
+    sizes = torch.zeros(len(frame_ids), num_frames + 1, dtype=dtype, device=frame_ids.device)
+    sizes = sizes.scatter_add_(1, ids, torch.ones(1, dtype=dtype, device=ids.device).expand(ids.shape))
+    return sizes[:, :num_frames].clamp(min=1).reciprocal()

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from appo_kernels import cuda_library
+from appo_kernels import checks, cuda_library
 from appo_kernels.attention.arguments import Gradients, Layout, Upstream
 from appo_kernels.cuda_constants import ELEMENTS, FRAME_TILE, GRAD_HEAD_DIMS, HEAD_DIMS, KEY_TILE, ROW_PADDING
 from appo_kernels.dispatch import Problem
@@ -102,7 +102,7 @@ class Operands(NamedTuple):
     query: Tensor  # (B, Hq, R, d)
     key: Tensor  # (B, Hkv, S, d)
     bounds: tuple[Tensor | None, Tensor | None, Tensor | None]  # (B, R) int32 contiguous: first, last, prefix
-    ids: Tensor  # (B, T FRAME_TILE) int32
+    ids: Tensor  # (B, T, FRAME_TILE) int32
     range: Tensor  # (B, T, 2) int32
     frame_count: int
     scale: float  # positive
@@ -138,17 +138,22 @@ def stride_fields(name: str, dimensions: str, tensor: Tensor | None) -> dict[str
 def operands(query: Tensor, key: Tensor, layout: Layout, frame_count: int) -> Operands:
     keys, scale = key.shape[2], layout.scale
     padding = -keys % KEY_TILE
-    ids = torch.nn.functional.pad(layout.frame_ids, (0, padding), value=-1).contiguous()
-    tiles = ids.view(len(ids), -1, FRAME_TILE)
-    bounds = tuple(None if b is None else b.contiguous() for b in layout.bounds)
+    ids = checks.narrowed(layout.frame_ids)
+    ids = torch.nn.functional.pad(ids, (0, padding), value=-1) if padding else ids
+    tiles = ids.contiguous().view(len(ids), -1, FRAME_TILE)
+    frame_range = ids.new_empty(*tiles.shape[:2], 2)
+    torch.aminmax(tiles, dim=-1, out=(frame_range[..., 0], frame_range[..., 1]))
+    given = [bound for bound in layout.bounds if bound is not None]
+    narrow = iter(checks.narrowed(torch.stack(given)) if given else ())
+    bounds = tuple(None if bound is None else next(narrow) for bound in layout.bounds)
     if scale <= 0.0:  # the kernels look for a row's largest score before they scale it
         query, scale = (-query, -scale) if scale < 0.0 else (torch.zeros_like(query), 1.0)
     return Operands(
         aligned(query),
         aligned(key),
         (bounds[0], bounds[1], bounds[2]),
-        ids,
-        torch.stack([tiles.amin(-1), tiles.amax(-1)], -1),
+        tiles,
+        frame_range,
         frame_count,
         scale,
     )

@@ -49,7 +49,7 @@ def attend(
     mass: (B, Hq, R, F) when ``per_head``, else (B, 1, R, F), the mean over heads. max_keys, tile_scores: other sizes of
     tiles than those of this module.
     """
-    max_keys, tile_scores = max_keys or MAX_KEYS, tile_scores or TILE_SCORES
+    max_keys, tile_scores, layout = max_keys or MAX_KEYS, tile_scores or TILE_SCORES, layout.narrowed()
     batch, heads, rows, head_dim = query.shape
     num_frames, group = mass.shape[-1], heads // key.shape[1]
     factor, log2_e = base_two(layout.scale, lse.dtype)
@@ -134,6 +134,7 @@ def attend_backward(
     """Writes ``gradients`` from those of the results that were used (formulas: ``frame_attention/op.py``)."""
     grad_out, grad_lse, grad_mass = upstream
     grad_query, grad_key, grad_value = gradients
+    layout = layout.narrowed()
     dtype = compute_dtype(query.dtype)
     batch, heads, rows, _ = query.shape
     group = heads // key.shape[1]

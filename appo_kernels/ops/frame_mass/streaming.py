@@ -43,6 +43,7 @@ def forward(
             query, key, None, layout, None, new_lse, mass, per_head, max_keys=MAX_KEYS, tile_scores=TILE_SCORES
         )
         return
+    layout = layout.narrowed()
     dtype = compute_dtype(query.dtype)
     batch, _, rows, head_dim = query.shape
     num_frames, group = mass.shape[-1], query.shape[1] // key.shape[1]
