@@ -110,10 +110,10 @@ comma := ,
 THEIRS := -W ignore::DeprecationWarning -W ignore::FutureWarning
 test-integrations: $(TRL)/.installed $(VERL)/.installed $(SWIFT)/.installed
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -n $(JOBS) tests/integrations
-	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest $(THEIRS) tests/integrations/test_verl.py
+	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest $(THEIRS) tests/integrations/test_verl.py tests/integrations/test_verl_losses.py
 	OMP_NUM_THREADS=1 $(SWIFT)/bin/python -m pytest $(THEIRS) tests/integrations/test_ms_swift.py
 
-bench: $(BENCH)/.installed
+bench: $(BENCH)/.installed $(VERL)/.installed
 	$(BENCH)/bin/python -m pytest benchmarks
 	$(BENCH)/bin/python -m benchmarks
 	$(BENCH)/bin/python -m benchmarks.whole_model
@@ -121,6 +121,7 @@ bench: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks.training_step
 	$(BENCH)/bin/python -m benchmarks.growth
 	$(BENCH)/bin/python -m benchmarks.peer_losses
+	$(VERL)/bin/python -m benchmarks.peer_losses --peer verl
 	$(BENCH)/bin/python -m benchmarks.page
 	$(BENCH)/bin/python -m benchmarks.readme --write
 

@@ -76,16 +76,18 @@ def other_lines() -> list[str]:
         if (row["op"], row["axis"]) == ("linear_weighted_surrogate", "tokens")
     ]  # fmt: skip
     first, last = growth[0], growth[-1]
-    losses = [row for row in results("peer-losses-cpu") if row["dtype"] == "float32"]
-    worst = max(value for row in losses for name, value in row.items() if name.startswith("gradient"))
-    exact = [row for row in results("peer-losses-cpu") if row["dtype"] == "float64"]
-    worst_exact = max(value for row in exact for name, value in row.items() if name.startswith("gradient"))
-    cases = sum(row["cases"] for row in losses)
+    losses = results("peer-losses-cpu") + results("peer-losses-verl-cpu")
+    worst = {
+        dtype: max(v for row in losses if row["dtype"] == dtype for n, v in row.items() if n.startswith("gradient"))
+        for dtype in ("float32", "float64")
+    }
+    cases = sum(row["cases"] for row in losses if row["dtype"] == "float32")
     return [
         "| measured | result | command |", "|---|---|---|",
-        f"| gradients against TRL's own GRPO, BNPO, Dr. GRPO, DAPO, CISPO and SAPO losses, run from its package, "
-        f"{cases} settings (token and sequence level, weights, KL, clips) | largest relative difference {worst:.0e} in "
-        f"fp32, {worst_exact:.0e} in fp64 | `python -m benchmarks.peer_losses` |",
+        "| gradients against the losses of TRL and verl, run from their packages: GRPO, BNPO, Dr. GRPO, DAPO, LUSPO, "
+        f"CISPO, SAPO, DPPO, GPG, GSPO-token; {cases} settings, from log-probabilities, logits and hidden states "
+        f"| largest relative difference {worst['float32']:.0e} in fp32, {worst['float64']:.0e} in fp64 "
+        "| `python -m benchmarks.peer_losses`, `--peer verl` |",
         f"| recording 3 of 4 layers of 7B's width, against the plain forward | {ratios} of its time; eager attention "
         f"with its matrices takes {eager:.1f} times the memory | `python -m benchmarks.whole_model` |",
         f"| memory of `linear_weighted_surrogate`, {first['value'] * 8:,} and {last['value'] * 8:,} tokens, V 65,536 "

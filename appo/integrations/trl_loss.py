@@ -12,7 +12,7 @@ from appo_kernels.ops.weighted_surrogate.kinds import SAPO_TAU_GAIN, SAPO_TAU_LO
 # TRL's loss type -> kind and aggregation of the surrogate.
 FUSED = {
     "dapo": ("clip", "dapo"), "grpo": ("clip", "grpo"), "bnpo": ("clip", "bnpo"), "dr_grpo": ("clip", "dr_grpo"),
-    "cispo": ("cispo", "dapo"), "sapo": ("sapo", "grpo"),
+    "luspo": ("clip", "dr_grpo"), "cispo": ("cispo", "dapo"), "sapo": ("sapo", "grpo"),
 }  # fmt: skip
 # Fields of configs that scale logits, which the fused loss does not.
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
@@ -71,6 +71,7 @@ def fused_loss(trainer: Any, model: Any, inputs: dict[str, Any], logits: dict[st
     items = inputs["num_items_in_batch"].clamp(min=1) / trainer.accelerator.num_processes
     weighted = "token_weights" in inputs
     kind, aggregation = FUSED[trainer.loss_type]
+    longest = 1 if trainer.loss_type == "luspo" else trainer.max_completion_length  # LUSPO sums a response's tokens
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SurrogateOutput:
         before = old
@@ -87,7 +88,7 @@ def fused_loss(trainer: Any, model: Any, inputs: dict[str, Any], logits: dict[st
             kl_ratio=trainer.args.use_bias_correction_kl and trainer.beta != 0,
             ref_logprobs=inputs["ref_per_token_logps"] if trainer.beta != 0 else None, beta=trainer.beta,
             level=trainer.importance_sampling_level, aggregation=aggregation,
-            num_items=items * steps / trainer.args.steps_per_generation, max_length=trainer.max_completion_length,
+            num_items=items * steps / trainer.args.steps_per_generation, max_length=longest,
             bias=bias, **logits,
         )  # fmt: skip
 
