@@ -1,22 +1,17 @@
 """APPOConfig: one flat set of fields, from presets, a YAML file and `key=value` overrides."""
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from appo.constraints import ConfigError as ConfigError
 from appo.constraints import Constraint, annotations, check_fields, setting, shown, suggestion
 from appo.given_values import given_values
-from appo.presets import PRESETS, check_method, preset_settings
+from appo.presets import SETTINGS, preset_settings
+from appo.settings_together import check_together
 from appo.yaml_files import dump_yaml, read_yaml
 
-# Names that `rewards` may use; `appo.rollout.rewards.register` adds to them.
-REWARD_NAMES = {
-    "accuracy", "format", "math", "multiple_choice", "ocr", "regression", "rouge", "temporal_iou", "think_length",
-}  # fmt: skip
 TRACKERS = ("wandb", "trackio", "swanlab", "mlflow", "comet_ml", "aim", "clearml")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
@@ -188,78 +183,7 @@ class APPOConfig:
     def check(self) -> None:
         """Raise ConfigError for the first field that cannot be used, alone or beside the others."""
         check_fields(self)
-        for name in self.rewards:
-            file, colon, function = name.rpartition(":")
-            if colon and file.endswith(".py") and function.isidentifier():
-                if not Path(file).is_file():
-                    raise ConfigError(
-                        f"`rewards`: {shown(file)}: no such file. Paths start from the working directory."
-                    )
-            elif name not in REWARD_NAMES:
-                known = f"one of {', '.join(sorted(REWARD_NAMES))}, one that was registered before, or FILE.py:NAME"
-                raise ConfigError(f"`rewards`: expected {known}, got {shown(name)}.{suggestion(name, REWARD_NAMES)}")
-        if not any(self.rewards.values()):
-            raise ConfigError("`rewards`: expected a weight other than 0, got 0 for all. Nothing would be learned.")
-        for name, limit in (
-            ("overlong_buffer", "max_new_tokens"),
-            ("updates_per_step", "prompts_per_step"),  # each update takes whole groups
-            ("min_groups", "prompts_per_step"),  # otherwise no update is ever made
-            ("warmup_steps", "max_steps"),
-        ):
-            if getattr(self, name) > getattr(self, limit):
-                raise ConfigError(
-                    f"`{name}`: expected at most {limit} = {getattr(self, limit)}, got {getattr(self, name)}. "
-                    "Change either."
-                )
-        if self.engine == "vllm-server" and bool(self.engine_urls) == bool(self.vllm_python):
-            raise ConfigError(
-                "`engine`: vllm-server needs either `engine_urls` of servers that run or `vllm_python`, the "
-                f"interpreter of an environment with vLLM; got {'both' if self.engine_urls else 'neither'}. See "
-                "docs/engines.md."
-            )
-        if self.asynchronous and self.engine == "vllm":
-            raise ConfigError(
-                "`asynchronous`: expected false with engine = vllm, which shares the device and sleeps while the "
-                "trainer computes, got true. Set `engine` to vllm-server."
-            )
-        try:
-            arguments = json.loads(self.vllm_arguments)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"`vllm_arguments`: expected a JSON object, got {shown(self.vllm_arguments)}.") from error
-        if not isinstance(arguments, dict):
-            raise ConfigError(f"`vllm_arguments`: expected a JSON object, got {shown(self.vllm_arguments)}.")
-        if self.shard == "fsdp" and self.dtype == "float16":
-            raise ConfigError(
-                "`dtype`: expected bfloat16 or float32 with shard = fsdp, got float16, whose loss scaling shards do "
-                "not agree on. Change either."
-            )
-        if self.shard == "fsdp" and self.optimizer != "adamw":
-            raise ConfigError(
-                f"`optimizer`: expected adamw with shard = fsdp, got {self.optimizer}, which does not take shards. "
-                "Set `offload: true` to keep its state in the host's memory."
-            )
-        for name in ("shard_group", "offload"):
-            if getattr(self, name) and self.shard == "none":
-                raise ConfigError(
-                    f"`{name}`: needs shards, got shard = none. Set `shard: fsdp`, or leave `{name}` out."
-                )
-        if self.rollout_floor and self.rollout_correction not in ("clip", "mask"):
-            raise ConfigError(
-                f"`rollout_floor`: expected 0 with rollout_correction = {self.rollout_correction}, which has a cap "
-                f"only, got {self.rollout_floor:g}. Set `rollout_correction` to clip or mask."
-            )
-        if self.rollout_floor > self.rollout_cap:
-            raise ConfigError(
-                f"`rollout_floor`: expected at most rollout_cap = {self.rollout_cap:g}, got {self.rollout_floor:g}. "
-                "Change either."
-            )
-        if self.delta is not None and self.delta <= 1 + self.eps_high:
-            raise ConfigError(
-                f"`delta`: expected more than 1 + eps_high = {1 + self.eps_high:g}, which caps the ratio already, got "
-                f"{self.delta:g}. Change either, or leave `delta` out."
-            )
-        if (reason := check_method(self)) is not None:
-            raise ConfigError(reason)
+        check_together(self)
 
     @property
     def records_mass(self) -> bool:
@@ -278,38 +202,26 @@ class APPOConfig:
     @classmethod
     def released(cls, **overrides: Any) -> "APPOConfig":
         """The settings of the authors' released trainer on SEED-Bench-R1 and Video-R1 (docs/training.md)."""
-        settings: dict[str, Any] = {
-            "strategy": "all",
-            "slot_tokens": 128,
-            "divergence": "k3",
-            "alpha": 0.7,  # its 1.7 is the largest weight
-            "average": "member",
-            "rewards": {"accuracy": 0.9, "format": 0.1},
-        }
-        return cls(**(settings | overrides))
+        return cls.preset("released", **overrides)
 
     @classmethod
     def grpo(cls, **overrides: Any) -> "APPOConfig":
         """GRPO: no weights, symmetric clipping, the mean over tokens and then responses."""
-        settings: dict[str, Any] = {"method": "grpo", "eps_high": 0.2, "aggregation": "grpo"}
-        return cls(**(settings | overrides))
+        return cls.preset("grpo", **overrides)
 
     @classmethod
     def dapo(cls, **overrides: Any) -> "APPOConfig":
         """DAPO: no weights, clip-higher, token-level loss, dynamic sampling and overlong shaping."""
-        settings: dict[str, Any] = {"method": "grpo", "dynamic_sampling": True, "overlong_buffer": 96}
-        settings |= overrides
-        if "overlong_buffer" not in overrides:
-            longest = cls(**overrides).max_new_tokens  # checked before it is counted with
-            settings["overlong_buffer"] = min(96, longest // 4)
-        return cls(**settings)
+        return cls.preset("dapo", **overrides)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> "APPOConfig":
-        """Another method's settings: tw-grpo, top-entropy, vppo, pgpo or ral (docs/own_method.md)."""
-        if name not in PRESETS:
-            raise ConfigError(f"`preset`: expected one of {', '.join(PRESETS)}, got {shown(name)}.")
-        return cls(**preset_settings(name, overrides))
+        """The settings of a preset by its name: paper, released, grpo, dapo, or another method's, tw-grpo, top-entropy,
+        vppo, pgpo or ral (docs/own_method.md)."""
+        if not isinstance(name, str) or name not in SETTINGS:
+            hint = suggestion(name, SETTINGS)
+            raise ConfigError(f"`preset`: expected one of {', '.join(SETTINGS)}, got {shown(name)}.{hint}")
+        return cls(**preset_settings(name, overrides, longest=cls.max_new_tokens))
 
     @classmethod
     def load(cls, path: str | Path, overrides: list[str] | None = None) -> "APPOConfig":
@@ -344,15 +256,7 @@ class APPOConfig:
         Raises ConfigError.
         """
         given, entries = given_values(values, overrides or [], annotations(cls), also="preset")
-        preset = given.pop("preset", "paper")
-        presets: dict[str, Callable[..., APPOConfig]] = {
-            "paper": cls.paper, "released": cls.released, "grpo": cls.grpo, "dapo": cls.dapo,
-            **{name: partial(cls.preset, name) for name in PRESETS},
-        }  # fmt: skip
-        if not isinstance(preset, str) or preset not in presets:
-            hint = suggestion(preset, presets)
-            raise ConfigError(f"`preset`: expected one of {', '.join(presets)}, got {shown(preset)}.{hint}")
-        config = presets[preset](**given)
+        config = cls.preset(given.pop("preset", "paper"), **given)
         for name, key, value in entries:
             getattr(config, name)[key] = value
         config.check()

@@ -1,12 +1,24 @@
-"""Methods as settings: the presets of other papers, and the settings that cannot stand beside each other.
+"""Presets: methods as the settings in which they differ from "paper", the defaults.
 
-docs/own_method.md has the formula of each, its source, and what of it was verified.
+docs/training.md has those of the paper and of GRPO and DAPO; docs/own_method.md has the formula of each of the others,
+its source, and what of it was verified.
 """
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
-# Name of a preset -> the settings in which it differs from "paper".
+OWN: dict[str, dict[str, Any]] = {
+    "paper": {},
+    # Of the authors' trainer the 1.7 is the largest weight.
+    "released": {
+        "strategy": "all", "slot_tokens": 128, "divergence": "k3", "alpha": 0.7, "average": "member",
+        "rewards": {"accuracy": 0.9, "format": 0.1},
+    },
+    "grpo": {"method": "grpo", "eps_high": 0.2, "aggregation": "grpo"},
+    "dapo": {"method": "grpo", "dynamic_sampling": True, "overlong_buffer": 96},
+}  # fmt: skip
+# Of other papers.
 PRESETS: dict[str, dict[str, Any]] = {
     # TW-GRPO, arXiv 2505.24718: k3 between responses at the same position; its 1.7 is the largest weight.
     "tw-grpo": {"method": "tw-grpo", "divergence": "k3", "average": "member", "alpha": 0.7},
@@ -20,36 +32,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ral": {"method": "grpo", "attention_coef": 1.0, "mass_reduction": "sum", "layers": 1},
 }
 RAL_UPDATES = 4  # on one batch of rollouts, where there are as many prompts
+SETTINGS = OWN | PRESETS
 
 
-def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a preset of ``PRESETS``, changed by ``overrides``."""
-    settings = dict(PRESETS[name])
-    prompts = overrides.get("prompts_per_step", RAL_UPDATES)
-    if name == "ral" and isinstance(prompts, int):
-        settings["updates_per_step"] = max(2, min(RAL_UPDATES, prompts))
+def preset_settings(name: str, overrides: Mapping[str, Any], *, longest: int) -> dict[str, Any]:
+    """The settings of a preset of ``SETTINGS``, changed by ``overrides``. longest: tokens of a response by default."""
+    settings = dict(SETTINGS[name])
+    longest, prompts = overrides.get("max_new_tokens", longest), overrides.get("prompts_per_step", RAL_UPDATES)
+    if name == "dapo" and isinstance(longest, Integral):
+        settings["overlong_buffer"] = min(settings["overlong_buffer"], int(longest) // 4)
+    if name == "ral" and isinstance(prompts, Integral):
+        settings["updates_per_step"] = max(2, min(RAL_UPDATES, int(prompts)))
     return settings | dict(overrides)
-
-
-def check_method(config: Any) -> str | None:
-    """Why settings of the method and the loss cannot stand beside each other; None where they can."""
-    sums = "its shares of attention are sums over the keys of a frame"
-    if config.mass_reduction != "sum":
-        if config.method in ("vppo", "pgpo"):
-            return f"`mass_reduction`: expected sum with method = {config.method}, got mean: {sums}."
-        if config.attention_coef > 0:
-            return f"`mass_reduction`: expected sum with attention_coef > 0, got mean: {sums}."
-    if config.attention_coef > 0 and config.updates_per_step < 2:
-        return (
-            "`updates_per_step`: expected at least 2 with attention_coef > 0, got 1: in the first update on a batch "
-            "attention is as it was scored, and the divergence from it has no gradient."
-        )
-    if config.normalise and config.method in ("grpo", "vppo"):
-        return f"`normalise`: expected null with method = {config.method}, whose weights it does not reach, got mean."
-    if config.kind == "dppo_tv" and config.level != "token":
-        return "`level`: expected token with kind = dppo_tv, which limits each token's probability, got sequence."
-    if config.kl_ratio and config.beta == 0:
-        return "`beta`: expected more than 0 with kl_ratio, which multiplies the KL term, got 0."
-    if config.kind in ("cispo", "sapo", "gpg") and config.delta is not None:
-        return f"`delta`: expected null with kind = {config.kind}, which has no two-sided clip, got {config.delta:g}."
-    return None

@@ -5,7 +5,7 @@
 
 from dataclasses import fields
 
-from appo.config import REWARD_NAMES, APPOConfig
+from appo.config import APPOConfig
 from appo.data import video, video_decoders
 from appo.method.advantages import SCALES
 from appo.method.selection import SCORES, STRATEGIES
@@ -13,6 +13,7 @@ from appo.method.token_weights import AVERAGES
 from appo.reports import story
 from appo.rollout import weight_transfer
 from appo.rollout.rewards import REWARDS
+from appo.settings_together import REWARD_NAMES
 from appo.train import model_card, rules, setup
 from appo.workload import STATE_BYTES
 from appo_kernels.attention.arguments import REDUCTIONS

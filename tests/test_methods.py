@@ -14,7 +14,7 @@ from appo.config import APPOConfig, ConfigError
 from appo.method.attention_policy import attention_divergence, attention_loss
 from appo.method.visual_dependence import filtered_weights, gated_weights, position_slots, top_tokens
 from appo.models.loaded import disable_checkpointing
-from appo.presets import PRESETS
+from appo.presets import PRESETS, SETTINGS
 from appo.train.groups import Group, batch_parts, whole_groups
 from appo.train.rules import weigh_tokens
 from appo.train.scoring import filter_tokens
@@ -202,13 +202,13 @@ def test_settings_that_cannot_stand_together_are_named(settings: dict[str, objec
 
 
 def test_presets_by_name() -> None:
-    for name, settings in PRESETS.items():
+    for name, settings in SETTINGS.items():
         config = APPOConfig.from_dict({"preset": name}, ["learning_rate=2e-6"])
         assert config == APPOConfig.preset(name, learning_rate=2e-6)
         assert all(getattr(config, field) == value for field, value in settings.items())
     assert APPOConfig.preset("ral", prompts_per_step=3).updates_per_step == 3
     assert APPOConfig.preset("ral").updates_per_step == 4
-    with pytest.raises(ConfigError, match="`preset`: expected one of tw-grpo"):
+    with pytest.raises(ConfigError, match="`preset`: expected one of paper, .*, tw-grpo"):
         APPOConfig.preset("best")
 
 

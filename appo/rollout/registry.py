@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-from appo.config import REWARD_NAMES
 from appo.constraints import suggestion
 from appo.data.records import Record
+from appo.settings_together import REWARD_NAMES
 
 Reward = Callable[[list[str], list[Record]], list[float | None]]
 REWARDS: dict[str, Reward] = {}
