@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from appo.cli_errors import check_given
+from appo.cli_options import DataRoot
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate_model(
     data: Annotated[Path, typer.Option(help="Records; of a benchmark also the folder with its files.")],
     model: Annotated[str | None, typer.Option(help="Folder or hub name of the model.")] = None,
-    data_root: Annotated[str | None, typer.Option(help="Folder that media paths start from.")] = None,
+    data_root: DataRoot = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many records.")] = None,
     output: Annotated[Path | None, typer.Option(help="Write every answer to this .jsonl file.")] = None,
     benchmark: Annotated[

@@ -208,7 +208,7 @@ def test_presets_by_name() -> None:
         assert all(getattr(config, field) == value for field, value in settings.items())
     assert APPOConfig.preset("ral", prompts_per_step=3).updates_per_step == 3
     assert APPOConfig.preset("ral").updates_per_step == 4
-    with pytest.raises(ConfigError, match="`preset`: expected one of paper, .*, tw-grpo"):
+    with pytest.raises(ConfigError, match=r"`preset`: expected one of paper, .*, tw-grpo"):
         APPOConfig.preset("best")
 
 
