@@ -1,4 +1,4 @@
-"""The command line: appo demo, train, eval, matrix, inspect, report, plan, merge."""
+"""The command line `appo`; commands with more to say are functions of the other cli_*.py."""
 
 import sys
 from collections.abc import Callable

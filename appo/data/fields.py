@@ -9,9 +9,8 @@ from typing import Any, NoReturn
 
 from appo.data.math_answers import is_number, number
 from appo.data.options import LETTERS, LabelError, label, letter_options
+from appo.data.paths import why_not_path
 from appo.data.records import IDS, SLACK, DataError, Media, Record
-
-LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes, on every common file system
 
 _TAGGED = "<answer>", "</answer>"
 _SEGMENTS = (("start", "end"), ("video_start", "video_end"), ("start_time", "end_time"))
@@ -245,17 +244,9 @@ class Fields:
         if not isinstance(value, str) or not value.strip():
             self.fail(name, "a path" if isinstance(value, (dict, list)) else "text", value)
         text = value.strip().removeprefix("file://") or "/"
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://|data:", text):
-            self.fail(name, "the path of a local file (fetch it first)", value)
-        if "\0" in text:
-            self.fail(name, "a path without NUL characters", value)
-        parts = text.replace("\\", "/").split("/")
-        if len(text.encode("utf-8", "replace")) > LONGEST_PATH or any(
-            len(p.encode("utf-8", "replace")) > LONGEST_NAME for p in parts
-        ):
-            self.fail(name, f"a path of at most {LONGEST_PATH} bytes, {LONGEST_NAME} a name", value)
-        if not self.allow_outside and _leaves(self.root, text):
-            self.fail(name, f"a path under the data root {str(self.root)!r} (or `allow_outside: true`)", value)
+        expected = why_not_path(text, None if self.allow_outside else self.root)
+        if expected is not None:
+            self.fail(name, expected, value)
         if folders == (".",):
             return self.root / text
         places = [self.root / folder / text for folder in folders]
@@ -295,16 +286,3 @@ def shown(value: Any) -> str:
 
 def _is_image(value: Any) -> bool:
     return isinstance(value, str) and PurePosixPath(value).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp")
-
-
-def _leaves(root: Path, text: str) -> bool:
-    """Whether a path points outside ``root`` by what is written in it; links are looked at when it is opened."""
-    if re.match(r"[/\\~]|[A-Za-z]:[/\\]", text):
-        roots = (root.absolute(), root.resolve())
-        return ".." in text or not any(Path(text).is_relative_to(folder) for folder in roots)
-    depth = 0
-    for part in text.replace("\\", "/").split("/"):
-        depth += {"..": -1, ".": 0, "": 0}.get(part, 1)
-        if depth < 0:
-            return True
-    return False
