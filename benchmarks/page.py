@@ -56,8 +56,8 @@ Weights, gradients and optimizer are divided by the number of GPUs (or by `shard
 shards an update has two layers and all that is in none (embedding, head, tower) whole, and whole gradients until they
 are reduced, in fp32; a rollout has the whole model, unless another engine samples. With `offload` shards take nothing
 of the GPU. Tests compare parameters (exactly), FLOPs, activations and peak memory with those of small models, within
-10% (`tests/test_plan.py`; shards with two gloo processes, `tests/test_plan_shards.py`). Time has not been compared
-with a machine, nor memory with a GPU.
+10% (`tests/test_plan.py`, `tests/test_planned_memory.py`; shards with two gloo processes,
+`tests/test_plan_shards.py`). Time has not been compared with a machine, nor memory with a GPU.
 """
 
 

@@ -166,6 +166,7 @@ def _write(path: Path, lines: list[dict[str, Any]]) -> None:
 
 # What would run, or break out of an attribute, an element, a script or a style, where a page does not escape it.
 RUN = "document.documentElement.dataset.attacked = 1"
+# Text that would run or change the page as markup, in an attribute, in a script, in a link or in CSS.
 ATTACKS = (
     f"\"'><script>{RUN}</script><img src=x onerror='{RUN}'>",
     f"</script></title></style></p><svg onload='{RUN}'>",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import training
-from test_plan import build, small
+from published_models import build, small
 
 from appo.models.architectures import Architecture
 from appo.plan import Plan, Workload

@@ -359,6 +359,7 @@ def test_frames_of_the_wrong_shape_are_refused_in_the_forward(case: Case) -> Non
             case.logits()
 
 
+# One argument at a time that does not fit the model or the sequences.
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

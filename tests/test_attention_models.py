@@ -75,6 +75,7 @@ def test_decoder_for_text_with_padding_on_both_sides() -> None:
     assert (mass[:, :, 2] == 0).all()
 
 
+# Two that get a dense mask: boolean, and additive.
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_sliding_window_layers(implementation: str) -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
@@ -98,6 +99,7 @@ def packed_alone(model: Any, ids: Tensor, input_ids: Tensor, cuts: list[int]) ->
     return torch.cat(parts, 1)
 
 
+# Two that get a dense mask: boolean, and additive.
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_packed_sequences_see_only_themselves(implementation: str) -> None:
     model, ids, cuts = models.qwen2(), frames(1), [0, 12, 13, S]
@@ -123,6 +125,7 @@ def shared_prompt_mask(prompt: int, response: int) -> Tensor:
     return mask[None, None]
 
 
+# Two that get a dense mask: boolean, and additive.
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_group_behind_a_shared_prompt(implementation: str) -> None:
     prompt, response = 24, 8
@@ -140,6 +143,7 @@ def test_group_behind_a_shared_prompt(implementation: str) -> None:
         models.assert_mass_close(mass[:, start : start + response], alone[:, prompt:])
 
 
+# Two that get a dense mask: boolean, and additive.
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_masks_that_are_no_intervals_are_refused(implementation: str) -> None:
     model = models.qwen2()
@@ -200,6 +204,7 @@ def flash() -> Iterator[Flash]:
     del AttentionMaskInterface._global_mapping["test_flash"]
 
 
+# What flash attention is told by arguments instead of a mask: nothing, padding, packing, a window, and two at once.
 @pytest.mark.parametrize("form", ["plain", "padded", "packed", "window", "padded window"])
 def test_flash_attention(flash: Flash, form: str) -> None:
     options = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2} if "window" in form else {}

@@ -82,6 +82,7 @@ def test_two_models_are_compared_question_by_question(name: str, grounding: Path
     assert "66.7" in page and "NExT-GQA" in page and "<script" not in page
 
 
+# Answers that do not fit the records, one fault at a time, and what the error says.
 WRONG = {
     "no answer to 1": (lambda: {k: v for k, v in GOOD.items() if k != "11_1"}, "got none to 1, the first being"),
     "unknown id": (lambda: GOOD | {"33_0": "A"}, "'33_0', which no record has"),

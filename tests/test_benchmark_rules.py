@@ -56,6 +56,7 @@ def test_the_answer_is_the_inside_of_its_tag_or_what_follows_the_reasoning():
 CAPTIONS = "Which caption matches the video better?\nCaption A: A dog runs.\nCaption B: A dog sits."
 
 
+# The label, the caption, the letter, each with what models put around it; a caption that is none, and nothing.
 @pytest.mark.parametrize(
     "text, letter",
     [
@@ -79,6 +80,7 @@ def test_mean_relative_accuracy(value, truth, share):
     assert relative_accuracy(value, truth) == pytest.approx(share)
 
 
+# A number, its unit, a word before it, a number as a word, our own tags, and one that is none.
 @pytest.mark.parametrize(
     "text, score",
     [

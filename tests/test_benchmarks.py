@@ -103,6 +103,7 @@ def weighted_group(seed: int) -> argparse.Namespace:
     )  # fmt: skip
 
 
+# The two controls of the benchmark: weights shuffled within a response, and given to the most uncertain tokens.
 @pytest.mark.parametrize("control", [learning_variants.shuffled_weights, learning_variants.entropy_weights])
 def test_controls_keep_each_responses_weights(control, monkeypatch):
     group = weighted_group(0)
@@ -117,6 +118,7 @@ def test_controls_keep_each_responses_weights(control, monkeypatch):
             assert torch.equal(now[valid].argsort(), entropy[valid].argsort())
 
 
+# Linear and quadratic growth, and none, each from another size of time.
 @pytest.mark.parametrize(("power", "constant"), [(1.0, 3e-4), (2.0, 1e-6), (0.0, 0.2)])
 def test_exponent_of_a_power_law(power, constant):
     rows = [{"value": v, "seconds": constant * v**power} for v in (64, 128, 512, 4096)]

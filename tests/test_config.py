@@ -101,12 +101,14 @@ def test_every_number_is_finite_and_of_its_type(value):
             assert message.startswith(f"`{name}`: expected") and len(message) < 300
 
 
+# Between two whole numbers, and below the least.
 @pytest.mark.parametrize("value", [1.5, -1])
 def test_counts_are_whole_and_not_negative(value):
     for name in of_kind(int):
         assert refused(**{name: value}).startswith(f"`{name}`: expected")
 
 
+# What other languages and YAML 1.1 take for true and false.
 @pytest.mark.parametrize("value", [1, 0, "true", "on", None])
 def test_switches_are_true_or_false(value):
     for name in of_kind(bool):

@@ -15,6 +15,7 @@ EDIT = re.compile(r"\bsys\.path(\[.*\])? *(\+?=[^=]|\.(append|insert|extend|pop|
 CHILDREN = ("appo/data/math_worker.py", "appo/data/video.py")
 
 
+# A method, an operator, a slice and an assignment.
 @pytest.mark.parametrize("line", ["sys.path.insert(0, x)", "sys.path += [x]", "sys.path[:0] = [x]", "sys.path = []"])
 def test_edits_are_recognised(line: str) -> None:
     assert EDIT.search(line) and not EDIT.search("if sys.path == old or name in sys.path: json.dumps(sys.path)")

@@ -97,6 +97,7 @@ def test_video_r1(tmp_path: Path) -> None:
     assert load_one(tmp_path, VIDEO_R1, data_root="/data").media[0].path == Path("/data/CLEVRER/train/video_00017.mp4")
 
 
+# Each problem type of Video-R1 without options, and what it is here.
 @pytest.mark.parametrize(
     ("written", "kind"),
     [
@@ -247,6 +248,7 @@ def test_error_says_what_came(tmp_path: Path) -> None:
         load_one(tmp_path, {k: VIDEO_R1[k] for k in VIDEO_R1 if k != "path"})
 
 
+# JSON that does not parse or holds no records, lines that are cut or empty, an unknown ending, a table without rows.
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

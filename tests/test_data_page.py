@@ -18,6 +18,7 @@ def blocks(kind: str) -> list[str]:
     return re.findall(rf"^```{kind}\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
+# Every block of the page, so that a new one is tested too.
 @pytest.mark.parametrize("block", blocks("json"))
 def test_records_that_are_shown_load(tmp_path: Path, block: str) -> None:
     rows = json.loads(block)
@@ -39,6 +40,7 @@ def test_what_the_plain_records_say(tmp_path: Path) -> None:
 REFUSED: list[dict[str, Any]] = [case for block in blocks("json refused") for case in json.loads(block)]
 
 
+# Every error that the page shows.
 @pytest.mark.parametrize("case", REFUSED, ids=[case["error"][:50] for case in REFUSED])
 def test_records_that_are_refused(tmp_path: Path, case: dict[str, Any]) -> None:
     (tmp_path / "x.json").write_text(json.dumps([case["record"]]))

@@ -54,6 +54,7 @@ def defined_names(path: Path) -> set[str]:
     return names
 
 
+# Every document there is.
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_place_that_a_document_names_exists(document):
     text = document.read_text()

@@ -43,6 +43,7 @@ def test_liger_under_adapters_is_in_the_model_itself(installed, tmp_path):
     assert installed[0]["model"] is adapted.get_base_model()
 
 
+# What it needs, each missing alone: the package, a GPU, a model that it knows.
 @pytest.mark.parametrize(
     ("missing", "reason"),
     [

@@ -67,6 +67,7 @@ def test_share_that_is_corrected(settings, share):
     assert measured(group_of(trainer, engine, mask), **settings).get("corrected") == share
 
 
+# The default; every setting away from its default; one kind alone; none.
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
@@ -102,6 +103,7 @@ def test_the_loss_corrects_for_another_engine(settings, expected, tmp_path):
     assert calls and calls[0]["rollout_logprobs"] is None
 
 
+# A floor without a use, of two kinds; a floor above the cap; a kind that is none.
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -116,6 +118,7 @@ def test_corrections_that_make_no_sense(settings, message):
         APPOConfig(**settings)
 
 
+# Numbers of an engine that samples from another distribution.
 APART = {"engine/logprob_diff": 0.3, "engine/logprob_diff_max": 2.0, "engine/effective_sample_size": 0.4}
 
 

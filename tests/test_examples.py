@@ -69,6 +69,7 @@ def test_readmes_second_pair_gives_the_same_loss():
     torch.testing.assert_close(names["loss"], expected, rtol=1e-5, atol=1e-6)
 
 
+# All that are there, so that a new one is tested too.
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("qwen*.yaml")), ids=lambda path: path.stem)
 def test_configurations_load(path):
     config = APPOConfig.load(path)
@@ -80,6 +81,7 @@ def test_the_recipe_for_a_node_shards_all_weights_over_eight_processes():
     assert (config.shard, config.lora_rank, config.prompts_per_step % 8) == ("fsdp", 0, 0)
 
 
+# GPUs of one node, and of eight.
 @pytest.mark.parametrize("name, processes", [("node", 8), ("nodes", 64)])
 def test_launch_files_are_those_of_accelerate(name, processes):
     from accelerate.commands.config.config_args import load_config_from_file

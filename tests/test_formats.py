@@ -125,6 +125,7 @@ TEXT_R1 = {
     "solution": "<answer>2</answer>",
 }
 
+# Every foreign format with each of its variants, and the record that is expected of it.
 CASES: dict[str, tuple[dict[str, Any], tuple[str, str, str, tuple[str, ...], list[tuple[str, str]]]]] = {
     "EasyR1": (EASY_R1, ("How many cups?", "3", "numerical", (), [("video", "v.mp4")])),
     "EasyR1 image": (EASY_R1_IMAGE, ("Find x.", "\\frac{1}{2}", "math", (), [("image", "1.png")])),
@@ -276,6 +277,7 @@ def test_images_that_a_table_holds_itself(tmp_path: Path) -> None:
     assert [medium.path.read_bytes() for medium in media] == [bytes([i]) * 9 for i in range(3)]
 
 
+# A record of each format with one field that is wrong.
 BROKEN = {
     "EasyR1 without an answer": ({"problem": "x", "videos": ["v.mp4"]}, "answer"),
     "more marks than media": (EASY_R1 | {"problem": "<video><video> x"}, "problem"),

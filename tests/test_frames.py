@@ -89,6 +89,7 @@ def test_processor_and_config_agree_with_what_the_processor_made(build) -> None:
         assert torch.equal(frame_ids(batch["input_ids"], tiny.processor).ids, found[0].ids)
 
 
+# Too few and too many rows; rows of more tokens than are left, across a gap, of no whole patches; another shape.
 @pytest.mark.parametrize(
     ("grids", "message"),
     [

@@ -15,6 +15,7 @@ def wilson(right: float, n: float) -> tuple[float, float]:
     return (-b - root) / (2 * a), (-b + root) / (2 * a)
 
 
+# In the middle, and one answer away from none and from all.
 @pytest.mark.parametrize("right, n", [(40, 100), (1, 30), (299, 300)])
 def test_independent_answers_have_wilsons_interval(right, n):
     found = estimate([1.0] * right + [0.0] * (n - right), range(n))
@@ -29,6 +30,7 @@ def test_four_equal_answers_about_each_video_count_once():
     assert (four.value, four.low, four.high) == pytest.approx((found.value, found.low, found.high))
 
 
+# Where a normal interval has no width: all wrong, all right.
 @pytest.mark.parametrize("score", [0.0, 1.0])
 def test_all_answers_alike_still_have_a_width(score):
     found = estimate([score] * 20, range(20))

@@ -57,6 +57,7 @@ def test_a_killed_run_ends_as_one_that_was_left_alone(tmp_path):
     check(tmp_path, kills=2, seed=0)
 
 
+# Of the moments of the kills; 0 is that of the short test above.
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(1, 6))

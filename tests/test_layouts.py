@@ -111,6 +111,7 @@ def test_every_vision_language_model_of_transformers_is_served_or_refused_by_nam
     assert set(served) == set(LAYOUTS) and len(refused) > 10
 
 
+# No field, nothing in it, empty text.
 @pytest.mark.parametrize(
     "config", [SimpleNamespace(), SimpleNamespace(model_type=None), SimpleNamespace(model_type="")]
 )

@@ -91,6 +91,7 @@ def test_a_label_is_the_option_that_it_names_or_an_error(
         assert load_one(tmp_path, record).answer == answer
 
 
+# No number, a unit, a float too large, infinity, a variable, two numbers, more digits than a float has.
 @pytest.mark.parametrize("kind", ["numerical", "regression"])
 @pytest.mark.parametrize("truth", ["NaN", "a lot", "25 m^2", "1e999", "inf", "x", "3 or 4", "9" * 400])
 def test_truths_that_no_answer_can_equal_are_refused_at_load(tmp_path: Path, kind: str, truth: str) -> None:

@@ -47,6 +47,7 @@ def test_quarters_are_in_order_and_as_equal_as_can_be(length):
     assert counts.max() - counts.min() <= 1
 
 
+# What a run records: sums over the keys of a frame, or means, which are multiplied back.
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_shares_are_counted_token_by_token(reduction):
     generator = torch.Generator().manual_seed(0)

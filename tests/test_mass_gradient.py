@@ -150,6 +150,7 @@ def test_adapters_alone_are_trained() -> None:
     assert_equal_gradients(gradients(adapted, (recorder.mass * slopes(2, 12)).sum()), want)
 
 
+# With and without a second forward, in which nothing is recorded.
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_under_autocast_it_is_as_close_as_eager_attention_under_autocast(checkpointed: bool) -> None:
     model, ids, given = qwen2().train(), frame_ids(), text_inputs()
@@ -174,6 +175,7 @@ def test_under_autocast_it_is_as_close_as_eager_attention_under_autocast(checkpo
     assert error(ours) <= 1.5 * error(theirs)
 
 
+# Both families' attention (one normalises queries and keys), with and without recomputation.
 @pytest.mark.parametrize("family", ["Qwen2_5_VL", "Qwen3VL"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_packed_groups_have_the_gradient_of_separate_sequences(family: str, checkpointed: bool) -> None:

@@ -210,6 +210,7 @@ def test_two_models_and_an_endpoint_that_is_stopped_in_the_middle(server, tmp_pa
     assert (tmp_path / "out/matrix.html").exists()
 
 
+# Lines of a file that are wrong, one at a time, and what the error says.
 WRONG = {
     "perceivers: 3": "`perceivers`: expected",
     "reasoners: {}": "`reasoners`: expected",

@@ -63,6 +63,7 @@ def test_a_transparent_colour_of_a_palette(tmp_path: Path) -> None:
     assert mean(pixels) == [255, 255, 255]
 
 
+# All values of EXIF's orientation.
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_photographs_are_upright(tmp_path: Path, orientation: int) -> None:
     upright = np.zeros((84, 56, 3), np.uint8)

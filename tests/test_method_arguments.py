@@ -11,6 +11,7 @@ G, N, F = 2, 5, 3
 MASS, MASK, REWARDS = torch.rand(G, N, F), torch.ones(G, N, dtype=torch.bool), torch.tensor([1.0, 0.0])
 SLOTS = torch.tensor([[[0, 1], [2, 3]]])  # (K, G, J)
 PART = (torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3))
+# Arguments that each function takes; one at a time is then replaced by those of WRONG.
 VALID = {
     select_frames: {"mass": MASS, "mask": MASK, "rewards": REWARDS, "strategy": "hard", "top_tokens": 2,
                     "top_frames": 1, "threshold": 0.5},
@@ -33,6 +34,7 @@ NO_TENSOR = (
 NO_COUNT = (None, "2", [2], 2.5, 0, -1, True, float("nan"), torch.tensor([2]))
 NO_NUMBER = (None, "0.5", [1.0], True, float("nan"), float("inf"), 10**400, np.ones(2), torch.ones(2))
 NO_CHOICE = (None, "other", 1, ["hard"], torch.ones(2))
+# By argument, values of other types, shapes and ranges.
 WRONG = {
     "threshold": NO_NUMBER,
     "alpha": (*NO_NUMBER, -1.0),
@@ -69,6 +71,7 @@ def test_a_wrong_argument_is_named(function, name, value):
         function(**VALID[function] | {name: value})
 
 
+# Nothing, another type, and a module without attention.
 @pytest.mark.parametrize("model", [None, "text", torch.nn.Linear(2, 2)])
 def test_what_is_no_model(model):
     ids = FrameIds(torch.tensor([[-1, 0, 0]], dtype=torch.int32), torch.tensor([1]))

@@ -60,6 +60,7 @@ def test_tw_grpo_is_the_authors_divergence_over_dense_logits() -> None:
     assert position_slots(mask())[0, 1].tolist() == [0, 1, 2, 3, 4, -1, -1]
 
 
+# The share of VPPO, one that rounds to a single token, and all.
 @pytest.mark.parametrize(("share", "counts"), [(0.4, [3, 2, 2, 1]), (0.2, [2, 1, 1, 1]), (1.0, [7, 5, 3, 1])])
 def test_the_filter_keeps_the_tokens_that_look_most(share: float, counts: list[int]) -> None:
     score = shares().sum(-1).masked_fill(~mask(), torch.nan)
@@ -156,6 +157,7 @@ def test_a_frame_without_keys_gives_a_finite_gradient() -> None:
     assert float(still.abs().max()) < 1e-6
 
 
+# Every aggregation that the policy loss has.
 @pytest.mark.parametrize("aggregation", ["dapo", "grpo", "bnpo", "dr_grpo"])
 def test_the_attention_loss_is_aggregated_like_the_policy_loss(aggregation: str) -> None:
     now, old, advantages = shares(0).requires_grad_(), shares(1), torch.tensor([1.0, -0.5, 2.0, -1.0])
@@ -173,6 +175,7 @@ def test_the_attention_loss_is_aggregated_like_the_policy_loss(aggregation: str)
     torch.testing.assert_close(got, dense, atol=1e-7, rtol=1e-5)
 
 
+# More than 1, negative, without a dimension, whole numbers.
 @pytest.mark.parametrize("wrong", [shares() * 3, shares() - 1, shares()[0], shares().long()])
 def test_masses_that_are_no_shares_are_refused(wrong: Tensor) -> None:
     with pytest.raises(ValueError, match=r"attention_divergence: `(old_)?mass`"):
@@ -219,6 +222,7 @@ def trained(tmp_path: Path, **settings: object) -> tuple[Trainer, list[dict[str,
     return trainer, [trainer.step(number) for number in (1, 2)]
 
 
+# Those of other papers: the paper's own are trained throughout these tests.
 @pytest.mark.parametrize("preset", list(PRESETS))
 def test_each_preset_trains(preset: str, tmp_path: Path) -> None:
     trainer, steps = trained(tmp_path, preset=preset)

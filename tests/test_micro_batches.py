@@ -44,6 +44,7 @@ def test_token_budget(tokens: int, expected: list[Any]) -> None:
     assert cut(GROUPS, groups_at_most=8, tokens=tokens, shared=True) == expected
 
 
+# Tokens: any number, less than a prompt, and around one response, one group and two; prompts shared and repeated.
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("tokens", [0, 1, 13, 24, 25, 37, 60])
 @pytest.mark.parametrize("groups_at_most", [1, 2, 3])

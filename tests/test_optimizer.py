@@ -22,6 +22,7 @@ def run(output: Path, **settings: Any) -> dict[str, torch.Tensor]:
     return weights
 
 
+# State in fp32, and in 8 bits with its own format of checkpoints.
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
 def test_its_state_goes_on(tmp_path, optimizer):
     if optimizer != "adamw":

@@ -121,6 +121,7 @@ def wrapped(model: Any) -> Any:
     return model
 
 
+# Both kinds: one runs the first forward without gradients.
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(reentrant: bool) -> None:
     model, inputs = text_model("Qwen2_5_VL"), Inputs()
@@ -170,6 +171,7 @@ def test_bf16_autocast_is_no_further_from_fp64_than_separate_sequences() -> None
         assert distance(ours, true) < 1.1 * distance(theirs, true)
 
 
+# Both reductions, of which one counts keys; queries in the dtype of the model and narrowed by autocast.
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_mass_of_each_group_on_its_own_frames(reduction: str, autocast: bool) -> None:

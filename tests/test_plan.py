@@ -1,8 +1,6 @@
-"""`appo plan`: its figures against real models, and against what small models really take."""
+"""`appo plan`: its figures against real models (memory: test_planned_memory.py), and what it takes and refuses."""
 
-import json
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from published_models import BOTH, build, small
 from torch.utils.flop_counter import FlopCounterMode
 
 from appo.config import ConfigError
-from appo.models.architectures import ARCHITECTURES, Architecture, find_architecture, from_config
+from appo.models.architectures import ARCHITECTURES
 from appo.plan import GIB, Machine, Plan, Workload, fit
 from appo.train.micro_batches import micro_batches
 from appo_kernels import GroupLayout, frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
@@ -28,91 +26,7 @@ from appo_kernels.vocabulary.output_head import tile_rows
 WITHIN = 0.10
 
 
-def config_of(sizes: Architecture) -> Any:
-    """The transformers config of these sizes."""
-    from transformers import Qwen2_5_VLConfig, Qwen3VLConfig
-
-    vision = sizes.vision
-    text = {
-        "hidden_size": sizes.hidden, "intermediate_size": sizes.intermediate, "num_hidden_layers": sizes.layers,
-        "num_attention_heads": sizes.heads, "num_key_value_heads": sizes.key_heads, "vocab_size": sizes.vocabulary,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    tower = {
-        "depth": vision.depth, "hidden_size": vision.hidden, "intermediate_size": vision.intermediate,
-        "num_heads": vision.heads, "out_hidden_size": vision.out_hidden, "patch_size": vision.patch,
-    }  # fmt: skip
-    half = sizes.head_dim // 2
-    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [half - 2 * (half // 3), half // 3, half // 3]}
-    if sizes.query_norm:
-        rope["mrope_interleaved"] = True
-        text |= {"head_dim": sizes.head_dim, "rope_parameters": rope}
-        tower |= {
-            "deepstack_visual_indexes": list(range(vision.deepstack)), "num_position_embeddings": vision.positions,
-        }  # fmt: skip
-        return Qwen3VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=sizes.tied)
-    full = list(range(vision.depth - vision.full_attention, vision.depth))
-    window = vision.window * vision.merge * vision.patch
-    tower |= {"fullatt_block_indexes": full, "window_size": window}
-    text |= {"rope_parameters": rope}
-    return Qwen2_5_VLConfig(text_config=text, vision_config=tower, tie_word_embeddings=sizes.tied)
-
-
-def build(sizes: Architecture, device: str = "cpu") -> Any:
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen3VLForConditionalGeneration
-
-    kind = Qwen3VLForConditionalGeneration if sizes.query_norm else Qwen2_5_VLForConditionalGeneration
-    with torch.device(device):
-        return kind(config_of(sizes))
-
-
-def small(name: str) -> Architecture:
-    """The shape of a published model with small sizes, none of them equal to another."""
-    sizes = ARCHITECTURES[name]
-    vision = replace(
-        sizes.vision, depth=3, hidden=96, intermediate=160, heads=4, out_hidden=192,
-        full_attention=3 if sizes.query_norm else 1,
-        deepstack=2 if sizes.query_norm else 0, positions=64 if sizes.query_norm else 0,
-    )  # fmt: skip
-    return replace(
-        sizes, layers=3, hidden=192, intermediate=448, heads=6, key_heads=2, head_dim=32, vocabulary=640, vision=vision
-    )
-
-
-BOTH = ("Qwen2.5-VL-7B", "Qwen3-VL-8B")
-
-
-# One tied and one untied head of each family, and both sizes of Qwen3-VL's vision tower.
-@pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", "Qwen2.5-VL-7B", "Qwen3-VL-2B", "Qwen3-VL-8B"])
-def test_parameters_are_exactly_those_of_the_published_model(name: str) -> None:
-    sizes = ARCHITECTURES[name]
-    model = build(sizes, "meta")
-    assert sum(p.numel() for p in model.parameters()) == sizes.parameters
-    assert sum(p.numel() for p in model.model.visual.parameters()) == sizes.vision.parameters
-    assert sum(p.numel() for p in model.model.language_model.layers[0].parameters()) == sizes.layer_parameters
-
-
-@pytest.mark.parametrize("name", BOTH)
-def test_sizes_are_read_from_a_local_config(name: str, tmp_path: Any) -> None:
-    sizes = small(name)
-    config_of(sizes).save_pretrained(tmp_path)
-    assert find_architecture(str(tmp_path)) == replace(sizes, name=str(tmp_path))
-    content = json.loads((tmp_path / "config.json").read_text())
-    flat = {**content["text_config"], **{k: v for k, v in content.items() if k != "text_config"}}
-    assert from_config(flat, "flat") == replace(sizes, name="flat")
-
-
-def test_names_are_found_as_they_are_published() -> None:
-    assert find_architecture("Qwen/Qwen2.5-VL-7B-Instruct").name == "Qwen2.5-VL-7B"
-    assert find_architecture("qwen3-vl-8b").name == "Qwen3-VL-8B"
-    with pytest.raises(ConfigError, match=r"`model`: expected a folder .* got 'GPT-9'"):
-        find_architecture("GPT-9")
-    with pytest.raises(ConfigError, match="expected model_type"):
-        from_config({"model_type": "llama"}, "x")
-    with pytest.raises(ConfigError, match="expected a field 'depth'"):
-        from_config({"model_type": "qwen3_vl"}, "x")
-
-
+# Both families: heads of the hidden size, and of a size of their own.
 @pytest.mark.parametrize("name", BOTH)
 def test_flops_of_the_decoder_forward_and_backward(name: str) -> None:
     """Eager attention, whose backward has two products for each of the forward's."""
@@ -130,6 +44,7 @@ def test_flops_of_the_decoder_forward_and_backward(name: str) -> None:
     assert backward.get_total_flops() == pytest.approx(2 * (matrices + attention), rel=WITHIN)
 
 
+# Attention within windows, and over the whole frame.
 @pytest.mark.parametrize("name", BOTH)
 def test_flops_of_the_vision_tower(name: str) -> None:
     sizes = small(name)
@@ -187,172 +102,6 @@ def test_flops_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = hidden, weight, targets, old, torch.linspace(-1, 1, G), torch.ones(G, N)
     found = counted(lambda: linear_weighted_surrogate(*arguments, backend="torch").loss.backward())
     assert found == pytest.approx(3 * plan.head_flop(G * N), rel=WITHIN)
-
-
-def adapted(model: Any, rank: int) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(r=rank, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]))
-
-
-def saved_bytes(model: Any, embedded: Tensor, mask: Tensor, *, mixed: bool) -> int:
-    """Bytes of all tensors that a forward keeps for its backward, parameters and their bf16 copies left out."""
-    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    shapes = {p.shape for p in model.parameters()} | {p.t().shape for p in model.parameters() if p.dim() == 2}
-    kept: dict[int, tuple[int, Tensor]] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        copy_of_weight = tensor.dtype == torch.bfloat16 and tensor.shape in shapes
-        if storage.data_ptr() not in weights and not copy_of_weight:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        torch.autocast("cpu", torch.bfloat16, enabled=mixed),
-    ):
-        model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
-    return sum(size for size, _ in kept.values())
-
-
-@pytest.mark.parametrize("lora_rank", [0, 8])
-@pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("name", BOTH)
-def test_activations_that_a_layer_keeps(name: str, mixed: bool, lora_rank: int) -> None:
-    """Two depths: their difference is one layer, without what comes before and after."""
-    B, S = 2, 120
-    sizes = small(name)
-    embedded, mask = torch.randn(B, S, sizes.hidden, requires_grad=True), torch.ones(B, S, dtype=torch.long)
-    mask[0, :5] = 0  # padding, as in training
-    taken = []
-    for layers in (2, 3):
-        model = build(replace(sizes, layers=layers)).model.language_model
-        model.set_attn_implementation("sdpa")
-        if lora_rank:
-            model = adapted(model.to(torch.bfloat16) if mixed else model, lora_rank)
-            embedded = embedded.detach().to(torch.bfloat16 if mixed else torch.float32).requires_grad_()
-        taken.append(saved_bytes(model.train(), embedded, mask, mixed=mixed))
-    work = Workload(
-        frames=1, frame_tokens=1, text=1, response=S - 2 - sizes.frame_text, mixed=mixed, lora_rank=lora_rank
-    )
-    plan = Plan(sizes, work)
-    assert plan.sequence == S
-    assert plan.layer_activations() * B * S == pytest.approx(taken[1] - taken[0], rel=WITHIN)
-
-
-MEASURE = """
-import gc, json, sys, torch
-from appo_kernels import GroupLayout, linear_weighted_surrogate
-from appo_kernels.testing import peak_extra_bytes
-from appo.models.loaded import enable_checkpointing, unwrapped
-from appo.models.packed_attention import packed_mask, use_packed_attention
-from tests.test_plan import adapted, build, medium
-name, checkpointing, rank, shared = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), sys.argv[4] == "True"
-B, P, N = int(sys.argv[5]), 96, 160
-torch.set_num_threads(1)
-sizes = medium(name)
-model = build(sizes).model.language_model
-head = torch.nn.Parameter(torch.randn(sizes.vocabulary, sizes.hidden) * 0.02, requires_grad=not rank)
-if checkpointing:
-    enable_checkpointing(model)
-if rank:
-    model = adapted(model, rank)
-    model.enable_input_require_grads()
-model.train()
-parameters = [p for p in (*model.parameters(), head) if p.requires_grad]
-optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False)
-ids = torch.randint(sizes.vocabulary, (B, P + N))
-mask = torch.ones(B, P + N, dtype=torch.long)
-mask[:, :3] = 0
-layout = GroupLayout([P], [[N] * B])
-if shared:
-    use_packed_attention(unwrapped(model))
-places = torch.cat([torch.arange(P), P + torch.arange(N).repeat(B)])
-def forward():
-    if not shared:
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, P - 1 : P - 1 + N]
-    row = torch.cat([ids[:1, :P], ids[:, P:].reshape(1, -1)], 1)
-    found = model(input_ids=row, attention_mask=packed_mask("cpu"), position_ids=places.expand(3, 1, -1),
-                  group_layout=layout, use_cache=False).last_hidden_state
-    return found[:, P:].view(B, N, -1)
-def step():
-    hidden = forward()
-    loss = linear_weighted_surrogate(hidden, head, ids[:, P:], torch.full((B, N), -6.0), torch.linspace(-1, 1, B),
-                                     torch.ones(B, N)).loss
-    loss.backward()
-step()
-optimizer.step()  # the optimizer's state is there from now on, and the gradients, as for a second micro-batch
-gc.collect()
-moments = [x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim()]
-standing = sum(p.nbytes + p.grad.nbytes for p in parameters) + sum(moments)
-print(json.dumps({"standing": standing, "extra": peak_extra_bytes(step)}))
-"""
-
-
-def medium(name: str) -> Architecture:
-    """Large enough for the allocator's own use to be small beside it."""
-    sizes = small(name)
-    vision = replace(sizes.vision, out_hidden=256)
-    return replace(
-        sizes, layers=5, hidden=256, intermediate=688, heads=8, key_heads=2, head_dim=32, vocabulary=2048, tied=False,
-        vision=vision,
-    )  # fmt: skip
-
-
-# Both families as they come; gradient checkpointing, whose peak is of another kind; adapters, whose frozen layers keep
-# less; a group behind one prompt, with as many tokens less and no mask; all of it together; groups split into parts.
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "checkpointing", "lora_rank", "shared", "micro_tokens"),
-    [
-        (BOTH[0], False, 0, False, 0),
-        (BOTH[1], False, 0, False, 0),
-        (BOTH[0], True, 0, False, 0),
-        (BOTH[0], False, 16, False, 0),
-        (BOTH[1], False, 16, False, 0),
-        (BOTH[0], False, 0, True, 0),
-        (BOTH[1], False, 0, True, 0),
-        (BOTH[0], True, 16, True, 0),
-        (BOTH[0], False, 0, True, 800),
-        (BOTH[1], False, 0, False, 800),
-    ],
-)
-def test_peak_memory_of_an_update(
-    name: str, checkpointing: bool, lora_rank: int, shared: bool, micro_tokens: int
-) -> None:
-    """A process of its own: peak of torch's allocator over forward, loss and backward of a micro-batch, in fp32."""
-    sizes = medium(name)
-    work = Workload(
-        frames=1, frame_tokens=1, text=95 - sizes.frame_text, response=160, prompts=1, mixed=False,
-        checkpointing=checkpointing, foreach=False, lora_rank=lora_rank, share_prompt=shared, micro_tokens=micro_tokens,
-    )  # fmt: skip
-    plan = Plan(sizes, work)
-    assert plan.sequence == 256
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            MEASURE,
-            name,
-            str(checkpointing),
-            str(lora_rank),
-            str(shared),
-            str(plan.micro_responses),
-        ],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what the C allocator keeps is not the model's
-    )
-    measured = json.loads(run.stdout.splitlines()[-1])
-    parts = plan.update_bytes() | {"gradients": 0.0}
-    mib = {part: round(size / 2**20, 1) for part, size in parts.items()}
-    print(name, checkpointing, lora_rank, shared, mib, {key: size / 2**20 for key, size in measured.items()})
-    # On a CPU the loss passes over rows in two buffers more, of at most 4 MiB each.
-    parts["at work"] = max(plan.backward_workspace(), plan.head_workspace() + 2 * min(4 << 20, plan.head_tile()))
-    assert sum(parts.values()) == pytest.approx(measured["extra"], rel=WITHIN)
-    assert 16 * plan.trained == measured["standing"]  # weights, gradients, two moments of what is trained
 
 
 @pytest.mark.parametrize(
@@ -492,6 +241,7 @@ def test_a_workload_takes_only_sane_numbers(value: Any) -> None:
             Workload(**{name: value})
 
 
+# Not positive, not finite, beyond any machine, and other types.
 @pytest.mark.parametrize("value", [0, -1, math.nan, math.inf, -math.inf, 1e300, True, "8", None])
 def test_a_machine_takes_only_sane_numbers(value: Any) -> None:
     for name in ("memory", "rate", "bandwidth"):
@@ -499,6 +249,7 @@ def test_a_machine_takes_only_sane_numbers(value: Any) -> None:
             Machine(**{name: value})
 
 
+# Zero, negative, not a number, infinite and too large, each where it would divide or multiply.
 @pytest.mark.parametrize(
     "option",
     ["--memory=0", "--memory=nan", "--memory=-1", "--rate=-1", "--rate=inf", "--bandwidth=nan", "--prompts=0",
@@ -511,34 +262,6 @@ def test_the_command_refuses_numbers_that_are_none(option: str) -> None:
 
     found = CliRunner().invoke(app, ["plan", "--model", "Qwen2.5-VL-7B", option])
     assert found.exit_code == 2 and found.output.startswith("appo: `") and found.output.count("\n") == 1
-
-
-# Files that are no configuration of a model, or one with sizes of no model.
-@pytest.mark.parametrize(
-    "content",
-    ["", "{", "[1]", "7", "[" * 100_000, '{"model_type": "qwen3_vl"}', '{"model_type": "qwen3_vl", "text_config": 7}',
-     '{"model_type": "qwen2_5_vl", "vision_config": []}'],
-)  # fmt: skip
-def test_files_that_are_no_configuration(content: str, tmp_path: Any) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(ConfigError, match=str(tmp_path)):
-        find_architecture(str(tmp_path))
-
-
-@pytest.mark.parametrize("value", ["64", -1, 0, 1e400, None, True, [64], 10**12])
-def test_sizes_that_no_model_has_are_named(value: Any, tmp_path: Any) -> None:
-    config_of(small("Qwen3-VL-8B")).save_pretrained(tmp_path)
-    content = json.loads((tmp_path / "config.json").read_text())
-    for part, name in (("text_config", "hidden_size"), ("vision_config", "depth"), ("vision_config", "patch_size")):
-        changed = content | {part: content[part] | {name: value}}
-        with pytest.raises(ConfigError, match="x: "):
-            from_config(changed, "x")
-
-
-def test_names_that_are_no_paths() -> None:
-    for name in ("", "a\0b", "x" * 5000):
-        with pytest.raises(ConfigError, match="`model`: expected a folder"):
-            find_architecture(name)
 
 
 def test_the_command_loads_nothing() -> None:

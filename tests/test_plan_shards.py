@@ -77,6 +77,7 @@ RECIPES = {
 MARGIN = 0.9  # of the GPU's memory, for what libraries and fragments take
 
 
+# Every recipe of the documentation with every preset of the paper, of which two sample again.
 @pytest.mark.parametrize("method", ["paper", "released", "grpo", "dapo"])
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_fit_with_every_method(name: str, method: str) -> None:

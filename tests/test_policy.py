@@ -55,6 +55,7 @@ def test_hidden_states_give_the_logits_of_each_response_alone(family, share_prom
                 torch.testing.assert_close(logits[index * 2 + row, :count], alone, rtol=1e-4, atol=1e-4)
 
 
+# Groups in one packed row, and padded sequences.
 @pytest.mark.parametrize("share_prompt", ["on", "off"])
 def test_frames_stand_where_the_video_tokens_are(share_prompt, tmp_path):
     model, processor = training.tiny()

@@ -99,6 +99,7 @@ def test_padding_on_the_right_and_deltas(prompts):
     assert delta.item() + len(prompt) == alone.max() + 1 and torch.equal(delta, padded_delta)
 
 
+# The positions that models were trained with, and those of transformers.
 @pytest.mark.parametrize("rule", ["original", "transformers"])
 def test_sampling_packed_and_padded_scoring_agree(prompts, rule, tmp_path):
     """The rule reaches every forward: where one of them had another, log-probabilities would differ."""

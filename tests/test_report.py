@@ -186,6 +186,7 @@ def test_folders_that_are_no_runs(tmp_path: Path) -> None:
         write_report([tmp_path / "other"], tmp_path / "x.html")
 
 
+# Each file of a run: no JSON, no step, no object; no YAML, no settings.
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -278,6 +279,7 @@ def test_inspection_of_hostile_groups(tmp_path: Path) -> None:
     assert page_data(page)["responses"][1]["tokens"] == ["$x$", "␣", "⇥"]
 
 
+# One argument at a time of another length, shape, dtype or range than the others.
 @pytest.mark.parametrize(
     ("changed", "named"),
     [

@@ -34,6 +34,7 @@ def answered(text: str) -> str:
     return f"<think>so</think><answer>{text}</answer>"
 
 
+# The letter and the option, in the ways in which models write them.
 @pytest.mark.parametrize("text", ["B", " B\n", "(B)", "B.", "b", "B. green ball", "(B) Green  ball.", "B: green ball"])
 def test_right_option(text: str) -> None:
     assert score("multiple_choice", answered(text), CHOICE) == 1.0
@@ -46,6 +47,7 @@ def test_wrong_option(text: str) -> None:
     assert score("multiple_choice", answered(text), CHOICE) == 0.0
 
 
+# No tag, half a tag, tags the wrong way round, two answers, tags in tags.
 @pytest.mark.parametrize(
     "completion",
     ["B", "<answer>B", "</answer>B<answer>", "<answer>A</answer><answer>B</answer>", "<answer><answer>B</answer>"],
@@ -54,6 +56,7 @@ def test_anything_but_one_answer_tag_is_wrong(completion: str) -> None:
     assert score("multiple_choice", completion, CHOICE) == 0.0
 
 
+# Right with and without white space; each part missing, swapped, followed, separated, doubled, nested.
 @pytest.mark.parametrize(
     ("completion", "expected"),
     [
@@ -72,6 +75,7 @@ def test_format(completion: str, expected: float) -> None:
     assert score("format", completion, CHOICE) == expected
 
 
+# Times before or after the answer; missing, no times, twice.
 @pytest.mark.parametrize(
     ("completion", "expected"),
     [
@@ -86,6 +90,7 @@ def test_format_of_grounding(completion: str, expected: float) -> None:
     assert score("format", completion, GROUNDED) == expected
 
 
+# Two spans and one with units; backwards, half, other separators, no number, nothing.
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -133,6 +138,7 @@ def test_interval_iou_is_symmetric_and_continuous() -> None:
     assert interval_iou([(0, 1e-3)], [(0, 2e-3)]) == pytest.approx(0.5)
 
 
+# Equal in another form; wrong by sign; ambiguous, no number, nothing; expressions that are equal by algebra.
 @pytest.mark.parametrize(
     ("truth", "text", "expected"),
     [
@@ -154,6 +160,8 @@ def test_numbers_and_expressions(kind: str, truth: str, text: str, expected: flo
     assert score("accuracy", answered(text), record(kind, truth)) == expected
 
 
+# Right, off by a part, by more than all; negative; a truth of zero, from which every distance is all; ambiguous,
+# none.
 @pytest.mark.parametrize(
     ("truth", "text", "expected"),
     [
@@ -172,6 +180,7 @@ def test_regression(truth: str, text: str, expected: float) -> None:
     assert score("accuracy", answered(text), record("regression", truth)) == pytest.approx(expected)
 
 
+# Right; a word missing, another word, more words than there were, none.
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -212,6 +221,7 @@ def test_each_kind_has_its_own_measure_and_others_do_not_apply() -> None:
         assert values.count(None) == (4 if name == "multiple_choice" else 3)
 
 
+# The two kinds whose answer is a number.
 @pytest.mark.parametrize("kind", ["numerical", "regression"])
 def test_an_answer_of_the_data_that_cannot_be_read_is_an_error(kind: str) -> None:
     broken = Record("q9", "?", "??", kind, meta={"file": "train.json", "index": 7})

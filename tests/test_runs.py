@@ -237,6 +237,7 @@ def flip(path):
     largest.write_bytes(data)
 
 
+# Weights cut, changed or without their list; the state cut or gone; the folder of another step's name, and a file.
 DAMAGES = {
     "cut": (halve, "bytes instead of"),
     "other bytes": (flip, "other contents"),
@@ -302,6 +303,7 @@ def test_a_full_disk_is_named_and_the_older_checkpoint_kept(tmp_path, monkeypatc
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
+# Ctrl-C, and what a scheduler sends.
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(tmp_path, capfd, number, code):
     trainer = make(tmp_path, max_steps=5)

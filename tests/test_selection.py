@@ -40,6 +40,7 @@ def test_strategies_by_hand(strategy: str, expected: list[int]) -> None:
     assert frames.tolist() == expected
 
 
+# Every strategy, with only wrong and only right answers: what it takes away, or takes instead.
 @pytest.mark.parametrize(
     ("strategy", "nobody_right", "everybody_right"),
     [
@@ -182,6 +183,7 @@ def test_low_precision_mass_is_accepted() -> None:
     assert select_frames(MASS.bfloat16(), MASK, REWARDS, top_tokens=1, top_frames=2).tolist() == [0, 2]
 
 
+# One argument at a time: another shape or dtype, values that are no mass or reward, no such strategy, no such count.
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
@@ -205,6 +207,7 @@ def test_select_frames_refuses(changed: dict, named: str) -> None:
         select_frames(arguments.pop("mass"), arguments.pop("mask"), arguments.pop("rewards"), **arguments)
 
 
+# One past the last, negative, no whole number, another shape.
 @pytest.mark.parametrize("frames", [torch.tensor([5]), torch.tensor([-1]), torch.tensor([0.0]), torch.tensor([[0]])])
 def test_perception_slots_refuses_frames_that_are_not_there(frames: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="perception_slots: `frames`"):
@@ -274,6 +277,7 @@ def test_slots_by_share_are_those_of_tokens_that_look_at_the_frame_rather_than_a
     assert perception_slots(mass, mask, frames, top_tokens=4, score="share").tolist() == [[[0, 1, 2, 3]]] * 2
 
 
+# Every dtype that mass may come in.
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_slots_by_share_do_not_depend_on_how_much_a_token_looks(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -99,6 +99,7 @@ def test_shards_within_nodes_and_copies_between_them(tmp_path):
     assert_same_run(tmp_path / "2", tmp_path / "one")
 
 
+# Families whose vision towers are built differently.
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_one_process_reads_the_weights(tmp_path, family):
@@ -177,6 +178,7 @@ def test_a_checkpoint_of_two_is_continued_by_one(tmp_path, lora_rank):
     assert distance(final(both), final(alone)) < 1e-6
 
 
+# Every other kind of sharding that accelerate can be told to do.
 @pytest.mark.parametrize(
     "name, asked",
     [

@@ -204,6 +204,7 @@ def test_response_texts():
     assert response_text(think, "A") == f"<think> {think}</think><answer>A</answer>"
 
 
+# A kind that is none, no kind, a split that is none or empty, a frame cut through, a difficulty without room.
 @pytest.mark.parametrize(
     ("options", "named"),
     [

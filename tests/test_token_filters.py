@@ -33,6 +33,7 @@ def test_top_entropy_tokens_reach_the_quantile(share: float, tokens: int) -> Non
     assert not top_entropy_tokens(entropy, torch.zeros_like(mask), share=share).any()
 
 
+# None, more than all, not a number, text, a truth value.
 @pytest.mark.parametrize("share", [0.0, 1.5, math.nan, "0.2", True])
 def test_wrong_share(share: object) -> None:
     with pytest.raises(ValueError, match=r"^top_entropy_tokens: `share`: expected a number in \(0, 1\], got"):

@@ -132,6 +132,7 @@ def test_the_best_model_is_kept_by_validation(tmp_path, monkeypatch):
     assert (tmp_path / "best" / "config.json").is_file() and not (tmp_path / "final" / "best.json").exists()
 
 
+# A whole model, and adapters, whose card names the model they belong to.
 @pytest.mark.parametrize("lora_rank", [0, 2])
 def test_a_saved_model_has_a_card(tmp_path, lora_rank):
     trainer(tmp_path, lora_rank=lora_rank, model="Org/Base-7B", max_steps=1, engine_token="secret").train()

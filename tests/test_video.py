@@ -258,6 +258,7 @@ def test_a_forked_process_starts_its_own_worker(monkeypatch, clip_path):
     before.close()
 
 
+# One at a time: not positive, below a pair of frames, bounds that cross, another decoder.
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

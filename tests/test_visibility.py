@@ -59,6 +59,7 @@ def interval_masks() -> dict[str, Tensor]:
     }
 
 
+# The values by which libraries hide a key.
 @pytest.mark.parametrize("name", interval_masks())
 @pytest.mark.parametrize("form", ["bool", "-inf", "finfo.min", "half"])
 def test_dense_masks(name: str, form: str) -> None:
@@ -128,6 +129,7 @@ def hole() -> Tensor:
     return mask
 
 
+# A hole, a bias and NaN, a mask that eager attention would add, padding within a sequence, another rank, length, type.
 @pytest.mark.parametrize(
     ("mask", "implementation", "message"),
     [

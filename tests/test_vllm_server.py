@@ -254,6 +254,7 @@ def test_one_of_several_servers_is_wrong(tiny, tmp_path):
     assert bad.url in str(raised.value)
 
 
+# An older version of this protocol, and a server that does not speak it.
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -287,6 +288,7 @@ def test_a_server_that_ends_at_once_shows_its_log(tiny, tmp_path):
         VLLMServerRollout(*tiny, tmp_path, python=sys.executable, model_path="m", timeout=60)
 
 
+# Neither, and both.
 @pytest.mark.parametrize("options", [{}, {"urls": ["http://a"], "python": "b"}])
 def test_either_servers_or_an_interpreter(options, tiny, tmp_path):
     with pytest.raises(ValueError, match="`urls` of running servers or `python`"):
@@ -340,6 +342,7 @@ def test_adapters_travel_alone_where_the_server_takes_them(tiny, tmp_path):
     assert server.loaded[5:] == ["weights-below-0", "adapters-2"]
 
 
+# Of a larger rank, of a kind that vLLM has not, and a server without adapters.
 @pytest.mark.parametrize(("options", "rank"), [({"r": 16}, 8), ({"use_dora": True}, 8), ({}, 0)])
 def test_adapters_that_a_server_does_not_take_are_added_in(options, rank, tiny, tmp_path):
     server = Played(info={"lora_rank": rank})
@@ -350,6 +353,7 @@ def test_adapters_that_a_server_does_not_take_are_added_in(options, rank, tiny, 
     assert server.loaded == ["weights-0", "weights-1"]
 
 
+# Plain adapters, and those with a norm of each row.
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_are_added_to_the_weights(dora, tiny):
     adapted = with_adapters(tiny[0], use_dora=dora)

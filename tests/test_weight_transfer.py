@@ -106,6 +106,7 @@ def retried(function, *arguments):
     raise AssertionError("no server was asked to join")
 
 
+# Both ways between GPUs; weights as they are, and narrowed on the way.
 @pytest.mark.parametrize("kind", ["nccl", "ipc"])
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_every_weight_arrives_at_every_server(kind, dtype, played, monkeypatch):

@@ -74,6 +74,7 @@ def test_normalising_nothing_gives_exactly_one() -> None:
     assert torch.equal(token_weights(torch.zeros(0, 3), none, MASK, normalise="mean"), torch.ones(2, 5))
 
 
+# No frame, no slot, neither.
 @pytest.mark.parametrize(("K", "J"), [(0, 2), (0, 0), (2, 0)])
 def test_nothing_selected_gives_exactly_one(K: int, J: int) -> None:
     weights = token_weights(torch.zeros(K, J), torch.zeros(K, 2, J, dtype=torch.int64), MASK)
@@ -92,6 +93,7 @@ def test_masked_tokens_weigh_one_and_the_result_is_detached() -> None:
     assert not weights.requires_grad
 
 
+# Both averages: over the frames that a token has a slot of, and over members.
 @pytest.mark.parametrize("average", ["frames", "member"])
 def test_whole_chain_on_random_groups(average: str) -> None:
     """Loops as the specification reads against the vectorised result, which stays in 1..1 + alpha."""
@@ -159,6 +161,7 @@ def test_advantages_by_hand() -> None:
     assert group_advantages(rewards).dtype == torch.float32
 
 
+# Rewards whose mean rounds, and some that do not.
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, 0.9, 1 / 3])
 def test_equal_rewards_give_exactly_zero(value: float) -> None:
     for size in (1, 3, 7, 8):
@@ -169,6 +172,7 @@ def test_advantages_of_integer_rewards() -> None:
     assert torch.equal(group_advantages(torch.tensor([3, 1]), scale="none"), torch.tensor([1.0, -1.0]))
 
 
+# Another shape, an empty group, a reward that is none, a scale that is none.
 @pytest.mark.parametrize(
     ("rewards", "scale", "named"),
     [
@@ -183,6 +187,7 @@ def test_group_advantages_refuses(rewards: torch.Tensor, scale: str, named: str)
         group_advantages(rewards, scale=scale)
 
 
+# Both averages: one scatters sums, the other does not.
 @pytest.mark.gpu
 @pytest.mark.parametrize("average", ["frames", "member"])
 def test_a_gpu_gives_what_the_cpu_gives_and_the_same_each_time(average: str) -> None:

@@ -99,6 +99,7 @@ def test_the_console_is_read(tmp_path: Path) -> None:
     assert 'data-broken="1"' in seen.dom
 
 
+# A run alone, several side by side, and an inspected clip.
 @pytest.mark.parametrize("name", ["one/report.html", "three/report.html", "inspection/inspection.html"])
 def test_pages_open_without_complaint_and_ask_nobody_for_anything(pages: Path, tmp_path: Path, name: str) -> None:
     page = pages / name
@@ -184,6 +185,7 @@ def test_no_picture_runs_out_of_a_narrow_window(pages: Path, tmp_path: Path) -> 
         assert 'data-wide="false"' in dom, name
 
 
+# Every way in which text of a run could become markup or a script.
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_nothing_that_a_run_folder_says_runs(tmp_path: Path, attack: str) -> None:
     """Texts that are scripts, in every place a run folder has for text: no script runs, none is even refused."""

@@ -76,6 +76,7 @@ def test_offsets_beyond_31_bits():
     torch.testing.assert_close(row, expected, rtol=1e-2, atol=1e-9)
 
 
+# Fewer rows than a program takes, and more than 65,535, the largest second and third dimension of a grid.
 @pytest.mark.parametrize("tokens", [5, 70_000])
 def test_token_logprobs(tokens):
     hidden = torch.randn(tokens, 64, device="cuda", dtype=torch.bfloat16)
@@ -88,6 +89,7 @@ def test_token_logprobs(tokens):
         testing.assert_as_good_as(*results, atol=3e-6)
 
 
+# Both kinds: one leaves a missing member out, the other gives it a value.
 @pytest.mark.parametrize("kind", ["kl", "k3"])
 def test_group_divergence(kind):
     hidden = torch.randn(8, 40, 64, device="cuda", dtype=torch.bfloat16)

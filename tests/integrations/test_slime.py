@@ -53,6 +53,7 @@ def group(model: Any, processor: Any, index: int, frames: int) -> list[Sample]:
     return samples
 
 
+# Frames in one run of tokens, and frames apart by timestamps.
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_weights_of_a_group_are_those_of_eager_attention(family: str) -> None:
     model, processor = build_tiny(0, family=family)

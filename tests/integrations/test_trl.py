@@ -267,6 +267,7 @@ def test_groups_that_straddle_processes_are_refused(tmp_path: Any) -> None:
         )  # fmt: skip
 
 
+# Another way of weighting tokens, and a loss on attention itself.
 @pytest.mark.parametrize("changes", [{"method": "vppo"}, {"method": "grpo", "attention_coef": 0.1}])
 def test_methods_of_our_own_trainer_are_refused_before_anything_is_loaded(changes: dict[str, Any]) -> None:
     config = SimpleNamespace(**({"attention_coef": 0.0} | changes))

@@ -13,6 +13,7 @@ from appo_kernels.ops.weighted_surrogate import autograd, reference
 from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as
 from appo_kernels.vocabulary import torch_rows
 
+# Without and with the gradient of an entropy, with every other term beside it, and with ratios of whole responses.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "entropy": {"entropy_coef": 0.1, "temperature": 0.7},

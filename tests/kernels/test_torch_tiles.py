@@ -11,6 +11,7 @@ from appo_kernels.attention.torch_tiles import key_tiles
 SIZES = (1, 5, 16, 1000)
 
 
+# Layouts of every kind; tiles of fewer keys than a frame and of more than all; with keys of no frame and without.
 @pytest.mark.parametrize("frames_only", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -82,6 +82,7 @@ CALLS: dict[str, tuple[str, Callable[..., tuple[list[Tensor], Any]]]] = {
 }
 
 
+# Every call with every backend that this machine can run.
 SERVED = [(call, *pair) for call, (op, _) in CALLS.items() for pair in served(op, head_dim=16)]
 
 

@@ -34,6 +34,7 @@ def product_kernel(
 SHAPES = ((64, 16, 16), (64, 32, 32), (128, 64, 64), (64, 128, 128), (128, 256, 64), (256, 8, 32))
 FLIPS = ((False, False), (False, True), (True, False), (True, True))
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# All 72 of them.
 ALL = [(dtype, shape, flips) for dtype in DTYPES for shape in SHAPES for flips in FLIPS]
 # Of the 72, those of four shapes once in each transposition, each dtype and each width of a row among them.
 FAST = [(DTYPES[i % 3], SHAPES[(i + i // 4) % 4], FLIPS[i % 4]) for i in range(12)]

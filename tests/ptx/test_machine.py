@@ -89,6 +89,7 @@ def test_uninitialised_memory_and_registers_are_nan():
     assert np.isnan(run("st.global.f32 [%out], %f7;", DATA)).all()
 
 
+# Programs that a GPU would run to wrong numbers, or not at all, each with the words of its error.
 FAULTS = {
     "behind the array": ("ld.global.b32 %w4, [%in+4];", "out of bounds"),
     "before the array": ("ld.global.b32 %w4, [%in+-4];", "out of bounds"),

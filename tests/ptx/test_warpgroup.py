@@ -95,6 +95,7 @@ def test_an_accumulator_read_before_the_wait_is_nan():
     assert np.isnan(product(before_wait=read_early, wait=late)).all()
 
 
+# Each fence, commit or wait left out; registers and shared memory touched where only they order it.
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -128,6 +129,7 @@ def test_mixed_precision_takes_each_operand_in_its_type():
     assert (simple(body) == np.float32(1) + np.float32(0.1)).all()
 
 
+# A product, a minimum, and the conversion the other way round, none of which the ISA has.
 @pytest.mark.parametrize("instruction", ["mul.rn.f32.bf16 %f0, %h0, %f1;", "min.f32.f16 %f0, %h0, %f1;",
                                          "add.rn.bf16.f32 %f0, %h0, %f1;"])  # fmt: skip
 def test_two_types_where_one_is_known_are_refused(instruction):

@@ -1,0 +1,168 @@
+"""The memory that `appo plan` tells, against what small models take."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from published_models import BOTH, adapted, build, medium, small
+from torch import Tensor
+
+from appo.plan import Plan, Workload
+
+WITHIN = 0.10
+
+
+def saved_bytes(model: Any, embedded: Tensor, mask: Tensor, *, mixed: bool) -> int:
+    """Bytes of all tensors that a forward keeps for its backward, parameters and their bf16 copies left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    shapes = {p.shape for p in model.parameters()} | {p.t().shape for p in model.parameters() if p.dim() == 2}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        copy_of_weight = tensor.dtype == torch.bfloat16 and tensor.shape in shapes
+        if storage.data_ptr() not in weights and not copy_of_weight:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=mixed),
+    ):
+        model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+    return sum(size for size, _ in kept.values())
+
+
+# Both families; fp32 and bf16 under autocast; all weights trained, and adapters, whose frozen layers keep less.
+@pytest.mark.parametrize("lora_rank", [0, 8])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("name", BOTH)
+def test_activations_that_a_layer_keeps(name: str, mixed: bool, lora_rank: int) -> None:
+    """Two depths: their difference is one layer, without what comes before and after."""
+    B, S = 2, 120
+    sizes = small(name)
+    embedded, mask = torch.randn(B, S, sizes.hidden, requires_grad=True), torch.ones(B, S, dtype=torch.long)
+    mask[0, :5] = 0  # padding, as in training
+    taken = []
+    for layers in (2, 3):
+        model = build(replace(sizes, layers=layers)).model.language_model
+        model.set_attn_implementation("sdpa")
+        if lora_rank:
+            model = adapted(model.to(torch.bfloat16) if mixed else model, lora_rank)
+            embedded = embedded.detach().to(torch.bfloat16 if mixed else torch.float32).requires_grad_()
+        taken.append(saved_bytes(model.train(), embedded, mask, mixed=mixed))
+    work = Workload(
+        frames=1, frame_tokens=1, text=1, response=S - 2 - sizes.frame_text, mixed=mixed, lora_rank=lora_rank
+    )
+    plan = Plan(sizes, work)
+    assert plan.sequence == S
+    assert plan.layer_activations() * B * S == pytest.approx(taken[1] - taken[0], rel=WITHIN)
+
+
+MEASURE = """
+import gc, json, sys, torch
+from appo_kernels import GroupLayout, linear_weighted_surrogate
+from appo_kernels.testing import peak_extra_bytes
+from appo.models.loaded import enable_checkpointing, unwrapped
+from appo.models.packed_attention import packed_mask, use_packed_attention
+from tests.published_models import adapted, build, medium
+name, checkpointing, rank, shared = sys.argv[1], sys.argv[2] == "True", int(sys.argv[3]), sys.argv[4] == "True"
+B, P, N = int(sys.argv[5]), 96, 160
+torch.set_num_threads(1)
+sizes = medium(name)
+model = build(sizes).model.language_model
+head = torch.nn.Parameter(torch.randn(sizes.vocabulary, sizes.hidden) * 0.02, requires_grad=not rank)
+if checkpointing:
+    enable_checkpointing(model)
+if rank:
+    model = adapted(model, rank)
+    model.enable_input_require_grads()
+model.train()
+parameters = [p for p in (*model.parameters(), head) if p.requires_grad]
+optimizer = torch.optim.AdamW(parameters, lr=1e-4, foreach=False)
+ids = torch.randint(sizes.vocabulary, (B, P + N))
+mask = torch.ones(B, P + N, dtype=torch.long)
+mask[:, :3] = 0
+layout = GroupLayout([P], [[N] * B])
+if shared:
+    use_packed_attention(unwrapped(model))
+places = torch.cat([torch.arange(P), P + torch.arange(N).repeat(B)])
+def forward():
+    if not shared:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, P - 1 : P - 1 + N]
+    row = torch.cat([ids[:1, :P], ids[:, P:].reshape(1, -1)], 1)
+    found = model(input_ids=row, attention_mask=packed_mask("cpu"), position_ids=places.expand(3, 1, -1),
+                  group_layout=layout, use_cache=False).last_hidden_state
+    return found[:, P:].view(B, N, -1)
+def step():
+    hidden = forward()
+    loss = linear_weighted_surrogate(hidden, head, ids[:, P:], torch.full((B, N), -6.0), torch.linspace(-1, 1, B),
+                                     torch.ones(B, N)).loss
+    loss.backward()
+step()
+optimizer.step()  # the optimizer's state is there from now on, and the gradients, as for a second micro-batch
+gc.collect()
+moments = [x.nbytes for state in optimizer.state.values() for x in state.values() if x.dim()]
+standing = sum(p.nbytes + p.grad.nbytes for p in parameters) + sum(moments)
+print(json.dumps({"standing": standing, "extra": peak_extra_bytes(step)}))
+"""
+
+
+# Both families as they come; gradient checkpointing, whose peak is of another kind; adapters, whose frozen layers keep
+# less; a group behind one prompt, with as many tokens less and no mask; all of it together; groups split into parts.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "lora_rank", "shared", "micro_tokens"),
+    [
+        (BOTH[0], False, 0, False, 0),
+        (BOTH[1], False, 0, False, 0),
+        (BOTH[0], True, 0, False, 0),
+        (BOTH[0], False, 16, False, 0),
+        (BOTH[1], False, 16, False, 0),
+        (BOTH[0], False, 0, True, 0),
+        (BOTH[1], False, 0, True, 0),
+        (BOTH[0], True, 16, True, 0),
+        (BOTH[0], False, 0, True, 800),
+        (BOTH[1], False, 0, False, 800),
+    ],
+)
+def test_peak_memory_of_an_update(
+    name: str, checkpointing: bool, lora_rank: int, shared: bool, micro_tokens: int
+) -> None:
+    """A process of its own: peak of torch's allocator over forward, loss and backward of a micro-batch, in fp32."""
+    sizes = medium(name)
+    work = Workload(
+        frames=1, frame_tokens=1, text=95 - sizes.frame_text, response=160, prompts=1, mixed=False,
+        checkpointing=checkpointing, foreach=False, lora_rank=lora_rank, share_prompt=shared, micro_tokens=micro_tokens,
+    )  # fmt: skip
+    plan = Plan(sizes, work)
+    assert plan.sequence == 256
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            MEASURE,
+            name,
+            str(checkpointing),
+            str(lora_rank),
+            str(shared),
+            str(plan.micro_responses),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},  # what the C allocator keeps is not the model's
+    )
+    measured = json.loads(run.stdout.splitlines()[-1])
+    parts = plan.update_bytes() | {"gradients": 0.0}
+    mib = {part: round(size / 2**20, 1) for part, size in parts.items()}
+    print(name, checkpointing, lora_rank, shared, mib, {key: size / 2**20 for key, size in measured.items()})
+    # On a CPU the loss passes over rows in two buffers more, of at most 4 MiB each.
+    parts["at work"] = max(plan.backward_workspace(), plan.head_workspace() + 2 * min(4 << 20, plan.head_tile()))
+    assert sum(parts.values()) == pytest.approx(measured["extra"], rel=WITHIN)
+    assert 16 * plan.trained == measured["standing"]  # weights, gradients, two moments of what is trained
