@@ -11,21 +11,20 @@ namespace appo {
 constexpr int kRowPadding = 64;
 
 struct AttentionBackwardParams {
-  const void* query;       // (B, Hq, R, D)
-  const void* key;         // (B, Hkv, S, D)
-  const void* value;       // (B, Hkv, S, D); null without a gradient of `out`
-  const void* out;         // (B, Hq, R, D); null likewise
-  const void* grad_out;    // (B, Hq, R, D); null likewise
-  const float* lse;        // (B, Hq, R) contiguous, natural logarithm
-  const float* grad_lse;   // (B, Hq, R) contiguous, or null
-  const float* grad_mass;  // (B or B Hq, F, Rp): gradient of each head's sum of each frame; null: none
-  const float*
-      score_unit;    // (1,): factor of d loss / d score when it is rounded to the element type; null: 1
-  float* row_stats;  // (B, Hq, Rp, 2) contiguous: lse log2(e) and delta, from the first pass to the second
-  int* row_views;    // (B, Rp, 4) contiguous: first, last, prefix of each row, likewise
-  void* grad_query;  // (B, Hq, R, D) contiguous, or null
-  void* grad_key;    // (B, Hkv, S, D) contiguous, or null
-  void* grad_value;  // (B, Hkv, S, D) contiguous, or null
+  const void* query;         // (B, Hq, R, D)
+  const void* key;           // (B, Hkv, S, D)
+  const void* value;         // (B, Hkv, S, D); null without a gradient of `out`
+  const void* out;           // (B, Hq, R, D); null likewise
+  const void* grad_out;      // (B, Hq, R, D); null likewise
+  const float* lse;          // (B, Hq, R) contiguous, natural logarithm
+  const float* grad_lse;     // (B, Hq, R) contiguous, or null
+  const float* grad_mass;    // (B or B Hq, F, Rp): gradient of each head's sum of each frame; null: none
+  const float* score_unit;   // (1,): factor of d loss / d score when rounded to the element type; null: 1
+  float* row_stats;          // (B, Hq, Rp, 2) contiguous: lse log2(e) and delta, from the first pass to the second
+  int* row_views;            // (B, Rp, 4) contiguous: first, last, prefix of each row, likewise
+  void* grad_query;          // (B, Hq, R, D) contiguous, or null
+  void* grad_key;            // (B, Hkv, S, D) contiguous, or null
+  void* grad_value;          // (B, Hkv, S, D) contiguous, or null
   Visibility visibility;
   FrameIds frames;
   int64_t query_stride_b, query_stride_h, query_stride_r;

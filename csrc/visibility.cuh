@@ -42,8 +42,8 @@ __device__ __forceinline__ void hide_unseen(float (&score)[kKeys / 8][4], const 
 template <int kKeys>
 struct TileList {
   int prefix_end, begin, end;
-  int first_of_all, last_of_all,
-      prefix_of_all;  // keys in [first_of_all, last_of_all] or below prefix_of_all: seen by every row
+  // Keys in [first_of_all, last_of_all] or below prefix_of_all are seen by every row.
+  int first_of_all, last_of_all, prefix_of_all;
 
   // Rows first_row .. first_row + kListRows - 1 of sequence b, of R; all lanes of the warp take part.
   template <int kListRows>

@@ -38,13 +38,14 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object, **options: object) -> None:
         raise AssertionError("work was done before the error")
 
+    # The modules that import the last two come first.
     for name in (
         "appo.demo.run_demo",
         "appo.reports.inspect_clip.examine",
         "appo.reports.run_report.read_runs",
         "appo.train.setup.load_model",
         "appo.data.load.load_records",
-    ):  # the modules that import the last two come first
+    ):
         monkeypatch.setattr(name, fail)
 
 
@@ -94,6 +95,7 @@ def test_places_without_permission(tmp_path: Path) -> None:
     assert "expected a place that can be written" in refused("demo", "--output", tmp_path / "demo")
 
 
+# Settings and texts that no command can use.
 @pytest.mark.usefixtures("nothing_is_loaded")
 @pytest.mark.parametrize(
     ("arguments", "named"),
@@ -105,7 +107,7 @@ def test_places_without_permission(tmp_path: Path) -> None:
         (["eval", "--model", "m", "--data", "d.json", "nonsense"], "expected key=value"),
         (["inspect", "--model", "m", "--video", CLIP, "--question", " "], "`question`: expected text"),
     ],
-)  # settings and texts that no command can use
+)
 def test_values_that_cannot_be_used(arguments: list[str], named: str) -> None:
     assert named in refused(*arguments)
 

@@ -96,17 +96,15 @@ def test_flops_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
 
     hidden.requires_grad_()
     weight.requires_grad_()
-    old = (
-        token_logprobs(rows, weight, targets.flatten()).logprobs.view(G, N).detach()
-    )  # nothing is clipped and left out
+    # The same log-probabilities: nothing is clipped and left out.
+    old = token_logprobs(rows, weight, targets.flatten()).logprobs.view(G, N).detach()
     arguments = hidden, weight, targets, old, torch.linspace(-1, 1, G), torch.ones(G, N)
     found = counted(lambda: linear_weighted_surrogate(*arguments, backend="torch").loss.backward())
     assert found == pytest.approx(3 * plan.head_flop(G * N), rel=WITHIN)
 
 
-@pytest.mark.parametrize(
-    ("model", "gpus"), [("Qwen2.5-VL-3B", 1), ("Qwen2.5-VL-7B", 8), ("Qwen2.5-VL-72B", 64)]
-)  # the settings that the documentation names
+# The settings that the documentation names.
+@pytest.mark.parametrize(("model", "gpus"), [("Qwen2.5-VL-3B", 1), ("Qwen2.5-VL-7B", 8), ("Qwen2.5-VL-72B", 64)])
 def test_documented_settings_fit(model: str, gpus: int) -> None:
     own = model != "Qwen2.5-VL-72B"  # which another engine samples
     work = Workload(

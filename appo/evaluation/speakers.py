@@ -40,9 +40,8 @@ class SpeakerSettings:
     price_read: float = setting(0.0, at_least=0)  # of a million tokens, in any currency
     price_written: float = setting(0.0, at_least=0)
     max_tokens: int = setting(1024, at_least=1)  # of one reply
-    limit_name: str = setting(
-        "max_tokens", choices=("max_tokens", "max_completion_tokens")
-    )  # what the endpoint calls it
+    # The endpoint's name of that limit.
+    limit_name: str = setting("max_tokens", choices=("max_tokens", "max_completion_tokens"))
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -44,9 +44,8 @@ class Scene:
     shapes: tuple[Shape, ...]
     background: float = 45.0
     noise: float = 8.0
-    grain: int = field(
-        default=4
-    )  # side of a noise cell in pixels: finer noise would be averaged away when frames are resized
+    # Side of a noise cell in pixels: finer noise would be averaged away when frames are resized.
+    grain: int = field(default=4)
 
 
 def draw(scene: Scene, *, side: int, fps: float, duration: float, rng: np.random.Generator) -> np.ndarray:

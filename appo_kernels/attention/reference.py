@@ -35,8 +35,7 @@ def attention_matrix(query: Tensor, key: Tensor, seen: Tensor, scale: float | No
 
 def mass_of(probabilities: Tensor, frame_ids: Tensor, num_frames: int, reduction: str) -> Tensor:
     """(B, Hq, R, S) -> (B, Hq, R, F): sum or mean over the keys of each frame."""
-    in_frame = (frame_ids[..., None] == torch.arange(num_frames, device=frame_ids.device)).to(
-        probabilities
-    )  # (B, S, F)
+    frames = torch.arange(num_frames, device=frame_ids.device)
+    in_frame = (frame_ids[..., None] == frames).to(probabilities)  # (B, S, F)
     mass = probabilities @ in_frame[:, None]
     return mass / in_frame.sum(1).clamp(min=1)[:, None, None] if reduction == "mean" else mass

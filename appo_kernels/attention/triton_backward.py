@@ -5,6 +5,8 @@
 
 g[row, key] is the gradient of the mass of the key's frame (times weight and 1 / heads), 0 on keys of no frame. In a
 tile of one frame it is one number per row, which is taken off delta once per tile; tiles of small frames gather it.
+
+Shapes, pointers and tiles are named as in ``triton_device``.
 """
 
 import triton
@@ -21,7 +23,7 @@ from appo_kernels.attention.triton_device import (
     visible,
 )
 
-# Strides of the gradient of the mass follow from the numbers of rows and frames: no reason to compile another kernel.
+# Strides of the gradient of the mass follow from the numbers of rows and frames, which compile no other kernel.
 UPSTREAM_STRIDES = ("stride_mb", "stride_mh", "stride_mr")
 
 
@@ -41,8 +43,8 @@ def frame_gradients(
 ):  # fmt: skip
     """g of rows on the ``length`` keys from ``start`` in the plan's order, whatever their frames, (BM, BN)."""
     n = tl.arange(0, BN)
-    b_frame = tl.load(p_frames + start + n, mask=n < length, other=-1)
-    g = tl.zeros([BM, BN], tl.float32)
+    b_frame = tl.load(p_frames + start + n, mask=n < length, other=-1)  # (BN,)
+    g = tl.zeros([BM, BN], tl.float32)  # of tiles of small frames
     for frame in range(tl.load(p_frames + start), tl.load(p_frames + start + length - 1) + 1):
         g_row = frame_gradient(p_grad, p_weights, row_offset, frame, valid, F, stride_f, factor, WEIGHTED)
         g = tl.where(b_frame[None, :] == frame, g_row[:, None], g)
@@ -69,7 +71,7 @@ def delta_kernel(
     row_tile = tl.program_id(0)
     sequence, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     b64 = sequence.to(tl.int64)
-    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
+    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)  # (BM,) each
     head = kv_head * G + head_in_group
     flat = (b64 * HKV * G + head) * R + row
     delta = tl.zeros([BM], tl.float32)
@@ -89,8 +91,8 @@ def delta_kernel(
         p_tiles += b64 * T * 4
         p_grad_mass += b64 * stride_mb
         p_weights += b64 * F
-        b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)
-        lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)
+        b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)  # (BM, DP)
+        lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)  # (BM,)
         p_key += b64 * stride_kb + tl.cast(kv_head, tl.int64) * stride_kh
         row_offset = head.to(tl.int64) * stride_mh + row.to(tl.int64) * stride_mr
         for tile in range(tl.load(p_frame_tiles + b64 * (F + 2) + F)):
@@ -101,7 +103,7 @@ def delta_kernel(
                 b_query, p_key, stride_ks, p_order, start, length, lse, first, last, prefix, scale, D, DP, BN, BOUNDS
             )  # fmt: skip
             g = frame_gradient(p_grad_mass, p_weights, row_offset, frame, valid, F, stride_mf, factor, WEIGHTED)
-            delta += tl.sum(b_p, 1) * g
+            delta += tl.sum(b_p, 1) * g  # g (BM,)
         small_stop = tl.load(p_small + b64 * (F + 1) + F)
         for start in range(tl.load(p_small + b64 * (F + 1)), small_stop, BN):
             length = tl.minimum(small_stop - start, BN)
@@ -112,7 +114,7 @@ def delta_kernel(
                 p_grad_mass, p_weights, p_frames, start, length, row_offset, valid, F, stride_mf, factor,
                 WEIGHTED, BM, BN,
             )  # fmt: skip
-            delta += tl.sum(b_p * g, 1)
+            delta += tl.sum(b_p * g, 1)  # g (BM, BN)
     tl.store(p_delta + flat, delta, mask=valid)
 
 
@@ -121,9 +123,10 @@ def score_gradient(
     b_rows, b_keys, b_grads, b_values, lse, delta, g, seen, scale,
     VALUE: tl.constexpr, MASKED: tl.constexpr, GATHERED: tl.constexpr,
 ):  # fmt: skip
-    """P and dS of a tile, oriented as ``b_rows`` x ``b_keys``^T: lse and delta are broadcastable to it.
+    """P and dS of a tile, (BM, BN) from rows and keys as they are called, or (BN, BM) with keys in the place of rows.
 
-    g: per element where GATHERED, else it is already taken off delta.
+    b_rows, b_grads (BM, DP); b_keys, b_values (BN, DP); lse, delta (BM, 1). With keys in the place of rows (BN, DP),
+    (BM, DP), (1, BM). g: of every element where GATHERED, else already taken off delta.
     """
     b_p = tl.exp2(tl.dot(b_rows, tl.trans(b_keys), input_precision="ieee") * scale - lse)
     if MASKED:
@@ -143,7 +146,10 @@ def query_step(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, BOUNDS: tl.constexpr,
     VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile of keys to dq. Of a tile that is not MASKED every row sees every key, all of one frame."""
+    """Adds one tile of keys to b_dq (BM, DP). Of a tile that is not MASKED every row sees every key, all of one frame.
+
+    b_query, b_grad (BM, DP); lse, delta, bounds and ``row_offset`` (BM,).
+    """
     n = tl.arange(0, BN)
     start = tl.load(p_tiles + tile * 4)
     length = tl.load(p_tiles + tile * 4 + 1)
@@ -163,7 +169,7 @@ def query_step(
             delta = delta - frame_gradient(
                 p_grad_mass, p_weights, row_offset, frame, valid, F, stride_mf, factor, WEIGHTED
             )
-    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, False)
+    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, False)  # (BN, DP)
     b_value = b_key
     if VALUE:
         b_value = load_keys(p_value, stride_vs, position, inside, D, DP, False)
@@ -189,15 +195,15 @@ def query_kernel(
     row_tile = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     b64, h64 = sequence.to(tl.int64), tl.cast(kv_head, tl.int64)
-    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
+    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)  # (BM,) each
     head = kv_head * G + head_in_group
     flat = (b64 * HKV * G + head) * R + row
-    b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)
+    b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)  # (BM, DP)
     b_grad = b_query
     if VALUE:
         b_grad = load_rows(p_grad_out + b64 * stride_gb, stride_gh, stride_gr, row, head, valid, D, DP)
-    lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)
-    delta = tl.load(p_delta + flat, mask=valid, other=0.0)
+    lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)  # (BM,)
+    delta = tl.load(p_delta + flat, mask=valid, other=0.0)  # (BM,)
     first, last, prefix = row, row, row
     if BOUNDS:
         first, last, prefix = load_bounds(p_bounds, sequence, row, valid, R)
@@ -243,14 +249,17 @@ def key_step(
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr,
     BOUNDS: tl.constexpr, VALUE: tl.constexpr, MASS: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """Adds one tile of rows, all heads of the group in it, to dk / scale and dv."""
-    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
+    """Adds one tile of rows, all heads of the group in it, to b_dk, which is dk / scale, and b_dv, (BN, DP) each.
+
+    b_key, b_value (BN, DP); position, inside (BN,).
+    """
+    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)  # (BM,) each
     head = kv_head * G + head_in_group
-    b_query = load_rows(p_query, stride_qh, stride_qr, row, head, valid, D, DP)
+    b_query = load_rows(p_query, stride_qh, stride_qr, row, head, valid, D, DP)  # (BM, DP)
     b_grad = b_query
     if VALUE:
         b_grad = load_rows(p_grad_out, stride_gh, stride_gr, row, head, valid, D, DP)
-    lse = load_lse(p_lse, head, row, valid, R)
+    lse = load_lse(p_lse, head, row, valid, R)  # (BM,)
     delta = tl.load(p_delta + head.to(tl.int64) * R + row, mask=valid, other=0.0)
     row_offset = head.to(tl.int64) * stride_mh + row.to(tl.int64) * stride_mr
     g, seen = 0.0, True
@@ -309,7 +318,7 @@ def key_kernel(
     inside = n < length
     position = tl.load(p_order + b64 * S + start + n, mask=inside, other=0)
     p_frames += b64 * S
-    b_key = load_keys(p_key + b64 * stride_kb + h64 * stride_kh, stride_ks, position, inside, D, DP, False)
+    b_key = load_keys(p_key + b64 * stride_kb + h64 * stride_kh, stride_ks, position, inside, D, DP, False)  # (BN, DP)
     b_value = b_key
     if VALUE:
         b_value = load_keys(p_value + b64 * stride_vb + h64 * stride_vh, stride_vs, position, inside, D, DP, False)

@@ -4,7 +4,8 @@
 A tile of ``BM`` rows packs (row, query head) pairs that share a key/value head, so that a tile of keys is loaded once
 for all of them: lane m is row m // G of the tile and query head m % G of the group, G any number.
 
-Shapes: R rows, S keys, F frames, D head size, DP the padded one. Pointers ``p_``, tiles in registers ``b_``.
+Shapes: B sequences, HKV key heads of G query heads each, R rows, S keys, F frames, N tiles of rows, T tiles of BN keys,
+D head size, DP the padded one. Pointers ``p_``, tiles in registers ``b_``; a comment gives the shape of a tile.
 """
 
 import triton
@@ -75,7 +76,7 @@ def load_keys(p, stride, position, inside, D: tl.constexpr, DP: tl.constexpr, WH
 
 @triton.jit
 def load_lse(p_lse, head, row, valid, R):
-    """Base-2 lse of each lane, +inf for rows that see no key (their lse is -inf or +inf) or do not exist."""
+    """Base-2 lse (BM,) of each lane, +inf for rows that see no key (their lse is -inf or +inf) or do not exist."""
     lse = tl.load(p_lse + head.to(tl.int64) * R + row, mask=valid, other=float("inf")) * TO_BASE_2
     return tl.where(lse == float("-inf"), float("inf"), lse)
 
@@ -92,8 +93,8 @@ def probabilities(
     n = tl.arange(0, BN)
     inside = n < length
     position = tl.load(p_order + start + n, mask=inside, other=0)
-    b_key = load_keys(p_key, stride_key, position, inside, D, DP, False)
-    b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+    b_key = load_keys(p_key, stride_key, position, inside, D, DP, False)  # (BN, DP)
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")  # (BM, BN)
     seen = inside[None, :]
     if BOUNDS:
         seen &= visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)

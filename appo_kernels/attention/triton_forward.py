@@ -4,6 +4,8 @@
 The row sum of a tile that holds keys of one frame only *is* that frame's contribution, relative to the running maximum
 at that moment. The main loop stores both, and ``finish_kernel`` brings them to the final normaliser: no matrix product,
 shuffle or exponential is added to the loop. The mass of small frames, which share tiles, is replayed from the lse.
+
+Shapes, pointers and tiles are named as in ``triton_device``.
 """
 
 import triton
@@ -31,7 +33,10 @@ def online_step(
     D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     TILES: tl.constexpr, BOUNDS: tl.constexpr, VALUE: tl.constexpr, MASS: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
-    """Takes one tile of keys into (b_out, row_sum, row_max). row_max is in base 2 and includes ``scale``."""
+    """Takes one tile of keys into b_out (BM, DP), row_sum and row_max (BM,), which is in base 2 and includes ``scale``.
+
+    b_query (BM, DP); first, last, prefix (BM,); p_tile_sum, p_tile_max (T, BM) of this tile of rows.
+    """
     n = tl.arange(0, BN)
     start = tl.load(p_tiles + tile * 4)
     if TILES == WHOLE_TILES:
@@ -40,8 +45,8 @@ def online_step(
     else:
         inside = n < tl.load(p_tiles + tile * 4 + 1)
         position = tl.load(p_order + start + n, mask=inside, other=0)
-    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, TILES == WHOLE_TILES)
-    b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")
+    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, TILES == WHOLE_TILES)  # (BN, DP)
+    b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")  # (BM, BN)
     if NEGATIVE:
         b_score = -b_score
     if TILES == SHORT_TILES:
@@ -49,14 +54,14 @@ def online_step(
     if TILES == MASKED_TILES:
         seen = inside[None, :] & visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)
         b_score = tl.where(seen, b_score, float("-inf"))
-    new_max = tl.maximum(row_max, tl.max(b_score, 1) * scale)
+    new_max = tl.maximum(row_max, tl.max(b_score, 1) * scale)  # (BM,)
     base = tl.where(new_max == float("-inf"), 0.0, new_max) if TILES == MASKED_TILES else new_max
-    b_p = tl.exp2(b_score * scale - base[:, None])
-    tile_sum = tl.sum(b_p, 1)
+    b_p = tl.exp2(b_score * scale - base[:, None])  # (BM, BN)
+    tile_sum = tl.sum(b_p, 1)  # (BM,)
     decay = tl.exp2(row_max - base)
     row_sum = row_sum * decay + tile_sum
     if VALUE:
-        b_value = load_keys(p_value, stride_vs, position, inside, D, DP, TILES == WHOLE_TILES)
+        b_value = load_keys(p_value, stride_vs, position, inside, D, DP, TILES == WHOLE_TILES)  # (BN, DP)
         b_out = tl.dot(b_p.to(b_value.dtype), b_value, b_out * decay[:, None], input_precision="ieee")
     if MASS:
         lane = tl.arange(0, BM)
@@ -84,9 +89,9 @@ def online_kernel(
     row_tile = first_row_tile + local_tile
     sequence, kv_head = tl.program_id(1) // HKV, tl.program_id(1) % HKV
     b64, h64 = sequence.to(tl.int64), tl.cast(kv_head, tl.int64)
-    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
+    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)  # (BM,) each
     head = kv_head * G + head_in_group
-    b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)
+    b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)  # (BM, DP)
     first, last, prefix = row, row, row
     if BOUNDS:
         first, last, prefix = load_bounds(p_bounds, sequence, row, valid, R)
@@ -124,7 +129,7 @@ def online_kernel(
             D, DP, BM, BN, MASKED_TILES, BOUNDS, VALUE, MASS, NEGATIVE,
         )  # fmt: skip
 
-    lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum)) * TO_BASE_E
+    lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum)) * TO_BASE_E  # (BM,)
     tl.store(p_lse + (b64 * HKV * G + head) * R + row, lse, mask=valid)
     if VALUE:
         b_out = b_out / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -155,7 +160,7 @@ def finish_kernel(
         return
     if WEIGHTED:
         factor *= tl.load(p_weights + b64 * F + frame)
-    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
+    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)  # (BM,) each
     lane = tl.arange(0, BM)
     p_kinds += (b64 * N + row_tile) * T
     p_out += b64 * stride_ob + tl.cast(frame, tl.int64) * stride_of
@@ -179,5 +184,5 @@ def finish_kernel(
         r = tl.arange(0, ROWS)[:, None]
         inside = (r < BM // G) & (row_tile * (BM // G) + r < R)
         p = p_out + (row_tile * (BM // G) + r).to(tl.int64) * stride_or
-        summed = sum_heads(total[:, None], G, BM, ROWS, 1)
+        summed = sum_heads(total[:, None], G, BM, ROWS, 1)  # (ROWS, 1)
         tl.store(p, tl.fma(summed, factor, tl.load(p, mask=inside, other=0.0)), mask=inside)

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton: the mass of frames from a known lse: no value product, and no key that is in no frame.
 
-Shapes: B sequences, R rows, S keys, F frames, T key tiles, N row tiles. Pointers ``p_``, tiles in registers ``b_``.
+Shapes, pointers and tiles are named as in ``triton_device``; FG: frames of a program.
 """
 
 import torch
@@ -61,7 +61,7 @@ def replay_kernel(
     else:
         sequence, head_start, head_stop = tl.program_id(2), 0, HKV
     b64 = sequence.to(tl.int64)
-    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)
+    row, head_in_group, valid = packed_rows(row_tile, R, G, BM)  # (BM,) each
     first, last, prefix = row, row, row
     if BOUNDS:
         first, last, prefix = load_bounds(p_bounds, sequence, row, valid, R)
@@ -97,8 +97,8 @@ def replay_kernel(
     total = tl.zeros([ROWS, FG], tl.float32)
     for kv_head in range(head_start, head_stop):
         head = kv_head * G + head_in_group
-        b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)
-        lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)
+        b_query = load_rows(p_query + b64 * stride_qb, stride_qh, stride_qr, row, head, valid, D, DP)  # (BM, DP)
+        lse = load_lse(p_lse + b64 * HKV * G * R, head, row, valid, R)  # (BM,)
         p_head_key = p_key + b64 * stride_kb + tl.cast(kv_head, tl.int64) * stride_kh
         sums = tl.zeros([BM, FG], tl.float32)
         for tile in range(tile_start, masked_start):
@@ -127,18 +127,18 @@ def replay_kernel(
                 D, DP, BN, BOUNDS,
             )  # fmt: skip
             n = tl.arange(0, BN)
-            b_frame = tl.load(p_frames + start + n, mask=n < length, other=-1)
+            b_frame = tl.load(p_frames + start + n, mask=n < length, other=-1)  # (BN,)
             lowest = tl.maximum(tl.load(p_frames + start), first_frame)
             highest = tl.minimum(tl.load(p_frames + start + length - 1), last_frame - 1)
             for frame in range(lowest, highest + 1):
-                part = tl.sum(tl.where(b_frame[None, :] == frame, b_p, 0.0), 1)
+                part = tl.sum(tl.where(b_frame[None, :] == frame, b_p, 0.0), 1)  # (BM,)
                 sums += tl.where(column[None, :] == frame - first_frame, part[:, None], 0.0)
         if PER_HEAD:
             p = p_out + head.to(tl.int64)[:, None] * stride_oh + row.to(tl.int64)[:, None] * stride_or
             inside = valid[:, None] & frame_exists[None, :]
             tl.store(p, tl.fma(sums, factor * weight[None, :], tl.load(p, mask=inside, other=0.0)), mask=inside)
         else:
-            total += sum_heads(sums, G, BM, ROWS, FG)
+            total += sum_heads(sums, G, BM, ROWS, FG)  # (ROWS, FG)
     if not PER_HEAD:
         r = row_tile * (BM // G) + tl.arange(0, ROWS)
         inside = ((tl.arange(0, ROWS) < BM // G) & (r < R))[:, None] & frame_exists[None, :]
@@ -162,7 +162,7 @@ def accumulate_kernel(
     r = tl.program_id(0) * BR + tl.arange(0, BR)
     f = tl.program_id(1) * BF + tl.arange(0, BF)
     inside = (r < R)[:, None] & (f < F)[None, :]
-    offset = r.to(tl.int64)[:, None] * F + f[None, :]
+    offset = r.to(tl.int64)[:, None] * F + f[None, :]  # (BR, BF)
     total = tl.zeros([BR, BF], tl.float32)
     for plane in range(planes):
         total += tl.load(p_sums + (sequence * planes + plane) * R * F + offset, mask=inside, other=0.0)

@@ -25,9 +25,8 @@ Coefficients = Callable[[Tensor, slice], tuple[Tensor, Tensor | None]]
 class RowPass(NamedTuple):
     logprobs: Tensor  # (m,) of the targets
     entropy: Tensor  # (m,)
-    kept: (
-        Tensor | None
-    )  # (k,) int64, ascending: the rows whose gradient is not zero; dz is in the first k rows of the tile
+    # (k,) int64, ascending: the rows whose gradient is not zero; dz is in the first k rows of the tile.
+    kept: Tensor | None
 
 
 def block_rows(rows: int, vocabulary: int, device: torch.device) -> int:

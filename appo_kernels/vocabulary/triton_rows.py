@@ -24,7 +24,7 @@ FEW_COLUMNS = 512  # for the last tile of a vocabulary, or a small one: at most 
 ROW_MAX, ROW_SUM, WEIGHTED_SUM, TARGET_LOGIT = range(4)
 
 
-# Read one number at a time: where they start, which slices of them decide, is no reason to compile another kernel.
+# Loaded as scalars: the alignment of slices of them must not compile another kernel.
 ROW_VECTORS = ("p_mask", "p_targets", "p_lse", "p_constant", "p_slope", "p_at_target")
 
 
@@ -86,7 +86,7 @@ def fold_kernel(
     for start in range(0, v, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < v
-        z = scaled(load_logits(p_logits, p_bias, column, inside, BIAS), cap, temperature, CAP)
+        z = scaled(load_logits(p_logits, p_bias, column, inside, BIAS), cap, temperature, CAP)  # (BLOCK,)
         z = tl.where(inside, z, float("-inf"))
         new_max = tl.maximum(row_max, tl.max(z, 0))
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -126,7 +126,7 @@ def gradient_kernel(
         if unread:
             tl.store(p_out + out + column, tl.zeros([BLOCK], p_out.dtype.element_ty), mask=inside)
             return
-    x = load_logits(p_logits + offset, p_bias, column, inside, BIAS)
+    x = load_logits(p_logits + offset, p_bias, column, inside, BIAS)  # (BLOCK,)
     slope_of_cap = 1.0
     if CAP:
         t = tanh(x / cap)

@@ -31,10 +31,8 @@ def test_chunks_along_k(mode, row, first, fifth):
 def test_chunks_without_a_swizzle():
     plain = descriptor(0, leading=256, stride=128)
     assert plain.chunks(16, transposed=False)[9].tolist() == [128 + 16, 128 + 16 + 256]
-    assert plain.chunks(16, transposed=True)[9].tolist() == [
-        256 + 16,
-        256 + 16 + 128,
-    ]  # leading and stride change places
+    # Transposed, leading and stride change places.
+    assert plain.chunks(16, transposed=True)[9].tolist() == [256 + 16, 256 + 16 + 128]
 
 
 def test_chunks_along_n():

@@ -27,7 +27,7 @@ def slots_kernel(
     g = tl.arange(0, GP)
     member = tl.load(p_members + slot.to(tl.int64) * G + g, mask=g < G, other=missing).to(tl.int64)
     present = member < missing
-    row = p_logits + tl.where(present, member // T * stride_b + member % T * stride_t, 0)
+    row = p_logits + tl.where(present, member // T * stride_b + member % T * stride_t, 0)  # (GP,)
     lse = tl.load(p_lse + member, mask=present, other=0.0)
     count = tl.sum(present.to(tl.float32), 0)
     total = 0.0
@@ -42,11 +42,11 @@ def slots_kernel(
         if KL:
             p = tl.where(present[:, None] & inside[None, :], tl.exp(log_p), 0.0)
             mixture = tl.maximum(tl.sum(p, 0) / count, 1.1754943508222875e-38)
-            terms = p * (log_p - tl.log(mixture)[None, :])
+            terms = p * (log_p - tl.log(mixture)[None, :])  # mixture (BLOCK,)
         else:
             log_p = tl.where(present[:, None], log_p, log_uniform)
             log_p = tl.where((g < G)[:, None], log_p, 0.0)
-            d = tl.sum(log_p, 0)[None, :] / G - log_p
+            d = tl.sum(log_p, 0)[None, :] / G - log_p  # (GP, BLOCK)
             d = tl.minimum(tl.maximum(d, -LARGEST), LARGEST)
             terms = tl.where((g < G)[:, None] & inside[None, :], exp_minus_line(d), 0.0)
         total += tl.sum(tl.sum(terms, 0), 0)

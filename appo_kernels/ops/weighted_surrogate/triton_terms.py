@@ -158,7 +158,7 @@ def lane(values, index: tl.constexpr, total):
     return tl.where(tl.arange(0, 16) == index, total, values)
 
 
-# Read one number at a time: where they start, which slices of them decide, is no reason to compile another kernel.
+# Loaded as scalars: the alignment of slices of them must not compile another kernel.
 ROW_VECTORS = ("p_values", "p_table", "p_sums", "p_slope", "p_lse", "p_constant", "p_at_target")
 
 
