@@ -64,7 +64,7 @@ def server() -> str:
 
 
 def why_not_flash(number: int) -> str | None:
-    """Why transformers cannot attend with flash attention here; None where it can."""
+    """The reason that transformers cannot attend with flash attention here; None where it can."""
     from transformers.utils import import_utils
 
     available = getattr(import_utils, f"is_flash_attn_{number}_available", None)

@@ -1,4 +1,4 @@
-"""How much of each token's attention is on the video, and token weights made of it (docs/own_method.md).
+"""The share of each token's attention that is on the video, and token weights made of it (docs/own_method.md).
 
 Shapes: G responses of one prompt, N response tokens, F frames.
 """
@@ -87,6 +87,7 @@ def gated_weights(score: Tensor, mask: Tensor, *, share: float, alpha: float, no
 
 
 def _check(op: str, score: Tensor, mask: Tensor) -> None:
+    """Raise ValueError for a score (G, N) or a mask that is none."""
     checks.rank(op, "score", score, 2, "(G, N)")
     checks.dtype(op, "score", score, checks.FLOATS)
     check_mask(op, mask, score.shape)

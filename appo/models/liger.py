@@ -13,7 +13,7 @@ LEFT_OUT = ("cross_entropy", "fused_linear_cross_entropy", "rope")
 
 
 def why_not(model_type: str | None = None) -> str | None:
-    """Why its kernels cannot be used here, for models of a type where one is given; None where they can."""
+    """The reason that its kernels cannot be used here, for models of a type where one is given; None where they can."""
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except ImportError as error:

@@ -56,6 +56,7 @@ class PromptCache:
             return self._attend(layer, query, key, value, scale)
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Attention of the newest tokens on prompt and responses, merged by log-sum-exp."""
         dtype = self.layers[layer][0][0].dtype
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         own = _attend(query, key, value, scale)

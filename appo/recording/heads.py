@@ -90,6 +90,7 @@ class HeadMassRecorder(FrameMassRecorder):
         self._heads = {}
 
     def _add(self, layer: int, query: Tensor, key: Tensor, **operands: Any) -> None:
+        """Add the mass of each head on the valid rows of one layer."""
         mass = frame_mass(query, key, **operands, reduction="sum", per_head=True)  # (B, Hq, R, F)
         # A row that does not count is left out, not multiplied by 0: it may hold anything.
         total = torch.where(self._valid.to(mass.device)[:, None, :, None], mass, 0).sum(2)

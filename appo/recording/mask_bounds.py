@@ -117,6 +117,7 @@ def _from_padding(rows: Tensor, valid: Tensor, call: AttentionCall) -> Visibilit
 
 
 def _without_mask(rows: Tensor, call: AttentionCall) -> Visibility:
+    """The range of rows where the implementation is told of visibility by arguments, or sees everything."""
     first, num_keys = torch.zeros_like(rows), call.key.shape[2]
     if call.implementation in (None, "eager") or not call.is_causal:  # eager attention without a mask sees everything
         return Visibility(first.int(), torch.full_like(rows, num_keys - 1).int(), None)

@@ -1,4 +1,4 @@
-"""What a vLLM worker does besides: loading weights of a folder, and the sum of what it was given.
+"""Additions to a vLLM worker: loading weights of a folder, and the sum of what it was given.
 
 vLLM's processes import it by its file name, beside `vllm_worker.py`, in an environment without this project.
 """
@@ -29,7 +29,7 @@ class Checksum:
 
 
 def shapes_of(files: Any) -> Counter[tuple[int, ...]]:
-    """How many weights of each shape there are in some files of safetensors."""
+    """The number of weights of each shape in some files of safetensors."""
     from safetensors import safe_open
 
     found: Counter[tuple[int, ...]] = Counter()

@@ -1,4 +1,4 @@
-"""What vLLM is asked for a prompt, in this process or over HTTP, and what its answers become."""
+"""Requests to vLLM for a prompt, in this process or over HTTP, and completions out of its answers."""
 
 import json
 from collections.abc import Sequence
@@ -96,7 +96,7 @@ def sampling_arguments(
 
 
 def video_metadata(clip: Clip) -> dict[str, Any]:
-    """What vLLM's video input says of frames that were sampled already (keys as in `transformers.VideoMetadata`)."""
+    """The metadata in vLLM's video input of frames that were sampled already (keys as in `transformers.VideoMetadata`)."""
     found = metadata_of(clip)
     return {
         "total_num_frames": found.total_num_frames,

@@ -106,7 +106,7 @@ class VLLMServerRollout:
         self.info = [self._check(server, logprobs_mode) for server in self.servers]
 
     def _check(self, server: Server, logprobs_mode: str) -> dict[str, Any]:
-        """What the server says of itself: that it is one of ours, of this version, and serves this model."""
+        """The server's account of itself: that it is one of ours, of this version, and serves this model."""
         try:
             info: dict[str, Any] = server.call("/info", timeout=min(self.timeout, 30))
         except (OSError, ValueError) as error:  # nobody, or somebody who does not speak JSON

@@ -30,7 +30,7 @@ IPC_ENVIRONMENT = {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
 
 
 def why_not_transfer(kind: str) -> str | None:
-    """Why weights cannot travel in that way from here; None where they can."""
+    """The reason that weights cannot travel in that way from here; None where they can."""
     if kind == "file":
         return None
     if not torch.cuda.is_available():

@@ -137,7 +137,7 @@ def vision_tower(model: Any) -> nn.Module:
 
 
 def audio_towers(model: Any) -> list[nn.Module]:
-    """What hears, where there is such a part: never trained, since no sound is read."""
+    """The parts that hear, where a model has them: never trained, since no sound is read."""
     found = getattr(unwrapped(model).base_model, "audio_tower", None)
     return [found] if isinstance(found, nn.Module) else []
 

@@ -115,6 +115,7 @@ def prepare(
 
 
 def unit_last_stride(tensor: Tensor) -> Tensor:
+    """``tensor`` itself where its last stride is 1, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 

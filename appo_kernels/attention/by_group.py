@@ -29,6 +29,7 @@ def forward(
     out: Tensor,
     lse: Tensor,
 ) -> None:
+    """Write ``out`` (1, Hq, T, d) and ``lse`` (1, Hq, T) of a packed row, by ``attend`` of a backend's passes."""
     for group in layout.groups:
         operands = [x[:, :, group.whole] for x in (query, key, value)]
         found = (
@@ -55,6 +56,7 @@ def backward(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> None:
+    """Write the gradients (1, H, T, d), by ``attend_backward``; grad_out, grad_lse: None where nothing reached it."""
     for group in layout.groups:
         operands = [x[:, :, group.whole] for x in (query, key, value)]
         results = [x[:, :, group.whole].contiguous() for x in (out, lse)]

@@ -131,11 +131,13 @@ class Operands(NamedTuple):
 
 
 def stride_fields(name: str, dimensions: str, tensor: Tensor | None) -> dict[str, int]:
+    """The fields ``NAME_stride_D`` of a params struct, one for each of ``dimensions``; 0 without a tensor."""
     values = [0] * len(dimensions) if tensor is None else tensor.stride()
     return {f"{name}_stride_{d}": s for d, s in zip(dimensions, values, strict=False)}
 
 
 def operands(query: Tensor, key: Tensor, layout: Layout, frame_count: int) -> Operands:
+    """Query and key (B, H, R or S, d) as the kernels load them, frames padded to whole tiles, and the range of each."""
     keys, scale = key.shape[2], layout.scale
     padding = -keys % KEY_TILE
     ids = checks.narrowed(layout.frame_ids)

@@ -32,6 +32,7 @@ def kept(frame_ids: Tensor, name: Hashable, make: Callable[[], T]) -> T:
 
 
 def is_kept(frame_ids: Tensor, name: Hashable) -> bool:
+    """True where ``kept`` would make nothing."""
     results = None if torch.compiler.is_compiling() else _KEPT.get(frame_ids)
     return results is not None and name in results
 

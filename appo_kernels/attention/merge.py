@@ -68,6 +68,7 @@ def merge_attention(
     lse = (highest + total.log()).masked_fill(blind, -torch.inf)
 
     def mean(tensors: Sequence[Tensor]) -> Tensor:
+        """The mean of a result (..., x) of each part, weighted by what the part has of the softmax."""
         scaled = (tensor * (weight / total)[..., None] for tensor, weight in zip(tensors, weights, strict=True))
         merged = next(scaled)
         for tensor in scaled:

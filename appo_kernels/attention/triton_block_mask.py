@@ -59,6 +59,7 @@ def key_plan(layout: Layout, rows: int, num_frames: int, size: int) -> KeyPlan:
 
 @on_its_device
 def _key_plan(frame_ids: Tensor, layout: Layout, rows: int, num_frames: int, size: int) -> KeyPlan:
+    """The plan, by one launch: frame_ids (B, S) int32, bounds (B, R) of any integers."""
     (B, S), F = frame_ids.shape, num_frames
     T = S // size + min(F, 2 * S // size) + 2  # every large frame has at least half a tile of keys
     given = [bound is not None for bound in layout.bounds]
@@ -91,6 +92,7 @@ def block_mask(
 
 @on_its_device
 def _block_mask(order: Tensor, plan: KeyPlan, rows: int, num_frames: int, tile_keys: int, tile_rows: int) -> BlockMask:
+    """The mask, by one launch: order (B, S) int32."""
     (B, S), T, N = order.shape, plan.tiles.shape[1], triton.cdiv(rows, tile_rows)
     mask = BlockMask(
         torch.empty(B, N, T, dtype=torch.int32, device=order.device),

@@ -177,6 +177,7 @@ def attend_backward(
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """``tensor``, or where there is none any other: a pointer that is not read."""
     return other if tensor is None else tensor
 
 

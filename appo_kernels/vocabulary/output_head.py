@@ -39,6 +39,7 @@ class OutputHead:
     def __init__(
         self, weight: Tensor, bias: Tensor | None, grad_weight: Tensor | None, grad_bias: Tensor | None, tokens: int
     ) -> None:
+        """weight (V, D), bias (V,), buffers for their gradients or None; tokens: how many there will be in all."""
         V, D = weight.shape
         self.weight, self.bias, self.grad_weight, self.grad_bias = weight, bias, grad_weight, grad_bias
         dtype = compute_dtype(weight.dtype)

@@ -123,6 +123,7 @@ class _FrameAttention(torch.autograd.Function):
         num_frames: int,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """(out (B, Hq, R, d), lse (B, Hq, R), mass (B, R, F)); the layout's tensors are those of ``Layout``."""
         ctx.set_materialize_grads(False)  # a result that was not used costs the backward nothing
         batch, heads, rows, _ = query.shape
         dtype = compute_dtype(query.dtype)
@@ -140,6 +141,7 @@ class _FrameAttention(torch.autograd.Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, grad_mass: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key and value, from those of the results that were used."""
         *inputs, out, lse = ctx.saved_tensors
         scale, backend = ctx.settings
         grads = [t.new_empty(t.shape) if needed else None for t, needed in zip(inputs, ctx.needs_input_grad[:3])]  # noqa: B905

@@ -167,6 +167,7 @@ class _FrameMass(torch.autograd.Function):
         num_frames: int,
         backend: str,
     ) -> Tensor:
+        """mass (B, R, F), or per head (B, Hq, R, F); the layout's tensors are those of ``Layout``."""
         batch, heads, rows, _ = query.shape
         shape = (batch, heads, rows, num_frames) if per_head else (batch, rows, num_frames)
         dtype = compute_dtype(query.dtype)
@@ -181,6 +182,7 @@ class _FrameMass(torch.autograd.Function):
     @staticmethod
     @differentiable_once(OP)
     def backward(ctx: Any, grad_mass: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of query and key, from that of the mass."""
         query, key, *others = ctx.saved_tensors
         scale, per_head, backend = ctx.settings
         grad_query = query.new_empty(query.shape) if ctx.needs_input_grad[0] else None

@@ -99,6 +99,7 @@ def _add_tile(
 
 
 def _add_sums(probabilities: Tensor, tile: KeyTile, weights: Tensor | None, mass: Tensor) -> None:
+    """Adds the frame sums of probabilities (..., n) on a tile, times the weights (F,), to mass (..., F)."""
     sums = torch.zeros_like(mass)
     tile.add_frame_sums(probabilities, sums)
     mass += sums if weights is None else sums * weights

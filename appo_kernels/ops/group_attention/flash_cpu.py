@@ -110,6 +110,7 @@ def _by_key_head(rows: Tensor, key: Tensor) -> Tensor:
 
 
 def _by_query_head(rows: Tensor) -> Tensor:
+    """(Hkv, Hq / Hkv, ...) -> (1, Hq, ...), the other way round."""
     return rows.flatten(0, 1)[None]
 
 

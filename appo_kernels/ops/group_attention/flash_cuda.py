@@ -96,6 +96,7 @@ def _cuts(pieces: Sequence[slice], device: torch.device) -> Cuts:
 
 
 def _one_cut(rows: Tensor) -> Cuts:
+    """Of rows (1, H, R, d): one sequence of all R."""
     return _cut_at((0, rows.shape[2]), rows.device)
 
 

@@ -103,6 +103,7 @@ class _GroupAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, scale: float, backend: str
     ) -> tuple[Tensor, Tensor]:
+        """out (1, Hq, T, d), lse (1, Hq, T)."""
         ctx.set_materialize_grads(False)
         _, heads, tokens, head_dim = query.shape
         # Tokens before heads, as a model goes on with it, so that nothing is copied there
@@ -116,6 +117,7 @@ class _GroupAttention(torch.autograd.Function):
     @staticmethod
     @differentiable_once(OP)
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of query, key and value."""
         query, key, value, lengths, out, lse = ctx.saved_tensors
         scale, backend = ctx.settings
         grads = [t.new_empty(t.shape) for t in (query, key, value)]
@@ -134,6 +136,7 @@ def forward_op(
     lse: Tensor,
     backend: str,
 ) -> None:
+    """Writes ``out`` (1, Hq, T, d) and ``lse`` (1, Hq, T). lengths: (groups, 1 + G), those of a GroupLayout."""
     layout = GroupLayout.of_lengths(lengths)
     if layout.tokens != query.shape[2]:
         remedy = "Count every token of every prompt and response once, and no padding."
@@ -158,6 +161,7 @@ def backward_op(
     grad_value: Tensor,
     backend: str,
 ) -> None:
+    """Writes the gradients (1, H, T, d); grad_out and grad_lse are None where nothing reached them."""
     layout = GroupLayout.of_lengths(lengths)
     operands = (query, key, value, layout, scale, out, lse, grad_out, grad_lse)
     dispatch.backend_module(OP, backend).backward(*operands, grad_query, grad_key, grad_value)

@@ -16,6 +16,7 @@ from appo_kernels.ops.group_attention.vendor import unsupported as unsupported
 def forward(
     query: Tensor, key: Tensor, value: Tensor, layout: GroupLayout, scale: float, out: Tensor, lse: Tensor
 ) -> None:
+    """Writes ``out`` (1, Hq, T, d) and ``lse`` (1, Hq, T) from query (1, Hq, T, d), key and value (1, Hkv, T, d)."""
     flash = vendor.flash(query.device)
     query, key, value = flash.prepared(query, key, value)
     groups = layout.groups
@@ -43,6 +44,7 @@ def backward(
     grad_key: Tensor,
     grad_value: Tensor,
 ) -> None:
+    """Writes the gradients (1, H, T, d) from those of out and lse, None where nothing reached them."""
     flash, head_dim = vendor.flash(query.device), query.shape[-1]
     grad_out = torch.zeros_like(out) if grad_out is None else grad_out
     query, key, value, out, grad_out = flash.prepared(query, key, value, out, grad_out)

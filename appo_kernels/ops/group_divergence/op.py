@@ -152,6 +152,7 @@ def forward_op(
     divergence: Tensor,
     backend: str,
 ) -> None:
+    """Writes ``divergence`` (K, J): hidden (G, N, D), weight (V, D), lse (G, N), slots (K, G, J), bias (V,)."""
     marked = mark(slots, lse.shape[1])
     (count,) = _check_slots(OP, lse, slots, marked.unique)
     if not count:
@@ -167,6 +168,7 @@ def forward_op(
 def from_logits_op(
     logits: Tensor, lse: Tensor, slots: Tensor, kind: str, temperature: float, divergence: Tensor, backend: str
 ) -> None:
+    """Writes ``divergence`` (K, J): logits (G, N, V), lse (G, N), slots (K, G, J)."""
     _check_slots(OP_LOGITS, lse, slots)
     if not lse.numel():
         divergence.zero_()

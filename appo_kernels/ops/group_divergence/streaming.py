@@ -39,6 +39,7 @@ def forward(
     softcap: float | None,
     divergence: Tensor,
 ) -> None:
+    """Writes ``divergence`` (K, J): hidden (G, N, D), weight (V, D), lse (G, N), bias (V,)."""
     rows = operand(hidden[selection.response, selection.position])  # (U, D)
 
     def tile(columns: slice, scratch: Tensor) -> Tensor:
@@ -51,6 +52,7 @@ def forward(
 def forward_from_logits(
     logits: Tensor, lse: Tensor, slots: Tensor, kind: str, temperature: float, divergence: Tensor
 ) -> None:
+    """Writes ``divergence`` (K, J): logits (G, N, V), any strides, lse (G, N), slots (K, G, J)."""
     marked = mark(slots, logits.shape[1])
     selection = select(marked, logits.shape[1], int(marked.unique))
 

@@ -29,6 +29,7 @@ def forward(
     softcap: float | None,
     divergence: Tensor,
 ) -> None:
+    """Arguments as of ``streaming.forward``."""
     U, V = len(selection.response), weight.shape[0]
     rows = operand(hidden[selection.response, selection.position])  # (U, D)
     wide = whole_lines(V, min(convertible_columns(weight), max(256, TILE_BYTES // (U * 4))))
@@ -81,6 +82,7 @@ class _Terms:
 
 @on_its_device
 def _launch(logits: Tensor, terms: _Terms, bias: Tensor | None, lse: Tensor, missing: int) -> None:
+    """One tile of logits (B, T, v) or (m, v) into the sums of ``terms``; lse of all rows."""
     S, G = terms.members.shape
     stride_b, stride_t, T, v = row_layout(logits)
     chunks = triton.cdiv(v, CHUNK)

@@ -88,6 +88,7 @@ class _TokenLogprobs(torch.autograd.Function):
         softcap: float | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs, entropy, lse), (M,) each: hidden (M, D), weight (V, D), bias (V,), targets (M,)."""
         logprobs, entropy, lse = (
             hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden.dtype)) for _ in range(3)
         )
@@ -99,6 +100,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @differentiable_once(OP)
     def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of hidden, weight and bias, where they are wanted."""
         hidden, weight, bias, targets, logprobs, entropy, lse = ctx.saved_tensors
         temperature, softcap, backend = ctx.settings
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
@@ -124,6 +126,7 @@ def forward_op(
     lse: Tensor,
     backend: str,
 ) -> None:
+    """Writes logprobs, entropy and lse, (M,) each: hidden (M, D), weight (V, D), targets (M,), bias (V,)."""
     if checks.values_enabled() and targets.numel():
         low, high = checks.on_host(*targets.aminmax())
         if low < 0 or high >= weight.shape[0]:
@@ -154,6 +157,7 @@ def backward_op(
     grad_bias: Tensor | None,
     backend: str,
 ) -> None:
+    """Writes the gradients that are not None, (M, D), (V, D), (V,), from those of the results, (M,) each."""
     dispatch.backend_module(OP, backend).backward(
         hidden, weight, targets, bias, temperature, softcap, logprobs, entropy, lse,
         grad_logprobs, grad_entropy, grad_lse, grad_hidden, grad_weight, grad_bias,

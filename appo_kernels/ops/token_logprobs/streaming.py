@@ -42,6 +42,7 @@ def forward(
     entropy: Tensor,
     lse: Tensor,
 ) -> None:
+    """Writes logprobs, entropy and lse, (M,) each: hidden (M, D), weight (V, D), targets (M,), bias (V,)."""
     (M, _), V = hidden.shape, weight.shape[0]
     tall, wide = tile_shape(M, V, weight)
     scratch, spare = lse.new_empty(2, tall * wide)
@@ -98,11 +99,13 @@ def backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
+    """Writes the gradients that are not None, (M, D), (V, D), (V,), from those of the results, (M,) each."""
     tall, wide = tile_shape(hidden.shape[0], weight.shape[0], weight)
     scratch, spare, third = lse.new_empty(3, tall * wide)
     coefficients = row_coefficients(logprobs, entropy, grad_logprobs, grad_entropy, grad_lse)
 
     def gradient_of_tile(hidden_tile: Tensor, weight_tile: Tensor, rows: slice, columns: slice) -> Tensor:
+        """d loss / d logits (m, v) of some rows and columns."""
         bias_tile = None if bias is None else bias[columns]
         logits = logits_tile(hidden_tile, weight_tile, bias_tile, temperature, softcap, scratch)
         column = targets[rows] - columns.start

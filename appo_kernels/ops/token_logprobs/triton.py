@@ -20,6 +20,7 @@ def forward(
     entropy: Tensor,
     lse: Tensor,
 ) -> None:
+    """Arguments as of ``streaming.forward``."""
     (M, _), V = hidden.shape, weight.shape[0]
     tall, wide = tile_shape(M, V, weight)
     tile, state = lse.new_empty(tall, wide), new_state(M, lse)
@@ -53,11 +54,13 @@ def backward(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
 ) -> None:
+    """Arguments as of ``streaming.backward``."""
     tall, wide = tile_shape(hidden.shape[0], weight.shape[0], weight)
     tile = lse.new_empty(tall, wide)
     coefficients = row_coefficients(logprobs, entropy, grad_logprobs, grad_entropy.contiguous(), grad_lse)
 
     def gradient_of_tile(hidden_tile: Tensor, weight_tile: Tensor, rows: slice, columns: slice) -> Tensor:
+        """d loss / d logits (m, v) of some rows and columns."""
         logits = tile[: rows.stop - rows.start, : columns.stop - columns.start]
         product(hidden_tile, weight_tile.t(), out=logits)
         # The products want the gradient in the dtype of their other operand; the sum for the bias wants fp32.

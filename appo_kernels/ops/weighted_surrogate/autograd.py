@@ -110,11 +110,13 @@ def linear_weighted_surrogate_forward(
 
 
 def _results(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Buffers for the loss () and the metrics (10,)."""
     loss = torch.empty((), dtype=compute_dtype(like.dtype), device=like.device)
     return loss, torch.empty(len(METRICS), dtype=torch.float32, device=like.device)
 
 
 def _empty(like: Tensor, wanted: bool) -> Tensor | None:
+    """A buffer for a gradient, where it is wanted."""
     return torch.empty(like.shape, dtype=like.dtype, device=like.device) if wanted else None
 
 
@@ -139,6 +141,7 @@ class WeightedSurrogate(torch.autograd.Function):
     def forward(
         ctx: Any, logprobs: Tensor, table: Tensor, options: Options, wanted: bool, backend: str
     ) -> tuple[Tensor, Tensor]:
+        """(loss (), metrics (10,)) of logprobs (B, T) and the table (rows, B, T)."""
         loss, metrics = _results(logprobs)
         gradient = _empty(logprobs, wanted)
         weighted_surrogate_forward(
@@ -151,6 +154,7 @@ class WeightedSurrogate(torch.autograd.Function):
     @staticmethod
     @differentiable_once(OP)
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of logprobs (B, T)."""
         (gradient,) = ctx.saved_tensors
         return (gradient * grad_loss).to(gradient.dtype), None, None, None, None
 
@@ -167,6 +171,7 @@ class LogitsWeightedSurrogate(torch.autograd.Function):
         inplace: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
+        """(loss (), metrics (10,)) of logits (B, T, V), targets (B, T) and the table (rows, B, T)."""
         loss, metrics = _results(logits)
         overwrite = wanted and inplace
         # detach() shares the version counter: an operator that saved these logits for its own backward will notice.
@@ -183,6 +188,7 @@ class LogitsWeightedSurrogate(torch.autograd.Function):
     @staticmethod
     @differentiable_once(f"logits_{OP}")
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the logits (B, T, V)."""
         return *_scaled(ctx, ctx.saved_tensors, grad_loss), None, None, None, None, None, None
 
 
@@ -201,6 +207,7 @@ class LinearWeightedSurrogate(torch.autograd.Function):
         wants_bias: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
+        """(loss (), metrics (10,)) of hidden (B, T, D), weight (V, D), bias (V,), targets (B, T), the table."""
         loss, metrics = _results(hidden)
         gradients = (
             _empty(hidden, wants_hidden),
@@ -218,4 +225,5 @@ class LinearWeightedSurrogate(torch.autograd.Function):
     @staticmethod
     @differentiable_once(f"linear_{OP}")
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of hidden, weight and bias that are wanted."""
         return *_scaled(ctx, ctx.saved_tensors, grad_loss), None, None, None, None, None, None, None

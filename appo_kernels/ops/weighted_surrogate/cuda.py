@@ -88,6 +88,7 @@ def logits_forward(
     mask, targets = table[MASK].contiguous(), targets.to(torch.int64).contiguous()
 
     def run(launcher: str, slope: Tensor | None, entropy_slope: Tensor | None) -> None:
+        """One pass over the rows (B T, V); slopes (B, T) only where it writes the gradient."""
         params = SurrogateParams(
             logits=source,
             gradient=gradient,
