@@ -96,7 +96,7 @@ def sampling_arguments(
 
 
 def video_metadata(clip: Clip) -> dict[str, Any]:
-    """The metadata in vLLM's video input of frames that were sampled already (keys as in `transformers.VideoMetadata`)."""
+    """The metadata in vLLM's video input of frames sampled already (keys as in `transformers.VideoMetadata`)."""
     found = metadata_of(clip)
     return {
         "total_num_frames": found.total_num_frames,
