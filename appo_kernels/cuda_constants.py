@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 HEAD_DIMS, GRAD_HEAD_DIMS = (64, 80, 96, 128, 256), (64, 128)  # of attention, and of its backward: csrc/head_dims.h
-FRAME_TILE = 32  # keys per entry of `FrameIds.range`: csrc/frame_sums.h
+FRAME_TILE = 32  # keys per entry of `FrameIds.range`: csrc/frame_ids.h
 KEY_TILE = 64  # keys of the largest tile of a kernel: csrc/attention_tiles.cuh
 ROW_TILE = 64  # query rows of a block: csrc/attention_tiles.cuh
 ROW_PADDING = 64  # rows of what the backward's two passes share: csrc/attention_backward.h

@@ -34,8 +34,8 @@ struct BackwardShape {
   }
 };
 
-__device__ __forceinline__ float score_unit(const AttentionBackwardParams& p) {
-  return p.score_unit ? *p.score_unit : 1.f;
+__device__ __forceinline__ float grad_scale_of(const AttentionBackwardParams& p) {
+  return p.grad_scale ? *p.grad_scale : 1.f;
 }
 
 // grad_out . out of rows first_row .. first_row + 63, into `dots`: two threads a row.
@@ -47,8 +47,8 @@ __device__ __forceinline__ void row_dots(const T* grad_out, int64_t grad_stride,
   if (row < rows) {
     for (int chunk = threadIdx.x % 2; chunk < D / kChunkElements; chunk += 2) {
       Vector<T> a, b;
-      a.word = platform::load_16_bytes(grad_out + row * grad_stride + chunk * kChunkElements);
-      b.word = platform::load_16_bytes(out + row * out_stride + chunk * kChunkElements);
+      a.bits = platform::load_16_bytes(grad_out + row * grad_stride + chunk * kChunkElements);
+      b.bits = platform::load_16_bytes(out + row * out_stride + chunk * kChunkElements);
 #pragma unroll
       for (int i = 0; i < kChunkElements; i++) dot += to_float(a.element[i]) * to_float(b.element[i]);
     }
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       view_row[3] = 0;
     }
   };
-  const float unit = score_unit(p);
+  const float grad_scale = grad_scale_of(p);
   const LeftView<D> left;
   const RightView<D> right;
   float result[D / 8][4] = {};
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 2)
           if (round == 0) {
             delta[e / 2] += score[i][e] * gradient[i][e];
           } else {
-            gradient[i][e] = score[i][e] * (gradient[i][e] - delta[e / 2]) * unit;
+            gradient[i][e] = score[i][e] * (gradient[i][e] - delta[e / 2]) * grad_scale;
           }
         }
       }
@@ -210,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     finish_delta();
     return;
   }
-  const float factor[2] = {p.scale / unit, p.scale / unit};
+  const float factor[2] = {p.scale / grad_scale, p.scale / grad_scale};
   T* grad_query = static_cast<T*>(p.grad_query) + head_index * p.rows * D;
   store_rows<D>(grad_query, D, first_row + warp * kWarpRows, p.rows, result, factor,
                 query_tile + warp * kWarpRows * D);
@@ -324,7 +324,7 @@ __global__ void __launch_bounds__(kThreads)
     frame[half] = p.frames.ids[static_cast<int64_t>(b) * p.tiles * kFrameTile + key_of[half]];
   }
 
-  const float unit = score_unit(p);
+  const float grad_scale = grad_scale_of(p);
   const LeftView<D> left;
   const RightView<D> right;
   float key_result[D / 8][4] = {}, value_result[kWithValue ? D / 8 : 1][4] = {};
@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kThreads)
           float dp = gradient[i][e];
           if (grad_mass && frame[half] >= 0) dp += grad_mass[frame[half] * padded_rows + r];
           probability[i][e] = weight;
-          gradient[i][e] = weight * (dp - delta) * unit;
+          gradient[i][e] = weight * (dp - delta) * grad_scale;
         }
       }
     }
@@ -387,7 +387,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t offset = (static_cast<int64_t>(b) * p.key_heads + key_head) * p.keys * D;
   const int warp_key = first_key + warp * kWarpRows;
   if (p.grad_key) {
-    const float factor[2] = {p.scale / unit, p.scale / unit};
+    const float factor[2] = {p.scale / grad_scale, p.scale / grad_scale};
     store_rows<D>(static_cast<T*>(p.grad_key) + offset, D, warp_key, p.keys, key_result, factor,
                   key_tile + warp * kWarpRows * D);
   }

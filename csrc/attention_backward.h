@@ -3,7 +3,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "frame_sums.h"
+#include "frame_ids.h"
 #include "visibility.h"
 
 namespace appo {
@@ -19,7 +19,7 @@ struct AttentionBackwardParams {
   const float* lse;          // (B, Hq, R) contiguous, natural logarithm
   const float* grad_lse;     // (B, Hq, R) contiguous, or null
   const float* grad_mass;    // (B or B Hq, F, Rp): gradient of each head's sum of each frame; null: none
-  const float* score_unit;   // (1,): factor of d loss / d score when rounded to the element type; null: 1
+  const float* grad_scale;   // (1,): factor of d loss / d score when rounded to the element type; null: 1
   float* row_stats;          // (B, Hq, Rp, 2) contiguous: lse log2(e) and delta, from the first pass to the second
   int* row_views;            // (B, Rp, 4) contiguous: first, last, prefix of each row, likewise
   void* grad_query;          // (B, Hq, R, D) contiguous, or null

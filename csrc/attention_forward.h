@@ -4,7 +4,7 @@
 #pragma once
 #include <stdint.h>
 
-#include "frame_sums.h"
+#include "frame_ids.h"
 #include "visibility.h"
 
 namespace appo {

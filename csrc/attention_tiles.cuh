@@ -4,7 +4,7 @@
 // result the elements (l / 4, 2 (l % 4)), the next column, and the same columns 8 rows below: a lane has two
 // rows, and the four lanes of a quad share them.
 #pragma once
-#include "numbers.cuh"
+#include "dtypes.cuh"
 
 namespace appo {
 

@@ -7,7 +7,7 @@
 #include <limits.h>
 
 #include "attention_tiles.cuh"
-#include "frame_sums.h"
+#include "frame_ids.h"
 
 namespace appo {
 

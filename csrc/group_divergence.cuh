@@ -1,10 +1,10 @@
 // group_divergence_from_logits: a block takes one slot and one chunk of the vocabulary, and goes through the
-// logits of the slot's members once. Each word is read twice by the same thread, the second time from L1:
+// logits of the slot's members once. Each token is read twice by the same thread, the second time from L1:
 // first for what the members have in common, then for how each differs from it. No term is a difference of
 // sums: members that agree give exactly 0.
 #pragma once
 #include "group_divergence.h"
-#include "rows.cuh"
+#include "logit_rows.cuh"
 
 namespace appo {
 
@@ -24,26 +24,26 @@ struct Members {
   __device__ __forceinline__ const T* row(int64_t member, int64_t position) const {
     return static_cast<const T*>(p.logits) + member * p.logits_stride_g + position * p.logits_stride_n;
   }
-  // visit(log-probabilities of words word .. word + kWords - 1) for each member; missing ones too if there is
+  // visit(log-probabilities of token .. token + kTokens - 1) for each member; missing ones too if there is
   // a value that stands for them.
-  template <int kWords, class Visit>
-  __device__ __forceinline__ void for_each(int64_t word, bool with_missing, Visit visit) const {
+  template <int kTokens, class Visit>
+  __device__ __forceinline__ void for_each(int64_t token, bool with_missing, Visit visit) const {
     for (int64_t member = 0; member < p.responses; member++) {
       const int64_t at = position(member);
-      float log_p[kWords];
+      float log_p[kTokens];
       if (at >= 0) {
         Vector<T> values;
-        if constexpr (kWords == 1) {
-          values.element[0] = row(member, at)[word];
+        if constexpr (kTokens == 1) {
+          values.element[0] = row(member, at)[token];
         } else {
-          values.word = platform::load_16_bytes(row(member, at) + word);
+          values.bits = platform::load_16_bytes(row(member, at) + token);
         }
         const float lse = p.lse[member * p.positions + at];
 #pragma unroll
-        for (int i = 0; i < kWords; i++) log_p[i] = to_float(values.element[i]) * p.inverse_temperature - lse;
+        for (int i = 0; i < kTokens; i++) log_p[i] = to_float(values.element[i]) * p.inverse_temperature - lse;
       } else if (with_missing) {
 #pragma unroll
-        for (int i = 0; i < kWords; i++) log_p[i] = p.log_uniform;
+        for (int i = 0; i < kTokens; i++) log_p[i] = p.log_uniform;
       } else {
         continue;
       }
@@ -52,20 +52,20 @@ struct Members {
   }
 };
 
-// sum over the words of sum_i p_i (log p_i - log pbar). With t the largest log p_i, d_i = log p_i - t:
+// sum over the tokens of sum_i p_i (log p_i - log pbar). With t the largest log p_i, d_i = log p_i - t:
 // exp(t) (sum_i e^{d_i} d_i - sum_i e^{d_i} log mean_i e^{d_i}).
-template <class T, int kWords>
-__device__ __forceinline__ float kl_terms(const Members<T>& members, int64_t word, float present) {
-  float top[kWords], sum[kWords] = {}, weighted[kWords] = {}, total = 0.f;
+template <class T, int kTokens>
+__device__ __forceinline__ float kl_terms(const Members<T>& members, int64_t token, float present) {
+  float top[kTokens], sum[kTokens] = {}, weighted[kTokens] = {}, total = 0.f;
 #pragma unroll
-  for (int i = 0; i < kWords; i++) top[i] = -INFINITY;
-  members.template for_each<kWords>(word, false, [&](const float (&log_p)[kWords]) {
+  for (int i = 0; i < kTokens; i++) top[i] = -INFINITY;
+  members.template for_each<kTokens>(token, false, [&](const float (&log_p)[kTokens]) {
 #pragma unroll
-    for (int i = 0; i < kWords; i++) top[i] = fmaxf(top[i], log_p[i]);
+    for (int i = 0; i < kTokens; i++) top[i] = fmaxf(top[i], log_p[i]);
   });
-  members.template for_each<kWords>(word, false, [&](const float (&log_p)[kWords]) {
+  members.template for_each<kTokens>(token, false, [&](const float (&log_p)[kTokens]) {
 #pragma unroll
-    for (int i = 0; i < kWords; i++) {
+    for (int i = 0; i < kTokens; i++) {
       if (log_p[i] == -INFINITY) continue;
       const float d = log_p[i] - top[i], ratio = platform::exp2(d * kLog2E);
       sum[i] += ratio;
@@ -73,23 +73,23 @@ __device__ __forceinline__ float kl_terms(const Members<T>& members, int64_t wor
     }
   });
 #pragma unroll
-  for (int i = 0; i < kWords; i++) {
-    if (top[i] == -INFINITY) continue;  // no member can say the word
+  for (int i = 0; i < kTokens; i++) {
+    if (top[i] == -INFINITY) continue;  // no member can say the token
     total += platform::exp2(top[i] * kLog2E) * (weighted[i] - sum[i] * logf(sum[i] / present));
   }
   return total;
 }
 
-// sum over the words of sum_i (exp(d_i) - d_i - 1), d_i = clamp(mean_i log p_i - log p_i). Differences are
+// sum over the tokens of sum_i (exp(d_i) - d_i - 1), d_i = clamp(mean_i log p_i - log p_i). Differences are
 // taken from the first member's log p. log p = -inf is the limit of -x for a large x, the same for all
 // members.
-template <class T, int kWords>
-__device__ __forceinline__ float k3_terms(const Members<T>& members, int64_t word) {
-  float first[kWords], mean[kWords] = {}, total = 0.f;
-  int impossible[kWords] = {}, seen = 0;
-  members.template for_each<kWords>(word, true, [&](const float (&log_p)[kWords]) {
+template <class T, int kTokens>
+__device__ __forceinline__ float k3_terms(const Members<T>& members, int64_t token) {
+  float first[kTokens], mean[kTokens] = {}, total = 0.f;
+  int impossible[kTokens] = {}, seen = 0;
+  members.template for_each<kTokens>(token, true, [&](const float (&log_p)[kTokens]) {
 #pragma unroll
-    for (int i = 0; i < kWords; i++) {
+    for (int i = 0; i < kTokens; i++) {
       if (seen == 0) first[i] = log_p[i];
       impossible[i] += log_p[i] == -INFINITY;
       mean[i] += log_p[i] - first[i];
@@ -97,9 +97,9 @@ __device__ __forceinline__ float k3_terms(const Members<T>& members, int64_t wor
     seen++;
   });
   const float share = 1.f / static_cast<float>(members.p.responses);
-  members.template for_each<kWords>(word, true, [&](const float (&log_p)[kWords]) {
+  members.template for_each<kTokens>(token, true, [&](const float (&log_p)[kTokens]) {
 #pragma unroll
-    for (int i = 0; i < kWords; i++) {
+    for (int i = 0; i < kTokens; i++) {
       if (impossible[i] == members.p.responses) continue;
       float d = impossible[i] ? (log_p[i] == -INFINITY ? kClamp : -kClamp)
                               : mean[i] * share - (log_p[i] - first[i]);
@@ -110,12 +110,12 @@ __device__ __forceinline__ float k3_terms(const Members<T>& members, int64_t wor
   return total;
 }
 
-template <class T, int kWords>
+template <class T, int kTokens>
 __device__ __forceinline__ float chunk_terms(const Members<T>& members, int64_t begin, int64_t end,
                                              float present) {
   float total = 0.f;
-  for (int64_t word = begin + threadIdx.x * kWords; word < end; word += kDivergenceThreads * kWords)
-    total += members.p.k3 ? k3_terms<T, kWords>(members, word) : kl_terms<T, kWords>(members, word, present);
+  for (int64_t token = begin + threadIdx.x * kTokens; token < end; token += kDivergenceThreads * kTokens)
+    total += members.p.k3 ? k3_terms<T, kTokens>(members, token) : kl_terms<T, kTokens>(members, token, present);
   return total;
 }
 

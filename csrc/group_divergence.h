@@ -1,4 +1,4 @@
-// Parameters of group_divergence_from_logits. G responses, N positions, V words, S = K J slots.
+// Parameters of group_divergence_from_logits. G responses, N positions, V tokens, S = K J slots.
 #pragma once
 #include <stdint.h>
 
@@ -8,7 +8,7 @@ struct DivergenceParams {
   const void* logits;    // (G, N, V), unit stride along V; before temperature
   const float* lse;      // (G, N) contiguous: natural log-sum-exp of logits / temperature
   const int64_t* slots;  // (S, G) position of each member's token, -1 for a missing member
-  float* partial;        // (S, C): the sum over the words of each of C chunks of the vocabulary
+  float* partial;        // (S, C): the sum over the tokens of each of C chunks of the vocabulary
   int64_t logits_stride_g, logits_stride_n;  // in elements
   int64_t responses;                         // G
   int64_t positions;                         // N
@@ -21,7 +21,7 @@ struct DivergenceParams {
   int element;        // Element of logits
 };
 
-// Words per block; a constant, so that a slot's sum does not depend on the others.
+// Tokens per block; a constant, so that a slot's sum does not depend on the others.
 constexpr int kDivergenceChunk = 8192;
 
 }  // namespace appo

@@ -1,7 +1,7 @@
 // The library as a whole: what it was built for, its constants that callers repeat, and the text of errors.
 #include "attention_backward.h"
 #include "attention_tiles.cuh"
-#include "frame_sums.h"
+#include "frame_ids.h"
 #include "group_divergence.cuh"
 #include "head_dims.h"
 #include "launch.h"

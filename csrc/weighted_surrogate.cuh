@@ -5,7 +5,7 @@
 //   z = softcap(logits) / temperature,  lse = log sum exp z,  logp = z[target] - lse,  H = -sum p log p
 //   d loss / d z_v = g (1[v = target] - p_v) - h p_v (log p_v + H),   g = d loss / d logp,  h = d loss / d H
 #pragma once
-#include "rows.cuh"
+#include "logit_rows.cuh"
 #include "weighted_surrogate.h"
 
 namespace appo {
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kSurrogateThreads)
   if (zero) {
     for_each_vector(gradient, p.vocabulary, [&](const Vector<T>&, int64_t first, int count) {
       if (count == Vector<T>::kSize) {
-        platform::store_16_bytes(gradient + first, Vector<T>().word);
+        platform::store_16_bytes(gradient + first, Vector<T>().bits);
       } else {
         from_float(0.f, gradient[first]);
       }
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(kSurrogateThreads)
       from_float(dz * uncapped_slope, result.element[i]);
     }
     if (count == Vector<T>::kSize && aligned) {
-      platform::store_16_bytes(gradient + first, result.word);
+      platform::store_16_bytes(gradient + first, result.bits);
     } else {
 #pragma unroll
       for (int i = 0; i < Vector<T>::kSize; i++)

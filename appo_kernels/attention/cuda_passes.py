@@ -57,7 +57,7 @@ class AttentionForwardParams(cuda_library.Params):
 class AttentionBackwardParams(cuda_library.Params):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("query", "key", "value", "out", "grad_out")),
-        *((name, ctypes.c_void_p) for name in ("lse", "grad_lse", "grad_mass", "score_unit", "row_stats", "row_views")),
+        *((name, ctypes.c_void_p) for name in ("lse", "grad_lse", "grad_mass", "grad_scale", "row_stats", "row_views")),
         *((name, ctypes.c_void_p) for name in ("grad_query", "grad_key", "grad_value")),
         ("visibility", Visibility),
         ("frames", FrameIds),
@@ -255,7 +255,7 @@ def attend_backward(
         mass_gradient = lse.new_zeros(batch, grad_mass.shape[1], frame_count, padded)
         mass_gradient[..., :rows] = grad_mass.transpose(2, 3)
     value, out, grad_out = (None if t is None else aligned(t) for t in (value, out, grad_out))
-    unit = score_unit(query.dtype, grad_out, grad_lse, mass_gradient)
+    grad_scale = score_grad_scale(query.dtype, grad_out, grad_lse, mass_gradient)
     stats = lse.new_empty(batch, heads, padded, 2)
     views = torch.empty(batch, padded, 4, dtype=torch.int32, device=lse.device)
     lse = lse.contiguous()
@@ -268,7 +268,7 @@ def attend_backward(
         lse=lse,
         grad_lse=grad_lse,
         grad_mass=mass_gradient,
-        score_unit=unit,
+        grad_scale=grad_scale,
         row_stats=stats,
         row_views=views,
         grad_query=gradients.query,
@@ -286,7 +286,7 @@ def attend_backward(
         gradients.query.mul_(-1.0 if layout.scale < 0.0 else 0.0)  # the kernels saw the query of `operands`
 
 
-def score_unit(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor | None:
+def score_grad_scale(dtype: torch.dtype, *gradients: Tensor | None) -> Tensor | None:
     """A power of 2, (1,) fp32: what brings gradients of scores into the range of fp16, where small ones would be lost.
 
     The largest incoming gradient becomes about 8: far from fp16's largest number, and far above its smallest.

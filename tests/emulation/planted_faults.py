@@ -98,19 +98,19 @@ FAULTS = [
     ),
     Fault(
         "16-byte loads of a row that starts anywhere",
-        "surrogate", "rows.cuh",
+        "surrogate", "logit_rows.cuh",
         "return min(head, length);", "return 0 * min(head, length);",
         "message", "misaligned address in load of 16 bytes",
     ),
     Fault(
         "elements after the last whole vector forgotten",
-        "surrogate", "rows.cuh",
+        "surrogate", "logit_rows.cuh",
         "if (tail + thread < length) {", "if (tail + thread < length - 1) {",
         "result",
     ),
     Fault(
         "threads without work leave before the reduction",
-        "divergence", "rows.cuh",
+        "divergence", "logit_rows.cuh",
         "  x = warp_sum(x);\n", "  if (threadIdx.x == 40) return 0.f;\n  x = warp_sum(x);\n",
         "message", "deadlock",
     ),

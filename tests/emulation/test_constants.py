@@ -32,7 +32,7 @@ def test_the_library_exports_what_python_repeats() -> None:
 @pytest.mark.parametrize(
     ("file", "old", "new", "told"),
     [
-        ("frame_sums.h", "kFrameTile = 32", "kFrameTile = 16", "FRAME_TILE is 16 there and 32 here"),
+        ("frame_ids.h", "kFrameTile = 32", "kFrameTile = 16", "FRAME_TILE is 16 there and 32 here"),
         ("head_dims.h", " X(96, __VA_ARGS__)", "", "HEAD_DIMS is 64 80 128 256 there and 64 80 96 128 256 here"),
         ("group_divergence.cuh", "kClamp = 11.f", "kClamp = 10.f", "DIVERGENCE_CLAMP is 10 there and 11 here"),
         ("launch.h", "kFloat16 = 1, kBfloat16 = 2", "kBfloat16 = 1, kFloat16 = 2", "ELEMENTS is 0 2 1 there"),

@@ -1,4 +1,4 @@
-// Which frame each key belongs to, as kernels are told. T tiles of kFrameTile keys cover the S keys.
+// The frame of each key, as kernels are given it. T tiles of kFrameTile keys cover the S keys.
 #pragma once
 
 namespace appo {

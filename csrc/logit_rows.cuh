@@ -1,6 +1,6 @@
 // Reading and reducing rows of logits: 16-byte accesses where the row allows them, one block per row.
 #pragma once
-#include "numbers.cuh"
+#include "dtypes.cuh"
 
 namespace appo {
 
@@ -21,7 +21,7 @@ __device__ __forceinline__ void for_each_vector(const T* row, int64_t length, Vi
   const int64_t vectors = (length - head) / kSize;
   for (int64_t v = thread; v < vectors; v += threads) {
     Vector<T> values;
-    values.word = platform::load_16_bytes(row + head + v * kSize);
+    values.bits = platform::load_16_bytes(row + head + v * kSize);
     visit(values, head + v * kSize, kSize);
   }
   const int64_t tail = head + vectors * kSize;

@@ -21,10 +21,10 @@ template <class T>
 struct Vector {
   static constexpr int kSize = 16 / sizeof(T);
   union {
-    uint4 word;
+    uint4 bits;
     T element[kSize];
   };
-  __device__ Vector() : word{} {}
+  __device__ Vector() : bits{} {}
 };
 
 }  // namespace appo
