@@ -79,7 +79,7 @@ class APPOConfig:
 
     # Attention-guided weights (docs/method.md sections 3-5).
     # How tokens are weighed; "grpo": W = 1.
-    method: str = setting("appo", choices=("appo", "grpo", "tw-grpo", "vppo", "pgpo"))
+    method: str = setting("appo")  # of `settings_together.METHODS`, or FILE.py:NAME, a rule of one's own
     layers: int = setting(3, at_least=1)  # the last n layers are recorded
     mass_reduction: str = setting("mean", choices=("mean", "sum"))
     strategy: str = setting("hard", choices=("hard", "soft", "all", "contrast", "released-hard", "released-soft"))
@@ -188,7 +188,11 @@ class APPOConfig:
     @property
     def records_mass(self) -> bool:
         """Whether scoring records frame mass."""
-        return self.method in ("appo", "vppo", "pgpo") or self.attention_coef > 0
+        return self.method not in ("grpo", "tw-grpo") or self.attention_coef > 0
+
+    def weighs(self, num_frames: int) -> bool:
+        """Whether tokens of responses to a prompt of so many frames are weighed: TW-GRPO alone needs none."""
+        return self.method == "tw-grpo" or (self.method != "grpo" and num_frames > 0)
 
     def corrects(self, own_engine: bool) -> bool:
         """Whether the loss corrects for the engine. own_engine: the model in training samples by itself."""

@@ -1,6 +1,7 @@
 """Settings beside each other: rewards that are known, and what excludes what. Errors name the setting to change."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from appo.constraints import ConfigError, shown, suggestion
 REWARD_NAMES = {
     "accuracy", "format", "math", "multiple_choice", "ocr", "regression", "rouge", "temporal_iou", "think_length",
 }  # fmt: skip
+# How tokens are weighed; `appo.train.rules` has the rules.
+METHODS = ("appo", "grpo", "tw-grpo", "vppo", "pgpo")
 # Name, and the setting that it may not exceed.
 LIMITS = (
     ("overlong_buffer", "max_new_tokens"),
@@ -22,6 +25,7 @@ LIMITS = (
 def check_together(config: Any) -> None:
     """Raise ConfigError for the first settings of an `APPOConfig` that cannot stand beside each other."""
     _check_rewards(config.rewards)
+    _check_name("method", config.method, METHODS)
     for name, limit in LIMITS:
         if getattr(config, name) > getattr(config, limit):
             raise ConfigError(
@@ -35,15 +39,20 @@ def check_together(config: Any) -> None:
 
 def _check_rewards(rewards: dict[str, float]) -> None:
     for name in rewards:
-        file, colon, function = name.rpartition(":")
-        if colon and file.endswith(".py") and function.isidentifier():
-            if not Path(file).is_file():
-                raise ConfigError(f"`rewards`: {shown(file)}: no such file. Paths start from the working directory.")
-        elif name not in REWARD_NAMES:
-            known = f"one of {', '.join(sorted(REWARD_NAMES))}, one that was registered before, or FILE.py:NAME"
-            raise ConfigError(f"`rewards`: expected {known}, got {shown(name)}.{suggestion(name, REWARD_NAMES)}")
+        _check_name("rewards", name, REWARD_NAMES, "one that was registered before, ")
     if not any(rewards.values()):
         raise ConfigError("`rewards`: expected a weight other than 0, got 0 for all. Nothing would be learned.")
+
+
+def _check_name(setting: str, name: str, known: Collection[str], others: str = "") -> None:
+    """Raise ConfigError unless ``name`` is one of ``known``, or a function of a file that exists."""
+    file, colon, function = name.rpartition(":")
+    if colon and file.endswith(".py") and function.isidentifier():
+        if not Path(file).is_file():
+            raise ConfigError(f"`{setting}`: {shown(file)}: no such file. Paths start from the working directory.")
+    elif name not in known:
+        expected = f"one of {', '.join(sorted(known))}, {others}or FILE.py:NAME"
+        raise ConfigError(f"`{setting}`: expected {expected}, got {shown(name)}.{suggestion(name, known)}")
 
 
 # Each returns a reason why settings cannot stand beside each other, or None.

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from appo.config import APPOConfig, ConfigError
 from appo.credit import report
@@ -14,7 +13,7 @@ from appo.credit.told import FindSpans
 from appo.credit.weightings import BASE
 from appo.data.load import check_media, load_records
 from appo.data.records import Record
-from appo.rollout.registry import user_module
+from appo.rollout.registry import user_function
 from appo.tasks.dataset import SOURCE
 from appo.tasks.thoughts import telling_spans
 from appo.train.setup import load_model
@@ -122,15 +121,13 @@ def find_function(told: str, records: Sequence[Record]) -> FindSpans | None:
     if told == "auto":
         ours = all(record.meta.get("data_source") == SOURCE for record in records)
         return telling_spans if ours else None
-    file, colon, name = told.rpartition(":")
+    file, colon, _ = told.rpartition(":")
     if not colon or not file.endswith(".py") or not Path(file).is_file():
         raise ConfigError(f"`told`: expected auto, none or FILE.py:NAME of a file that exists, got {told!r}.")
     try:
-        function: Any = getattr(user_module(str(Path(file).resolve()), "told"), name, None)
+        function = user_function(told, "told")
     except ValueError as error:
         raise ConfigError(f"`told`: {error}") from error
-    if not callable(function):
-        raise ConfigError(f"`told`: {file}: expected a function {name!r}, got {function!r}. Define it there.")
 
     def find(text: str, record: Record) -> dict[str, tuple[int, int]] | None:
         spans = function(text, record)

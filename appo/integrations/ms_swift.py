@@ -12,7 +12,7 @@ The weights are multiplied into the (B, T) advantages that all of ms-swift's los
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from swift.rlhf_trainers.grpo_trainer import GRPOTrainer
@@ -21,11 +21,10 @@ from swift.trainers.trainer_factory import TrainerFactory
 from torch import Tensor
 
 from appo.config import APPOConfig
+from appo.integrations.before_training import accuracy_column, check_layout, check_model, check_served
+from appo.integrations.recording import logit_arguments, record_responses
 from appo.integrations.weights import GroupWeights, group_weights
 from appo.models.loaded import unwrapped
-from appo.recording.arguments import response_rows
-from appo.recording.frame_ids import frame_ids
-from appo.recording.recorder import record_frame_mass
 
 
 def use(appo: APPOConfig | None = None, *, accuracy: str | None = None) -> None:
@@ -35,7 +34,8 @@ def use(appo: APPOConfig | None = None, *, accuracy: str | None = None) -> None:
         appo: as of `appo.integrations.trl.APPOTrainer`.
         accuracy: name of the reward function that says which responses are right; None: the first.
     """
-    APPOTrainer.appo, APPOTrainer.accuracy = appo or APPOConfig(), accuracy or ""
+    APPOTrainer.appo, APPOTrainer.accuracy = appo or APPOConfig(), accuracy
+    check_served(APPOTrainer.appo)
     TrainerFactory.TRAINER_MAPPING["grpo"] = f"{APPOTrainer.__module__}.{APPOTrainer.__name__}"
 
 
@@ -47,7 +47,7 @@ class APPOTrainer(GRPOTrainer):
             rows, sequence parallelism and ZeRO-3; groups that straddle processes; an unknown reward.
     """
 
-    appo, accuracy = APPOConfig(), ""  # set by ``use``; "" is the first reward
+    appo, accuracy = APPOConfig(), cast(str | None, None)  # set by ``use``
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         settings, template = kwargs["args"], kwargs["template"]
@@ -60,14 +60,9 @@ class APPOTrainer(GRPOTrainer):
             if asked:
                 raise ValueError(f"`{name}`: expected it off with APPO's token weights: {reason}. Turn it off.")
         super().__init__(*args, **kwargs)
-        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        if plugin is not None and plugin.zero_stage == 3:
-            raise ValueError(
-                "`deepspeed`: expected stage 2 or less, got ZeRO-3, which splits the head. Choose another."
-            )
-        if self.accuracy and self.accuracy not in self.reward_func_names:
-            names = ", ".join(self.reward_func_names)
-            raise ValueError(f"`accuracy`: expected one of {names}, got {self.accuracy!r}.")
+        check_model(self.appo, self.model)
+        check_layout(self)
+        self._accuracy_column = accuracy_column(self.reward_func_names, self.accuracy)
 
     def _prepare_batch_inputs(self, samples: Any) -> Any:
         collate = self.template.data_collator  # takes out of what a sample has encoded what it collates
@@ -79,10 +74,9 @@ class APPOTrainer(GRPOTrainer):
 
     def _postprocess_batch(self, samples: Any, batch_encoded_inputs: Any) -> None:
         super()._postprocess_batch(samples, batch_encoded_inputs)
-        if not self.model.training or self.appo.method != "appo":
+        if not self.model.training or self.appo.method == "grpo":
             return
-        column = self.reward_func_names.index(self.accuracy) if self.accuracy else 0
-        rewards = get_even_process_data(self, self._rewards_per_func[:, column]).nan_to_num(nan=0.0)
+        rewards = get_even_process_data(self, self._rewards_per_func[:, self._accuracy_column]).nan_to_num(nan=0.0)
         weights: list[Tensor] = []  # of each sample: those of its trained tokens, in order
         for start in range(0, len(samples), self.num_generations):
             own = slice(start, start + self.num_generations)
@@ -113,14 +107,7 @@ class APPOTrainer(GRPOTrainer):
     def _score(self, inputs: dict[str, Any], mask: Tensor, rewards: Tensor) -> GroupWeights:
         base = unwrapped(self.model)
         ids, length = inputs["input_ids"], mask.shape[1]
-        recorder = record_frame_mass(
-            base,
-            frame_ids(ids, base.config, video_grid_thw=inputs.get("video_grid_thw")),
-            rows=response_rows(ids.shape[1] - length, length),
-            layers=self.appo.layers,
-            reduction=self.appo.mass_reduction,
-        )
-        softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+        recorder = record_responses(base, ids, length, self.appo, video_grid_thw=inputs.get("video_grid_thw"))
         rows: list[Tensor] = []
         found: list[GroupWeights] = []
 
@@ -133,7 +120,7 @@ class APPOTrainer(GRPOTrainer):
             found.append(
                 group_weights(
                     recorder.mass, mask, rewards, hidden, weight, ids[:, -length:], config=self.appo, bias=head.bias,
-                    group_size=len(ids), temperature=self.temperature, softcap=softcap,
+                    group_size=len(ids), **logit_arguments(base, self.temperature),
                 )
             )  # fmt: skip
 

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from appo.config import APPOConfig
+from appo.integrations.before_training import check_model, check_served
+from appo.integrations.recording import logit_arguments, record_responses
 from appo.integrations.response_head import add_response_head
 from appo.integrations.weights import group_weights
 from appo.method.advantages import group_advantages
-from appo.recording.arguments import response_rows
-from appo.recording.frame_ids import frame_ids
-from appo.recording.recorder import record_frame_mass
 
 WEIGHTS = "token_weights"  # in Sample.metadata: one number for each response token
 
@@ -38,6 +37,8 @@ class GroupScorer:
 
     def __init__(self, model: Any, appo: APPOConfig | None = None, *, temperature: float = 1.0) -> None:
         self.model, self.appo, self.temperature = model.eval(), appo or APPOConfig(), temperature
+        check_served(self.appo)
+        check_model(self.appo, model)
         add_response_head(model)
 
     @torch.no_grad()
@@ -57,11 +58,10 @@ class GroupScorer:
         )
         masks = [torch.tensor(s.loss_mask or [1] * s.response_length, dtype=torch.bool, device=device) for s in samples]
         head = self.model.get_output_embeddings()
-        softcap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         found = group_weights(
             mass, torch.stack([torch.nn.functional.pad(mask, (0, longest - len(mask))) for mask in masks]),
             torch.tensor(accuracy, dtype=torch.float32, device=device), hidden, head.weight, targets,
-            config=self.appo, group_size=len(samples), bias=head.bias, temperature=self.temperature, softcap=softcap,
+            config=self.appo, group_size=len(samples), bias=head.bias, **logit_arguments(self.model, self.temperature),
         )  # fmt: skip
         for sample, row in zip(samples, found.weights, strict=True):
             sample.metadata[WEIGHTS] = row[: sample.response_length].tolist()
@@ -78,13 +78,7 @@ class GroupScorer:
         types = torch.zeros_like(ids)
         for name, kind in (("image_token_id", 1), ("video_token_id", 2)):
             types[prompt[None] & (ids == getattr(config, name, None))] = kind
-        recorder = record_frame_mass(
-            self.model,
-            frame_ids(ids, config, video_grid_thw=media.get("video_grid_thw")),
-            rows=response_rows(ids.shape[1] - length, length),
-            layers=self.appo.layers,
-            reduction=self.appo.mass_reduction,
-        )
+        recorder = record_responses(self.model, ids, length, self.appo, video_grid_thw=media.get("video_grid_thw"))
         media.setdefault("mm_token_type_ids", types)
         with recorder:
             hidden = self.model(

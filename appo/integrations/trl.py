@@ -14,15 +14,14 @@ from torch import Tensor
 from trl import GRPOTrainer
 
 from appo.config import APPOConfig
+from appo.integrations.before_training import accuracy_column, check_layout, check_model, check_served
 from appo.integrations.media import Media, WithMedia, forward_inputs, split_media
+from appo.integrations.recording import logit_arguments, record_responses
 from appo.integrations.response_head import add_response_head
-from appo.integrations.trl_loss import check_layout, fused_loss, log_mean, loss_mask, why_not_fused
-from appo.integrations.weights import GroupWeights, check_served, group_weights
+from appo.integrations.trl_loss import fused_loss, log_mean, loss_mask, why_not_fused
+from appo.integrations.weights import GroupWeights, group_weights
 from appo.models.loaded import unwrapped, vision_token_ids
 from appo.models.positions import use_positions
-from appo.recording.arguments import response_rows
-from appo.recording.frame_ids import frame_ids
-from appo.recording.recorder import record_frame_mass
 
 logger = logging.getLogger("appo")
 
@@ -31,9 +30,8 @@ class APPOTrainer(GRPOTrainer):
     """``GRPOTrainer`` that trains on videos with APPO's token weights.
 
     Args:
-        appo: the fields ``layers``, ``mass_reduction``, ``strategy``, ``top_tokens``, ``top_frames``, ``threshold``,
-            ``slot_tokens``, ``divergence``, ``alpha`` and ``average`` are read; the loss has the settings of ``args``.
-            ``method="grpo"``: W = 1, and nothing is recorded.
+        appo: ``method`` and the settings of its weights are read (docs/own_method.md); the loss has those of ``args``.
+            "grpo": W = 1, and nothing is recorded.
         accuracy: name of the reward function that says which responses are right; None: the first.
         others: those of ``GRPOTrainer``.
 
@@ -41,28 +39,23 @@ class APPOTrainer(GRPOTrainer):
     ``appo.integrations.trl_loss.FUSED`` are computed by ``linear_weighted_surrogate`` where no option forbids it.
 
     Raises:
-        ValueError: a method that appo's own trainer alone has, groups that straddle processes, ZeRO-3, an unknown
-            reward, prompts with videos for vLLM (which TRL does not hand them to).
+        ValueError: settings that are no token weights, attention that cannot be recorded, groups that straddle
+            processes, ZeRO-3, an unknown reward, prompts with videos for vLLM (which TRL does not hand them to).
     """
 
     def __init__(self, *args: Any, appo: APPOConfig | None = None, accuracy: str | None = None, **others: Any) -> None:
         self.appo = appo or APPOConfig()
         check_served(self.appo)
         super().__init__(*args, **others)
-        if accuracy is not None and accuracy not in self.reward_func_names:
-            raise ValueError(f"`accuracy`: expected one of {', '.join(self.reward_func_names)}, got {accuracy!r}.")
-        self._accuracy_column = 0 if accuracy is None else self.reward_func_names.index(accuracy)
+        self._accuracy_column = accuracy_column(self.reward_func_names, accuracy)
         check_layout(self)
         base = unwrapped(self.model)
-        for each in (base, getattr(self, "ref_model", None)):
-            if each is not None:
-                use_positions(each, self.appo.video_positions)
+        check_model(self.appo, base)
+        for each in filter(None, (base, getattr(self, "ref_model", None))):
+            use_positions(each, self.appo.video_positions)
         add_response_head(base)
-        text_config = base.config.get_text_config()
-        self._config = base.config
-        softcap = getattr(text_config, "final_logit_softcapping", None)
-        self._logits = {"temperature": self.temperature, "softcap": softcap}
-        self._not_fused = why_not_fused(self, text_config)
+        self._logits = logit_arguments(base, self.temperature)
+        self._not_fused = why_not_fused(self, base.config.get_text_config())
         logger.info("APPOTrainer: %s", f"TRL's loss, for {self._not_fused}" if self._not_fused else "fused loss")
         if getattr(base.config, "video_token_id", None) is not None:
             # A sampled video token would be taken for one of the prompt's video.
@@ -98,7 +91,7 @@ class APPOTrainer(GRPOTrainer):
         output: dict[str, Any] = super()._generate_and_score_completions(inputs)
         if self._media is not None:
             output["media"] = self._media
-        if self.model.training and self.appo.method == "appo" and self._media is not None:
+        if self.model.training and self.appo.weighs(self._media is not None):
             found = self._score(output)
             output["token_weights"], output["scored_logprobs"] = found.weights, found.logprobs
             output["response_advantages"] = output["advantages"]
@@ -118,18 +111,14 @@ class APPOTrainer(GRPOTrainer):
         return GroupWeights(torch.cat(weights), torch.cat(logprobs), [one for part in frames for one in part])
 
     def _score_group(self, output: dict[str, Any], own: slice) -> GroupWeights:
-        assert self._accuracy is not None and self._media is not None
+        assert self._accuracy is not None
         rewards, targets, mask = self._accuracy[own], output["completion_ids"][own], loss_mask(output)[own]
         ids = torch.cat([output["prompt_ids"][own], targets], 1)
         length = targets.shape[1]
-        inputs = forward_inputs(self._media[own], ids, length)
-        recorder = record_frame_mass(
-            self.model,
-            frame_ids(ids, self._config, video_grid_thw=inputs.get("video_grid_thw")),
-            rows=response_rows(ids.shape[1] - length, length),
-            layers=self.appo.layers,
-            reduction=self.appo.mass_reduction,
-        )
+        inputs = forward_inputs(self._media[own], ids, length) if self._media else {}
+        recorder = record_responses(
+            self.model, ids, length, self.appo, video_grid_thw=inputs.get("video_grid_thw")
+        )  # fmt: skip
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> GroupWeights:
             return group_weights(

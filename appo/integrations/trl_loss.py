@@ -18,21 +18,6 @@ FUSED = {
 SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
 
 
-def check_layout(trainer: Any) -> None:
-    """Raise ValueError where a group's rows would lie in several processes, or the head in none of them whole."""
-    rows = trainer.args.per_device_train_batch_size * trainer.args.steps_per_generation
-    if rows % trainer.num_generations:
-        raise ValueError(
-            f"`args`: expected per_device_train_batch_size * steps_per_generation = {rows} to be a multiple of "
-            f"num_generations = {trainer.num_generations}, so that no group straddles processes. Change one of them."
-        )
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        raise ValueError(
-            "`args`: expected DDP, FSDP2 or DeepSpeed up to stage 2, got ZeRO-3, which splits the head. Choose another."
-        )
-
-
 def why_not_fused(trainer: Any, text_config: Any) -> str:
     """Options of the trainer that the fused loss does not have, separated by commas; "" when it has all."""
     asked = {

@@ -10,7 +10,7 @@ import torch
 
 from appo.config import APPOConfig, ConfigError
 from appo.constraints import shown
-from appo.recording.hooks import attention_layers
+from appo.recording.hooks import check_attention
 
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 
@@ -77,7 +77,7 @@ def check_fits(config: APPOConfig, model: Any, processor: Any) -> None:
     """Settings that need the model to be judged. Raises ConfigError."""
     if config.records_mass:
         try:
-            attention_layers(model, config.layers)
+            check_attention(model, config.layers)
         except ValueError as error:
             raise ConfigError(str(error).removeprefix("record_frame_mass: ")) from error
     tokenizer = getattr(processor, "tokenizer", None)

@@ -136,6 +136,12 @@ def attention_modules(decoder: nn.Module) -> dict[int, Any]:
     return {int(module.layer_idx): module for module in decoder.modules() if _attends(module)}  # type: ignore[arg-type]
 
 
+def check_attention(model: nn.Module, layers: int | Sequence[int]) -> None:
+    """Raise ValueError for a model whose layers cannot be recorded, before any forward of it."""
+    for module in attention_layers(model, layers)[1].values():
+        Tap(module).function()
+
+
 def attention_layers(model: nn.Module, layers: int | Sequence[int]) -> tuple[nn.Module, dict[int, nn.Module]]:
     """The text decoder inside any wrapper, and its chosen attention modules by layer number."""
     from transformers import PreTrainedModel

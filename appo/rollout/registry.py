@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any, cast
 
 from appo.constraints import suggestion
 from appo.data.records import Record
@@ -60,19 +61,15 @@ def get_reward(name: str) -> Reward:
     """
     if name in REWARDS:
         return REWARDS[name]
-    file, colon, function = name.rpartition(":")
-    if colon and file.endswith(".py"):
-        return _from_file(str(Path(file).resolve()), function)
+    if ".py:" in name:
+        return _from_file(name)
     hint = suggestion(name, REWARDS) or " Register your own, or name a function of a file: my.py:name."
     raise ValueError(f"reward: expected one of {', '.join(sorted(REWARDS))}, got {name!r}.{hint}")
 
 
 @functools.cache
-def _from_file(file: str, function: str) -> Reward:
-    place = f"reward {file}:{function}"
-    found = getattr(user_module(file, "reward"), function, None)
-    if not callable(found):
-        raise ValueError(f"{place}: expected a function of that name in the file, got {found!r}. Define it there.")
+def _from_file(name: str) -> Reward:
+    found, place = user_function(name, "reward"), f"reward {name}"
 
     def score(text: str, record: Record) -> float | None:
         try:
@@ -82,6 +79,20 @@ def _from_file(file: str, function: str) -> Reward:
             raise ValueError(f"{place}: {record.place}: {type(error).__name__}: {error}") from error
 
     return per_response(score)
+
+
+def user_function(name: str, what: str) -> Callable[..., Any]:
+    """The function NAME of a user's file "FILE.py:NAME", which is run: name only files that you trust.
+
+    Raises ValueError naming ``what`` it is for, and what is wrong with the file or the name.
+    """
+    file, _, function = name.rpartition(":")
+    found = getattr(user_module(str(Path(file).resolve()), what), function, None)
+    if not callable(found):
+        raise ValueError(
+            f"{what} {name}: expected a function of that name in the file, got {found!r}. Define it there."
+        )
+    return cast(Callable[..., Any], found)
 
 
 @functools.cache

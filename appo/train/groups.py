@@ -46,7 +46,7 @@ class Group:
 
     target_frames: Tensor | None = None  # (K,) int64: psi'
     weights: Tensor | None = None  # (G, N) fp32: W of docs/method.md section 5; None: all ones
-    advantages: Tensor | None = None  # (G,) fp32
+    advantages: Tensor | None = None  # (G,) fp32, or (G, N) of a method that has one for each token
 
     @property
     def informative(self) -> bool:
@@ -153,7 +153,8 @@ def portion(batch: ResponseBatch, aggregation: str, tokens: float, responses: fl
 def loss_operands(
     parts: Sequence[Part], device: torch.device | str, *, rollout_logprobs: bool
 ) -> dict[str, Tensor | None]:
-    """The operands of a surrogate loss per token, (B, N) fp32 each, and ``advantages`` (B,), of parts of groups.
+    """The operands of a surrogate loss per token, (B, N) fp32 each, of parts of groups; ``advantages`` are (B,) where
+    they are a response's.
 
     rollout_logprobs: whether the loss corrects for the engine that sampled.
     """
@@ -162,10 +163,16 @@ def loss_operands(
         return stack_tokens([part.take(value) for part, value in zip(parts, values, strict=True)], 0.0).to(device)
 
     groups = [part.group for part in parts]
+    advantages = [known(group.advantages) for group in groups]
+    if any(values.dim() == 2 for values in advantages):
+        shapes = [group.mask.shape for group in groups]
+        of_all = stack([v if v.dim() == 2 else v[:, None].expand(s) for v, s in zip(advantages, shapes, strict=True)])
+    else:
+        of_all = torch.cat([part.take(values) for part, values in zip(parts, advantages, strict=True)]).to(device)
     references = [group.ref_logprobs for group in groups if group.ref_logprobs is not None]
     return {
         "old_logprobs": stack([known(group.old_logprobs) for group in groups]),
-        "advantages": torch.cat([part.take(known(part.group.advantages)) for part in parts]).to(device),
+        "advantages": of_all,
         "token_weights": stack([token_weights_of(group) for group in groups]),
         "ref_logprobs": stack(references) if references else None,
         "rollout_logprobs": stack([group.rollout_logprobs for group in groups]) if rollout_logprobs else None,

@@ -31,7 +31,7 @@ def model_card(config: APPOConfig, step: int, evaluations: Mapping[str, Mapping[
     """A card in the form of the Hugging Face hub. evaluations: split -> the newest numbers of it."""
     base = config.model
     named = base if base and not Path(base).exists() else Path(base).name or "a model of transformers"
-    method = METHODS[config.method]
+    method = METHODS.get(config.method, f"GRPO with the token weights of {Path(config.method).name}")
     if config.method == "grpo" and config.dynamic_sampling:
         method = "DAPO"
     if config.attention_coef > 0:

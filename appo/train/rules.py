@@ -1,22 +1,38 @@
 """The rules by which frames are chosen and tokens weighed, unless a trainer is given other functions for it."""
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from appo.config import APPOConfig
 from appo.method.selection import perception_slots, select_frames
 from appo.method.token_weights import token_weights
 from appo.method.visual_dependence import filtered_weights, gated_weights, position_slots
-from appo.train.groups import Group, known
+from appo.rollout.registry import user_function
+from appo.train.groups import known
+from appo_kernels import checks
+
+
+class Scored(Protocol):
+    """What a rule may read of the G responses to a prompt, N tokens each, here and in other trainers."""
+
+    mask: Tensor  # (G, N) bool: the response's tokens
+    accuracy: Tensor  # (G,) fp32: what divides right from wrong
+    mass: Tensor | None  # (G, N, F) fp32: what each token looked at; None without frames, or where nothing is recorded
+    entropy: Tensor | None  # (G, N) fp32, nats
+    old_logprobs: Tensor | None  # (G, N) fp32, of the sampled tokens
+    target_frames: Tensor | None  # (K,) int64: the key frames, of the method "appo"
+
 
 # (K, G, J) slots -> (K, J): how much the tokens of a slot disagree (`appo_kernels.group_divergence`).
 Divergence = Callable[[Tensor], Tensor]
-ChooseFrames = Callable[[Group, APPOConfig], Tensor]
-WeighTokens = Callable[[Group, Divergence, APPOConfig], Tensor]
+ChooseFrames = Callable[[Any, APPOConfig], Tensor]  # of a `Scored` group
+WeighTokens = Callable[[Any, Divergence, APPOConfig], Tensor]
 
 
-def choose_frames(group: Group, config: APPOConfig) -> Tensor:
+def choose_frames(group: Scored, config: APPOConfig) -> Tensor:
     """The target frames (K,) int64 of a scored group (docs/method.md 4)."""
     return select_frames(
         known(group.mass),
@@ -29,31 +45,42 @@ def choose_frames(group: Group, config: APPOConfig) -> Tensor:
     )
 
 
-def weigh_tokens(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
-    """The weight (G, N) fp32 of each token of a scored group, by the rule of ``config.method``."""
-    return RULES[config.method](group, divergence, config)
+def weigh_tokens(group: Scored, divergence: Divergence, config: APPOConfig) -> Tensor:
+    """The weight (G, N) fp32 of each token of a scored group, by the rule of ``config.method``.
+
+    Raises ValueError where a rule of a user's file returns other things than weights.
+    """
+    if config.method in RULES:
+        return RULES[config.method](group, divergence, config)
+    weights = user_function(config.method, "method")(group, divergence, config)
+    op, shape = f"method {config.method}", tuple(group.mask.shape)
+    checks.shape(op, "weights", weights, shape, "(G, N)", "Return one weight for each token of the group.")
+    weights = torch.where(group.mask, weights.detach().float(), 1.0)
+    if not bool((weights.isfinite() & (weights >= 0)).all()):
+        checks.fail(op, "weights", "finite numbers >= 0 at valid tokens", "others", "Clamp them, or look for NaN.")
+    return weights
 
 
-def _by_frames(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
+def _by_frames(group: Scored, divergence: Divergence, config: APPOConfig) -> Tensor:
     """APPO: disagreement of the tokens that look at the group's key frames (docs/method.md 5)."""
     frames = known(group.target_frames)
     slots = perception_slots(known(group.mass), group.mask, frames, **config.slot_arguments())
     return token_weights(divergence(slots), slots, group.mask, **config.weight_arguments())
 
 
-def _by_position(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
+def _by_position(group: Scored, divergence: Divergence, config: APPOConfig) -> Tensor:
     """TW-GRPO: disagreement of the tokens at the same position."""
     slots = position_slots(group.mask)
     return token_weights(divergence(slots), slots, group.mask, **config.weight_arguments())
 
 
-def _filtered(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
+def _filtered(group: Scored, divergence: Divergence, config: APPOConfig) -> Tensor:
     """VPPO, with frame mass as a token's dependence on the video: it takes no second forward."""
     score = known(group.mass).sum(-1)
     return filtered_weights(score, group.mask, share=config.token_share, floor=config.factor_floor)
 
 
-def _gated(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
+def _gated(group: Scored, divergence: Divergence, config: APPOConfig) -> Tensor:
     """PGPO's gate and normalisation, with frame mass as a token's dependence on the video."""
     score, share = known(group.mass).sum(-1), config.token_share
     return gated_weights(score, group.mask, share=share, alpha=config.alpha, normalise=config.normalise)

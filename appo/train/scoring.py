@@ -51,8 +51,7 @@ def score_parts(
         group = part.group
         group.old_logprobs = _filled(group.old_logprobs, part, found[0].cpu())
         group.entropy = _filled(group.entropy, part, found[1].cpu())
-        # Positions can be weighed without frames, whatever else looks at them.
-        if config.method == "tw-grpo" or (config.method != "grpo" and group.prompt.num_frames > 0):
+        if config.weighs(group.prompt.num_frames):
             group.lse = _filled(group.lse, part, found[2])
             group.hidden = _filled(group.hidden, part, found[3])
     if mass is not None:

@@ -14,12 +14,13 @@ from appo.data.prompts import Prompt, PromptBuilder
 from appo.data.records import Record
 from appo.data.sampler import RecordSampler
 from appo.method.advantages import group_advantages
+from appo.method.attention_policy import attention_loss
 from appo.models.load import check_fits
 from appo.rollout.build import build_engine
 from appo.rollout.engine import Completion, Rollout, Sampling, checked
 from appo.rollout.model_engine import TransformersRollout
 from appo.train.ahead import Ahead, check_asynchronous, forget_ahead, next_groups
-from appo.train.attention_update import attention_update
+from appo.train.attention_update import AttentionLoss, attention_update
 from appo.train.collective import total_of
 from appo.train.drawing import draw_prompts
 from appo.train.engine_difference import measure_engine
@@ -52,6 +53,7 @@ class Trainer:
         engine: samples responses, for training and evaluation (see `Rollout`); None: that of ``config.engine``.
         choose_frames: (group, config) -> target frames (K,) int64 of a scored group.
         weigh_tokens: (group, divergence, config) -> weights (G, N) fp32; ``divergence(slots)`` is (K, J).
+        attention_loss: of ``config.attention_coef``, called as `appo.method.attention_policy.attention_loss` is.
         surrogate: called as `appo_kernels.linear_weighted_surrogate` is, and returns what it does.
         trackers: of accelerate's kind, beside those that ``config.trackers`` names.
 
@@ -70,6 +72,7 @@ class Trainer:
         engine: Rollout | None = None,
         choose_frames: ChooseFrames = choose_frames,
         weigh_tokens: WeighTokens = weigh_tokens,
+        attention_loss: AttentionLoss = attention_loss,
         surrogate: Any = linear_weighted_surrogate,
         trackers: Sequence[GeneralTracker] = (),
     ) -> None:
@@ -83,7 +86,8 @@ class Trainer:
         self.processor = processor
         self.eval_splits = dict(eval_dataset) if isinstance(eval_dataset, Mapping) else {"eval": eval_dataset}
         self.eval_splits = {name: records for name, records in self.eval_splits.items() if records}
-        self.choose_frames, self.weigh_tokens, self.surrogate = choose_frames, weigh_tokens, surrogate
+        self.choose_frames, self.weigh_tokens = choose_frames, weigh_tokens
+        self.attention_loss, self.surrogate = attention_loss, surrogate
         self.pad_id = processor.tokenizer.pad_token_id
         self.meter = Meter()
         self.unwrapped = policy = Policy(prepare_model(model, config), config.share_prompt)
@@ -249,7 +253,7 @@ class Trainer:
         operands = loss_operands(parts, self.accelerator.device, rollout_logprobs=self.corrects)
         arguments = operands | config.loss_arguments() | self.unwrapped.logit_arguments(config) | {"num_items": tokens}
         sequences = self.unwrapped.sequences(batch)
-        attention = attention_update(parts, batch, sequences, self.unwrapped, config)
+        attention = attention_update(parts, batch, sequences, self.unwrapped, config, self.attention_loss)
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> SurrogateOutput:
             found = self.surrogate(hidden, weight, batch.completion_ids, mask=batch.mask, bias=bias, **arguments)

@@ -21,10 +21,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from appo import frame_ids, perception_slots, select_frames, token_weights
 from appo.config import APPOConfig
-from appo.integrations import group_weights
+from appo.integrations.before_training import check_layout
 from appo.integrations.media import forward_inputs, split_media
 from appo.integrations.trl import APPOTrainer
-from appo.integrations.trl_loss import check_layout
 from appo.tasks.tiny import build_tiny
 from appo_kernels.ops.group_divergence import reference
 
@@ -74,8 +73,12 @@ def _norm(tensors: Any) -> float:
     return float(torch.cat([tensor.flatten() for tensor in tensors]).norm())
 
 
-def trainer(folder: Any, kind: str = "video", *, cls: type = Compared, peft: Any = None, **changes: Any) -> Any:
+def trainer(
+    folder: Any, kind: str = "video", *, cls: type = Compared, peft: Any = None, appo: APPOConfig = SETTINGS,
+    attention: str = "sdpa", **changes: Any,
+) -> Any:  # fmt: skip
     model, processor = build_tiny(0)
+    model.get_decoder().config._attn_implementation = attention
     if changes.get("beta") and peft is None:  # TRL loads the reference model from where the model came from
         model.save_pretrained(folder / "model")
         model = type(model).from_pretrained(folder / "model")
@@ -86,7 +89,7 @@ def trainer(folder: Any, kind: str = "video", *, cls: type = Compared, peft: Any
         "output_dir": str(folder), "seed": 5, "use_bias_correction_kl": False,
     }  # fmt: skip
     args = GRPOConfig(**(settings | changes))
-    others = {} if cls is GRPOTrainer else {"appo": SETTINGS}
+    others = {} if cls is GRPOTrainer else {"appo": appo}
     made = cls(
         model=model, reward_funcs=parity, args=args, train_dataset=prompts(kind), processing_class=processor,
         peft_config=peft, **others,
@@ -267,25 +270,42 @@ def test_groups_that_straddle_processes_are_refused(tmp_path: Any) -> None:
         )  # fmt: skip
 
 
-# Another way of weighting tokens, and a loss on attention itself.
-@pytest.mark.parametrize("changes", [{"method": "vppo"}, {"method": "grpo", "attention_coef": 0.1}])
-def test_methods_of_our_own_trainer_are_refused_before_anything_is_loaded(changes: dict[str, Any]) -> None:
-    config = SimpleNamespace(**({"attention_coef": 0.0} | changes))
-    with pytest.raises(ValueError, match="expected method = appo or grpo"):
-        APPOTrainer(appo=config)
+# A loss on attention itself, and a filter of the whole batch's tokens.
+@pytest.mark.parametrize("preset", ["ral", "top-entropy"])
+def test_methods_that_are_more_than_weights_are_refused_before_anything_is_loaded(preset: str) -> None:
+    with pytest.raises(ValueError, match=r"group_weights: `config`: expected (attention_coef|entropy_share) = "):
+        APPOTrainer(appo=APPOConfig.preset(preset))
 
 
-def test_a_group_without_frames_has_weights_of_one() -> None:
-    hidden, weight, targets = torch.randn(4, 5, 8), torch.randn(11, 8), torch.randint(11, (4, 5))
-    mask = torch.ones(4, 5, dtype=torch.bool)
-    found = group_weights(
-        torch.zeros(4, 5, 0), mask, torch.ones(4), hidden, weight, targets, config=SETTINGS, group_size=2
-    )
-    expected = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[..., None])[..., 0]
-    assert torch.equal(found.weights, torch.ones(4, 5)) and [len(frames) for frames in found.frames] == [0, 0]
-    torch.testing.assert_close(found.logprobs, expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match="group_size"):
-        group_weights(torch.zeros(4, 5, 0), mask, torch.ones(4), hidden, weight, targets, config=SETTINGS, group_size=3)
+def test_attention_that_cannot_be_recorded_is_refused_before_anything_is_sampled(tmp_path: Any) -> None:
+    with pytest.raises(ValueError, match="`layers`: expected 1 to 4"):
+        trainer(tmp_path, appo=APPOConfig(layers=99))
+    with pytest.raises(ValueError, match="expected a registered attention implementation, got 'unheard_of'"):
+        trainer(tmp_path, attention="unheard_of")
+
+
+# By position, by mass, and a rule of one's own file; "text" has no frames, and W = 1 but by position.
+@pytest.mark.parametrize(
+    ("method", "kind"), [("vppo", "video"), ("tw-grpo", "text"), ("own", "video"), ("own", "text")]
+)
+def test_other_methods_and_ones_own_weigh_too(method: str, kind: str, tmp_path: Any) -> None:
+    if method == "own":
+        (tmp_path / "my_method.py").write_text(
+            "def looks(group, divergence, config):\n    return 2 * group.mass.sum(-1)\n"
+        )
+        config = APPOConfig(method=f"{tmp_path}/my_method.py:looks", mass_reduction="sum")
+    else:
+        config = APPOConfig.preset(method)
+    made = trainer(tmp_path, kind, appo=config, max_steps=1)
+    made.train()
+    for inputs, ours, theirs, *_ in made.seen:
+        assert abs(ours - theirs) < 1e-6
+        if method == "own" and kind == "text":
+            assert "token_weights" not in inputs
+            continue
+        weights = inputs["token_weights"][inputs["completion_mask"].bool()]
+        expected = {"vppo": bool((weights == 0).any()), "tw-grpo": bool((weights >= 1).all()), "own": weights.max() < 2}
+        assert expected[method] and float(weights.std()) > 0
 
 
 SCRIPT = """
