@@ -134,7 +134,7 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, str, str, tuple[str, ...], lis
     "ms-swift parts": (SWIFT_PARTS, ("How long, in seconds?", "12.5", "numerical", (), [("video", "v.mp4")])),
     "TRL": (TRL, ("What is it?", "a red cup", "free-form", (), [("image", "1.png")])),
     "TRL text": (TRL_TEXT, ("What is 1 + 1?", "2", "numerical", (), [])),
-    "LLaVA": (LLAVA, ("Which?\nA. a cup\nB. a book\nAnswer with the letter.", "B", "multiple choice", (), [("video", "v.mp4")])),
+    "LLaVA": (LLAVA, ("Which?", "B", "multiple choice", ("A. a cup", "B. a book"), [("video", "v.mp4")])),
     "MVBench": (MVBENCH, ("What?", "B", "multiple choice", ("A. a cup", "B. a book", "C. a pen"), [("video", "v.mp4")])),
     "VSI-Bench": (VSI, ("How many tables are there?", "4", "regression", (), [("video", "arkitscenes/41069025.mp4")])),
     "VSI-Bench choice": (VSI_CHOICE, (VSI["question"], "B", "multiple choice", ("A. left", "B. right"), [("video", "arkitscenes/41069025.mp4")])),

@@ -1,12 +1,15 @@
 """Rows of Parquet files and of folders that Hugging Face datasets wrote, mapped into memory. Needs pyarrow."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from appo.data.cache import cached
 from appo.data.records import DataError
+
+_SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<count>\d{5})(?:-[0-9a-f]+)?\.parquet")
 
 
 def is_arrow_folder(path: Path) -> bool:
@@ -21,7 +24,7 @@ class ArrowRows:
     Parquet is written once as Arrow (see `appo.data.cache`), since a single row cannot be read out of it.
     """
 
-    text = False
+    text, tabular = False, True
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,12 +32,14 @@ class ArrowRows:
 
     def _open(self) -> Any:
         pa = _pyarrow(self.path)
+        tables, part = [], self.path
         try:
-            return pa.concat_tables([_table(pa, part) for part in _parts(self.path)], promote_options="default")
+            for part in _parts(self.path):
+                tables.append(_table(pa, part))
+            part = self.path
+            return pa.concat_tables(tables, promote_options="default")
         except (pa.ArrowException, OSError) as error:
-            raise DataError(
-                f"{self.path}: expected Parquet or Arrow, got a file that does not read: {error}."
-            ) from error
+            raise DataError(f"{part}: expected Parquet or Arrow, got a file that does not read: {error}.") from error
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
@@ -43,7 +48,7 @@ class ArrowRows:
         return row
 
     def read(self, row: int) -> Any:
-        return self.table.slice(row, 1).to_pylist()[0]
+        return self._row(self.table.slice(row, 1), row)
 
     def scan(self) -> Iterator[tuple[int, Any]]:
         """Rows with True in place of the bytes of files: a file of images is gone through without reading them."""
@@ -52,10 +57,33 @@ class ArrowRows:
         # A mapping of its own: pages that were gone through do not count as this process's memory afterwards.
         for batch in self._open().to_batches(max_chunksize=1000):
             light = {name: _without_bytes(pa, batch.column(name)) for name in batch.schema.names}
-            for row in pa.table(light).to_pylist():
-                yield index, row
-                index += 1
+            yield from self._values(pa.table(light), index)
+            index += batch.num_rows
         pa.default_memory_pool().release_unused()
+
+    def _values(self, table: Any, first: int) -> Iterator[tuple[int, Any]]:
+        try:
+            yield from enumerate(table.to_pylist(), first)
+        except _unreadable():
+            for number in range(table.num_rows):
+                yield first + number, self._row(table.slice(number, 1), first + number)
+
+    def _row(self, table: Any, index: int) -> Any:
+        """The only row of a table; a DataError where a value has no counterpart in Python."""
+        values = {}
+        for name in table.column_names:
+            try:
+                values[name] = table.column(name).to_pylist()[0]
+            except _unreadable() as error:
+                return DataError(f"{self.path}: record {index}: field `{name}`: expected text or a number: {error}.")
+        return values
+
+
+def _unreadable() -> tuple[type[Exception], ...]:
+    """What pyarrow raises for text that is not UTF-8, and for times that Python cannot hold."""
+    import pyarrow
+
+    return ValueError, OverflowError, pyarrow.ArrowException
 
 
 def _without_bytes(pa: Any, column: Any) -> Any:
@@ -80,14 +108,47 @@ def _parts(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text()).get("splits", [])
+        splits = _described(path / "dataset_dict.json").get("splits", [])
         raise DataError(
-            f"{path}: expected one split, got a folder of {', '.join(splits)}. Name one of them, {path / 'SPLIT'}."
+            f"{path}: expected one split, got a folder of {', '.join(map(str, splits))}. Name one of them, "
+            f"{path / 'SPLIT'}."
         )
     if (path / "state.json").is_file():
-        files = json.loads((path / "state.json").read_text()).get("_data_files", [])
-        return [path / file["filename"] for file in files]
-    return sorted(path.glob("*.parquet")) or sorted(path.glob("*.arrow"))
+        files = _described(path / "state.json").get("_data_files")
+        listed = files if isinstance(files, list) else []
+        names = [str(file.get("filename") or ".") if isinstance(file, dict) else "." for file in listed]
+        if not names or any(Path(name).name != name for name in names):
+            raise DataError(f"{path / 'state.json'}: expected the names of files under _data_files, got {files!r}.")
+        return [path / name for name in names]
+    return _one_split(path, sorted(path.glob("*.parquet"))) or sorted(path.glob("*.arrow"))
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """The object that a JSON file of `datasets` holds."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: expected JSON that datasets' save_to_disk wrote: {error}.") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: expected an object that datasets' save_to_disk wrote, got {type(found).__name__}.")
+    return found
+
+
+def _one_split(folder: Path, parts: list[Path]) -> list[Path]:
+    """``parts``, which must be all of one split where they are named as on the Hugging Face hub."""
+    shards = [match for part in parts if (match := _SHARD.fullmatch(part.name))]
+    splits = sorted({match["split"] for match in shards})
+    if len(splits) > 1:
+        raise DataError(
+            f"{folder}: expected the files of one split, got {', '.join(splits)}. Name one of the files, or put those "
+            "of a split into a folder of their own."
+        )
+    if shards and len(shards) != int(shards[0]["count"]):
+        raise DataError(
+            f"{folder}: expected {int(shards[0]['count'])} files {splits[0]}-*-of-{shards[0]['count']}*.parquet, got "
+            f"{len(shards)}. Fetch the others too, or name one of them."
+        )
+    return parts
 
 
 def _table(pa: Any, path: Path) -> Any:

@@ -13,7 +13,7 @@ from appo.data.span_rows import SpanRows, or_error
 class CSVRows(SpanRows):
     """Rows of a table with a header line; every value is text, and an empty cell is no value."""
 
-    text = True
+    text = tabular = True
 
     def __init__(self, path: Path, source: Path, delimiter: str) -> None:
         super().__init__(path, source)
@@ -37,6 +37,12 @@ class CSVRows(SpanRows):
         reader = csv.reader(lines(), delimiter=self.delimiter, strict=True)
         try:
             self.header = next(reader, [])
+            other = next((sign for sign in ";\t|," if sign != self.delimiter and sign in "".join(self.header)), None)
+            if len(self.header) == 1 and other is not None:
+                raise DataError(
+                    f"{self.path}: expected columns parted by {self.delimiter!r}, got {other!r} in the header "
+                    f"{self.header[0]!r}. Save it with {self.delimiter!r}, or with tabs as .tsv."
+                )
             if len(set(self.header)) < len(self.header):
                 raise DataError(f"{self.path}: expected column names that differ, got {self.header}.")
             place = consumed

@@ -3,14 +3,14 @@
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from appo.data.math_answers import is_number, number
 from appo.data.options import LETTERS, LabelError, label, letter_options
 from appo.data.paths import why_not_path
-from appo.data.records import IDS, SLACK, DataError, Media, Record
+from appo.data.records import FRAME_ENDINGS, IDS, SLACK, DataError, Media, Record
 
 _TAGGED = "<answer>", "</answer>"
 _SEGMENTS = (("start", "end"), ("video_start", "video_end"), ("start_time", "end_time"))
@@ -18,7 +18,11 @@ _SEGMENTS = (("start", "end"), ("video_start", "video_end"), ("start_time", "end
 
 @dataclass(frozen=True)
 class Fields:
-    """One raw record, and where it was read. ``text_only``: its values are all text (CSV)."""
+    """One raw record, and where it was read.
+
+    text_only: its values are all text (CSV). nulls: fields of null, where null says more than that a table has the
+    column.
+    """
 
     raw: dict[str, Any]
     file: Path
@@ -26,10 +30,16 @@ class Fields:
     root: Path
     allow_outside: bool = False
     text_only: bool = False
+    nulls: frozenset[str] = frozenset()
+
+    def of(self, changes: dict[str, Any]) -> "Fields":
+        """The same record with other values in some fields."""
+        return replace(self, raw=self.raw | changes)
 
     def fail(self, name: str, expected: str, got: Any) -> NoReturn:
         known = next((self.raw[key] for key in IDS if key in self.raw), None)
-        came = "no such field" if name not in self.raw else shown(got)
+        missing = "null" if name in self.nulls else "no such field"
+        came = shown(got) if name in self.raw else missing
         raise DataError(
             f"{self.file}: record {self.index} (id {shown(known)}): field `{name}`: expected {expected}, got {came}."
         )
@@ -45,6 +55,8 @@ class Fields:
         value = self.raw.get(name)
         if not isinstance(value, str) or not value.strip():
             self.fail(name, "text", value)
+        if "\0" in value:
+            self.fail(name, "text without NUL characters", value)
         return value.strip()
 
     def scalar(self, name: str) -> str:
@@ -95,8 +107,16 @@ class Fields:
         return value
 
     def options(self, name: str) -> tuple[str, ...]:
-        """Two or more options, lettered "A. text" whether they came as "A. text", "(A) text" or "text"."""
-        return self.lettered(name, self.texts(name))
+        """Two or more options, lettered "A. text" whether they came as "A. text", "(A) text" or "text".
+
+        They may be an object by letter, {"A": "text", ...}, or a list that is written as text.
+        """
+        value = self.raw.get(name)
+        if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+            value = replace(self, text_only=True).listed(name)
+        if isinstance(value, dict) and list(value) == list(LETTERS[: len(value)]):
+            value = list(value.values())
+        return self.lettered(name, self.of({name: value}).texts(name) if name in self.raw else self.texts(name))
 
     def lettered(self, name: str, texts: tuple[str, ...], *, distinct: bool = True) -> tuple[str, ...]:
         try:
@@ -230,6 +250,8 @@ class Fields:
         if isinstance(value, list) and kind == "video":
             if not value:
                 self.fail(name, "frames", value)
+            if any(_is_no_image(frame) for frame in value):
+                self.fail(name, "a list of image files, the frames of a video", value)
             frames = tuple(self.path(name, frame, folders) for frame in value)
             return Media(
                 kind, frames[0].parent, name, frames=frames, fps=self.seconds("fps"), start=start, end=end, root=root
@@ -261,7 +283,8 @@ class Fields:
 
     def _number(self, value: Any) -> Any:
         if self.text_only and isinstance(value, str):
-            return number(value)
+            found = number(value)
+            return value if found is None else found
         return value
 
 
@@ -285,4 +308,9 @@ def shown(value: Any) -> str:
 
 
 def _is_image(value: Any) -> bool:
-    return isinstance(value, str) and PurePosixPath(value).suffix.lower() in (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+    return isinstance(value, str) and PurePosixPath(value).suffix.lower() in FRAME_ENDINGS
+
+
+def _is_no_image(value: Any) -> bool:
+    """Whether a value is the path of something else, by its ending; paths may have none."""
+    return isinstance(value, str) and bool(PurePosixPath(value).suffix) and not _is_image(value)

@@ -9,8 +9,10 @@ from typing import Any
 from appo.data import formats_benchmarks, formats_chat, formats_plain
 from appo.data.fields import Fields, shown
 from appo.data.options import LETTERS, split_options
+from appo.data.overlooked import MEDIA_FIELDS
 from appo.data.records import KINDS, MEDIA_KINDS, DataError, Media, Record
 
+QUESTION_FIELDS = ("question", "problem", "prompt", "messages", "conversations")
 SEED_NEGATIVES = 3  # wrong options drawn for a SEED-Bench-R1 training record
 
 
@@ -33,19 +35,26 @@ def parse_record(
     seed: int,
     allow_outside: bool = False,
     text_only: bool = False,
+    tabular: bool = False,
 ) -> Record:
-    """One decoded object as a Record; raises DataError naming file, record and field."""
+    """One decoded object as a Record; raises DataError naming file, record and field.
+
+    tabular: every record has every field, so that null says nothing.
+    """
     if not isinstance(raw, dict):
         raise DataError(f"{file}: record {index}: expected an object with fields, got {type(raw).__name__}.")
     present = {name: value for name, value in raw.items() if value is not None}
-    fields = Fields(present, file, index, root, allow_outside, text_only)
+    nulls = frozenset() if tabular else raw.keys() - present.keys()
+    fields = Fields(present, file, index, root, allow_outside, text_only, frozenset(nulls))
     return recognise(fields).parse(fields, seed)
 
 
 def recognise(fields: Fields) -> Format:
     """The format of a record. Raises DataError with the record's fields and values, and the formats there are."""
     name = fields.raw.get("dataset_name")
-    key = (*fields.raw, name if isinstance(name, str) else None)
+    if name is not None and not isinstance(name, str):
+        fields.fail("dataset_name", "text", name)
+    key = (*fields.raw, name)
     known = _recognised.get(key)
     if known is None:
         known = next((known for known in FORMATS if known.recognises(fields.raw)), None)
@@ -54,17 +63,21 @@ def recognise(fields: Fields) -> Format:
     if known is not None:
         return known
     looks = ", ".join(f"{name}: {shown(value)[:60]}" for name, value in list(fields.raw.items())[:12])
+    known_formats = "; ".join(f"{known.name} ({known.told_by})" for known in FORMATS)
     raise DataError(
-        f"{fields.file}: record {fields.index}: field `dataset_name`: expected a known format, got the fields "
-        f"{{{looks}}}. Known are: {'; '.join(f'{f.name} ({f.told_by})' for f in FORMATS)}. Rename the fields to those "
-        "of one, for example question, answer, options, video (docs/data.md)."
+        f"{fields.file}: record {fields.index}: field `question`: expected a record of a known format, which has "
+        f"one of the fields {', '.join(QUESTION_FIELDS)}, got the fields {{{looks}}}. Known are: {known_formats}. "
+        "Rename the fields to those of one, for example question, answer, options, video (docs/data.md)."
     )
 
 
 def _video_r1(fields: Fields, seed: int) -> Record:
     kinds = {kind: kind for kind in KINDS} | {"OCR": "ocr"}
     kind = kinds[fields.choice("problem_type", tuple(kinds))]
+    # Other kinds have an empty list in the published files; a filled one is not shown there either.
     options = fields.options("options") if kind == "multiple choice" else ()
+    if not options and fields.raw.get("options", []) != []:
+        fields.texts("options")
     answer = fields.tagged("solution")
     meta = optional_meta(fields)
     if fields.flag("grounding"):
@@ -72,6 +85,8 @@ def _video_r1(fields: Fields, seed: int) -> Record:
     spans = fields.spans("time_spans", required=bool(meta.get("grounding")))
     medium = fields.choice("data_type", (*MEDIA_KINDS, "text"))
     media: tuple[Media, ...] = ()
+    if medium == "text" and fields.raw.get("path"):
+        fields.fail("data_type", "video or image, since the record has a path", medium)
     if medium != "text":
         media = fields.media_list(medium, "path") or (fields.media(medium, "path"),)
     return fields.record(
@@ -109,7 +124,10 @@ def _seed_bench(fields: Fields, seed: int) -> Record:
     fields.path("video_source", source)
     folders = (source, ".") if (fields.root / source).is_dir() else (".", source)
     names = [("video", "video_basename"), ("image", "current_observation_basename")]
-    if fields.listed("task_progress_metadata") == []:  # nothing has happened yet
+    progress = fields.listed("task_progress_metadata")
+    if not isinstance(progress, (list, type(None))):
+        fields.fail("task_progress_metadata", "a list", progress)
+    if progress == []:  # nothing has happened yet
         names = names[1:]
     media = tuple(fields.media(kind, name, folders) for kind, name in names)
     extra = ("task_goal", "task_progress_metadata", "video_source")
@@ -128,7 +146,7 @@ def _seed_bench(fields: Fields, seed: int) -> Record:
 def _next_qa(fields: Fields, seed: int) -> Record:
     options = fields.options("options")
     meta: dict[str, Any] = {"qtype": fields.text("qtype")} if "qtype" in fields.raw else {}
-    spans = fields.spans("time_clues")
+    spans = fields.spans("time_clues", required="time_clues" in fields.raw or "time_clues" in fields.nulls)
     if spans:
         meta["grounding"] = True
     return fields.record(
@@ -153,7 +171,7 @@ def _next_gqa_tagged(fields: Fields, seed: int) -> Record:
         question, texts = split_options(question)
         options = fields.lettered("problem", texts) if texts else ()
     path_field = next((name for name in ("video_path", "path", "video") if name in fields.raw), "video_path")
-    span_fields = [name for name in ("time_clues", "glue", "time_spans") if name in fields.raw]
+    span_fields = [name for name in ("time_clues", "glue", "time_spans") if name in fields.raw.keys() | fields.nulls]
     spans = fields.spans(span_fields[0], required=True) if span_fields else ()
     return fields.record(
         id_field="qid" if "qid" in fields.raw else "problem_id",
@@ -210,33 +228,63 @@ def _named(name: str, *otherwise: str) -> Callable[[dict[str, Any]], bool]:
     return lambda raw: raw.get("dataset_name") == name or bool(otherwise and raw.keys() & set(otherwise))
 
 
+def _is_mv_bench(raw: dict[str, Any]) -> bool:
+    return {"question", "candidates"} <= raw.keys() and ("video" in raw or not raw.keys() & MEDIA_FIELDS.keys())
+
+
+def _is_raw_perception_test(raw: dict[str, Any]) -> bool:
+    others = {"video", "answer"}
+    return bool(raw.keys() & {"options", "area"}) and (
+        "video_name" in raw or ("answer_id" in raw and not raw.keys() & others)
+    )
+
+
+def _is_verl(raw: dict[str, Any]) -> bool:
+    """Also without its truth, which other formats keep in fields that it does not have."""
+    if "reward_model" in raw:
+        return "prompt" in raw or not raw.keys() & set(QUESTION_FIELDS)
+    return {"prompt", "data_source"} <= raw.keys() and not raw.keys() & set(formats_plain.ANSWER_FIELDS)
+
+
 # The first that recognises a record reads it.
 FORMATS = (
-    Format("ours", "media, kind", _has("media", "kind"), formats_plain.own),
+    Format("ours", "media, kind", _has("media"), formats_plain.own),
     Format(
         "SEED-Bench-R1",
         "negative_answers or golden_choice_idx",
-        _named("seed_bench_r1", "negative_answers", "golden_choice_idx"),
+        _named("seed_bench_r1", "negative_answers", "golden_choice_idx", "current_observation_basename"),
         _seed_bench,
     ),
     Format("NExT-GQA, tagged", 'dataset_name "next-gqa"', _named("next-gqa"), _next_gqa_tagged),
-    Format("NExT-QA and NExT-GQA tables", "qid, a0, a1, ...", _has("qid", "a0", "a1"), formats_benchmarks.next_table),
+    Format(
+        "NExT-QA and NExT-GQA tables", "qid, a0, a1, ...", _has("qid|type", "a0|a1|a2"), formats_benchmarks.next_table
+    ),
     Format("NExT-QA and NExT-GQA", 'qid, video_path, or dataset_name "nextqa"', _named("nextqa", "qid"), _next_qa),
     Format("VideoChat-R1 grounding", "video, glue", _has("glue"), _grounding),
-    Format("LongVideoBench", "correct_choice", _has("correct_choice"), formats_benchmarks.long_video_bench),
-    Format("VSI-Bench", "scene_name, ground_truth", _has("scene_name", "question"), formats_benchmarks.vsi_bench),
-    Format("Video-MME", "videoID, options", _has("videoID", "question"), formats_benchmarks.video_mme),
-    Format("MVBench", "video, candidates", _has("video", "candidates"), formats_benchmarks.mv_bench),
-    Format("TempCompass", "video_id, dim", _has("video_id", "dim"), formats_benchmarks.temp_compass),
+    Format(
+        "LongVideoBench",
+        "correct_choice",
+        _has("correct_choice|question_wo_referring_query|option0|duration_group"),
+        formats_benchmarks.long_video_bench,
+    ),
+    Format(
+        "VSI-Bench",
+        "scene_name, ground_truth",
+        _has("scene_name|question_type", "scene_name|ground_truth"),
+        formats_benchmarks.vsi_bench,
+    ),
+    Format("Video-MME", "videoID, options", _has("videoID|sub_category"), formats_benchmarks.video_mme),
+    Format("MVBench", "video, candidates", _is_mv_bench, formats_benchmarks.mv_bench),
+    Format("TempCompass", "video_id, dim", _has("dim"), formats_benchmarks.temp_compass),
     Format(
         "Perception Test, raw",
         "video_name, answer_id",
-        _has("video_name", "answer_id"),
+        _is_raw_perception_test,
         formats_benchmarks.perception_test,
     ),
     Format("LLaVA", "conversations", _has("conversations"), formats_chat.llava),
     Format("ms-swift", "messages", _has("messages"), formats_chat.ms_swift),
-    Format("verl", "prompt, reward_model", _has("prompt", "reward_model"), formats_chat.verl),
+    Format("verl", "prompt, reward_model", _is_verl, formats_chat.verl),
     Format("TRL", "prompt", _has("prompt"), formats_chat.trl),
     Format(
         "Video-R1 and Perception Test",

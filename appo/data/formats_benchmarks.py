@@ -50,7 +50,7 @@ def next_table(fields: Fields, seed: int) -> Record:
     """
     name = "video_id" if "video_id" in fields.raw else "video"
     video, question_id = fields.scalar(name), fields.id("qid")
-    texts = tuple(fields.scalar(f"a{i}") for i in range(5) if f"a{i}" in fields.raw)
+    texts = tuple(fields.scalar(f"a{i}") for i in range(5))
     options = fields.lettered("a0", texts, distinct=False)
     given_as_text = name == "video_id"
     answer = (
@@ -60,11 +60,21 @@ def next_table(fields: Fields, seed: int) -> Record:
     )
     stem = fields.file.name.partition(".")[0]
     place = _beside(fields.file, "map_vid_vidorID.json").get(video, video)
-    known = _beside(fields.file, f"gsub_{stem}.json").get(video, {})
+    if not isinstance(place, (str, int)):
+        names = fields.file.with_name("map_vid_vidorID.json")
+        raise DataError(f"{names}: entry {video!r}: expected the name of a video, got {place!r:.200}.")
+    spans_file = f"gsub_{stem}.json"
+    known = _beside(fields.file, spans_file).get(video, {})
+    located = known.get("location", {}) if isinstance(known, dict) else None
+    if not isinstance(located, dict):
+        expected = '{"duration": seconds, "location": {QID: [[start, end], ...]}}'
+        raise DataError(
+            f"{fields.file.with_name(spans_file)}: entry {video!r}: expected {expected}, got {known!r:.200}."
+        )
     path = f"{place}.mp4"
-    published = known.get("location", {}).get(question_id)
+    published = located.get(question_id)
     usable = [_from_beginning(span) for span in published] if isinstance(published, list) else published
-    found = Fields(fields.raw | {name: path, "duration": known.get("duration"), "location": usable}, *_where(fields))
+    found = fields.of({name: path, "duration": known.get("duration"), "location": usable})
     spans = found.spans("location")
     meta: dict[str, Any] = {"qtype": fields.text("type")} if "type" in fields.raw else {}
     if usable != published:
@@ -107,11 +117,11 @@ def mv_bench(fields: Fields, seed: int) -> Record:
 
 def vsi_bench(fields: Fields, seed: int) -> Record:
     """dataset, scene_name, question_type, question, ground_truth, options; the video is DATASET/SCENE_NAME.mp4."""
-    options = fields.options("options") if fields.raw.get("options") else ()
+    options = fields.options("options") if fields.raw.get("options", []) != [] else ()
     truth = fields.scalar("ground_truth")
     scene = fields.scalar("scene_name")
     folder = fields.optional_text("dataset", default=".")
-    path = Fields(fields.raw | {"scene_name": f"{folder}/{scene}.mp4"}, *_where(fields))
+    path = fields.of({"scene_name": f"{folder}/{scene}.mp4"})
     return fields.record(
         id_field="id",
         question=fields.text("question"),
@@ -129,7 +139,7 @@ def vsi_bench(fields: Fields, seed: int) -> Record:
 def video_mme(fields: Fields, seed: int) -> Record:
     """videoID, question_id, question, options, answer; duration is short, medium or long. The video is VIDEOID.mp4."""
     options = fields.options("options")
-    path = Fields(fields.raw | {"videoID": fields.scalar("videoID") + ".mp4"}, *_where(fields))
+    path = fields.of({"videoID": fields.scalar("videoID") + ".mp4"})
     return fields.record(
         id_field="question_id",
         question=fields.text("question"),
@@ -148,12 +158,11 @@ def long_video_bench(fields: Fields, seed: int) -> Record:
     if "candidates" in fields.raw:
         options = fields.options("candidates")
     else:
-        names = [f"option{i}" for i in range(5) if fields.raw.get(f"option{i}", "N/A") not in ("N/A", "")]
+        given = [i for i in range(5) if fields.raw.get(f"option{i}", "N/A") not in ("N/A", "")]
+        names = [f"option{i}" for i in range(given[-1] + 1 if given else 1)]  # none between two of them is missing
         options = fields.lettered("option0", tuple(fields.scalar(name) for name in names))
     name = "video_path" if "video_path" in fields.raw else "video_id"
-    path = (
-        fields if name == "video_path" else Fields(fields.raw | {name: fields.scalar(name) + ".mp4"}, *_where(fields))
-    )
+    path = fields if name == "video_path" else fields.of({name: fields.scalar(name) + ".mp4"})
     return fields.record(
         id_field="id",
         question=fields.text("question"),
@@ -178,7 +187,7 @@ def temp_compass(fields: Fields, seed: int) -> Record:
     options = fields.lettered("question", texts) if texts else ()
     if not options and re.fullmatch(r"(?:yes|no)\.?", answer, re.IGNORECASE):
         form, options = "yes_no", ("A. yes", "B. no")
-    path = Fields(fields.raw | {"video_id": fields.scalar("video_id") + ".mp4"}, *_where(fields))
+    path = fields.of({"video_id": fields.scalar("video_id") + ".mp4"})
     return fields.record(
         id_field="id",
         question=question,
@@ -194,7 +203,7 @@ def temp_compass(fields: Fields, seed: int) -> Record:
 def perception_test(fields: Fields, seed: int) -> Record:
     """video_name, question, options, answer_id (an index), area, reasoning, question_id."""
     options = fields.options("options")
-    path = Fields(fields.raw | {"video_name": fields.scalar("video_name") + ".mp4"}, *_where(fields))
+    path = fields.of({"video_name": fields.scalar("video_name") + ".mp4"})
     number = fields.raw.get("question_id", fields.raw.get("id", fields.index))
     return fields.record(
         id_field="question_id" if "question_id" in fields.raw else "id",
@@ -227,10 +236,6 @@ def _captions(asked: str) -> tuple[str, tuple[str, ...]] | None:
 def _kept(fields: Fields, names: dict[str, str]) -> dict[str, str]:
     """Those of the fields ``names`` that a row has, as texts under the names that they are counted by."""
     return {kept: fields.scalar(name) for name, kept in names.items() if name in fields.raw}
-
-
-def _where(fields: Fields) -> tuple[Any, ...]:
-    return fields.file, fields.index, fields.root, fields.allow_outside, fields.text_only
 
 
 @functools.lru_cache(8)

@@ -7,7 +7,8 @@ dataset formats and LLaVA's custom data guide.
 from typing import Any
 
 from appo.data.fields import Fields
-from appo.data.formats_plain import ANSWER_FIELDS, MEDIA_FIELDS, media_of, question_and_answer
+from appo.data.formats_plain import ANSWER_FIELDS, media_of, question_and_answer
+from appo.data.overlooked import MEDIA_FIELDS
 from appo.data.records import Media, Record
 
 
@@ -29,7 +30,7 @@ def trl(fields: Fields, seed: int) -> Record:
 def verl(fields: Fields, seed: int) -> Record:
     """prompt (messages), images or videos, reward_model.ground_truth, data_source, extra_info."""
     question, media = _conversation(fields, "prompt")
-    model, extra = fields.raw["reward_model"], fields.raw.get("extra_info", {})
+    model, extra = fields.raw.get("reward_model"), fields.raw.get("extra_info", {})
     truth = model.get("ground_truth") if isinstance(model, dict) else None
     if not isinstance(truth, (str, int, float)) or isinstance(truth, bool):
         fields.fail("reward_model", 'an object with "ground_truth", a text or number', model)
@@ -61,6 +62,8 @@ def llava(fields: Fields, seed: int) -> Record:
     name = next((name for name in ("solution", "ground_truth") if name in fields.raw), None)
     question = _said(fields, "conversations", ("human", "user"))
     answer = fields.scalar(name) if name else _said(fields, "conversations", ("gpt", "assistant"))
+    if not any(fields.raw.get(other) for other in ("image", "images")):
+        question = question.replace("<image>", "<video>")  # LLaVA-Video marks its videos so
     return question_and_answer(fields, "conversations", question, name or "conversations", answer, source="LLaVA")
 
 
@@ -71,7 +74,7 @@ def _answer_field(fields: Fields) -> str:
 def _turns(fields: Fields, name: str) -> list[tuple[str, Any]]:
     """(role, content) of each message."""
     messages = fields.listed(name)
-    if isinstance(messages, str):
+    if isinstance(messages, str) and name == "prompt":
         return [("user", messages)]
     if not isinstance(messages, list) or not messages:
         fields.fail(name, "a list of messages", messages)
@@ -82,6 +85,8 @@ def _turns(fields: Fields, name: str) -> list[tuple[str, Any]]:
         if not isinstance(role, str) or not isinstance(content, (str, list)):
             fields.fail(name, "messages with role and content (or from and value)", messages)
         turns.append((role, content))
+    if turns[0][0] in ("assistant", "gpt"):
+        fields.fail(name, "the user's message before the assistant's", messages)
     return turns
 
 
@@ -119,7 +124,7 @@ def _conversation(fields: Fields, name: str) -> tuple[str, tuple[Media, ...]]:
                 for key in ("start", "end", "video_start", "video_end", "fps")
                 if part.get(key) is not None
             }
-            own = Fields(fields.raw | times, fields.file, fields.index, fields.root, fields.allow_outside)
+            own = fields.of(times)
             media.append(own.medium(kind, name, value))
     if media and any(other in fields.raw for other in MEDIA_FIELDS):
         fields.fail(name, "media in the messages or in columns of their own, not in both", fields.raw[name])

@@ -1,21 +1,19 @@
 """Questions and answers in plain fields, and the format that `appo data convert` writes."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from appo.data.fields import Fields
 from appo.data.math_answers import is_number, quantity
-from appo.data.options import LabelError, label, split_options
+from appo.data.options import LETTERS, LabelError, label, split_options
+from appo.data.overlooked import MEDIA_FIELDS, OPTION_FIELDS, check_media, check_options
 from appo.data.records import IDS, KINDS, MEDIA_KINDS, Media, Record
 
-# Names under which people keep media, and the kind of each.
-MEDIA_FIELDS = {
-    "videos": "video", "video": "video", "video_path": "video", "frames": "video",
-    "images": "image", "image": "image", "image_path": "image",
-}  # fmt: skip
 ANSWER_FIELDS = ("answer", "solution", "ground_truth")
 _BOXED = re.compile(r"\\boxed\s*\{([^{}]*(?:\{[^{}]*\}[^{}]*)*)\}")
+_HASHES = re.compile(r"\n#### ?(\S[^\n]*)\s*$")
 _MATH = re.compile(r"[\\^=]|\$.+\$")
 _MARK = re.compile(r"<(image|video)>")
 
@@ -39,16 +37,20 @@ def question_and_answer(
 ) -> Record:
     """A record of the fields that all plain formats share; its kind is told from options and answer unless it says."""
     media = media_of(fields) if media is None else media
+    check_media(fields, media)
     question = _placed(fields, question_field, question, media)
     answer = _final(answer)
-    names = [name for name in ("options", "choices", "candidates") if fields.raw.get(name, []) != []]
+    names = [name for name in OPTION_FIELDS if fields.raw.get(name, []) != []]
+    columns = () if names else letter_columns(fields)
     if names:
         options = fields.options(names[0])
+    elif columns:
+        names, options = ["A"], fields.lettered("A", columns)
     else:
-        question, texts = split_options(question)
+        check_options(fields, answer)
+        bare, texts = split_options(question)
         options = fields.lettered(question_field, texts) if texts and _names_one(answer, texts) else ()
-        if texts and not options:
-            question = "\n".join((question, *texts))
+        question = bare if options else question
     kinds = {kind: kind for kind in KINDS} | {"OCR": "ocr"}
     named = next((name for name in ("kind", "problem_type") if name in fields.raw), None)
     kind = kinds[fields.choice(named, tuple(kinds))] if named else _kind(answer, bool(options))
@@ -75,6 +77,16 @@ def question_and_answer(
     )
 
 
+def letter_columns(fields: Fields) -> tuple[str, ...]:
+    """The options of a table with a column for each, A, B, C, ...; () without such columns."""
+    names = [letter for letter in LETTERS[:8] if letter in fields.raw]
+    if not {"A", "B"} <= set(names):
+        return ()
+    if names != list(LETTERS[: len(names)]):
+        fields.fail(LETTERS[next(i for i, name in enumerate(names) if name != LETTERS[i])], "text", None)
+    return tuple(fields.scalar(name) for name in names)
+
+
 def media_of(fields: Fields, names: dict[str, str] = MEDIA_FIELDS) -> tuple[Media, ...]:
     """The media that a record names in any of the usual fields."""
     found: list[Media] = []
@@ -92,7 +104,9 @@ def media_of(fields: Fields, names: dict[str, str] = MEDIA_FIELDS) -> tuple[Medi
 def own(fields: Fields, seed: int) -> Record:
     """A record from a row that `as_row` wrote."""
     kind = fields.choice("kind", KINDS)
-    options = fields.options("options") if fields.raw.get("options") else ()
+    options = fields.options("options") if fields.raw.get("options", []) != [] else ()
+    if kind == "multiple choice" and "options" not in fields.raw:
+        fields.fail("options", "a list of texts, since the kind is multiple choice", None)
     answer = fields.text("answer")
     meta = fields.raw.get("meta", {})
     if not isinstance(meta, dict):
@@ -140,7 +154,7 @@ def _own_medium(fields: Fields, part: Any) -> Media:
         fields.fail("media", 'a list of {"kind": "video" or "image", "path": ...}', part)
     # Times and rate are of the medium, not of the record.
     inner = {name: part[name] for name in ("start", "end", "fps") if name in part}
-    own = Fields(inner, fields.file, fields.index, fields.root, fields.allow_outside)
+    own = replace(fields, raw=inner)
     return own.medium(part["kind"], "media", part.get("frames") or part.get("path"))
 
 
@@ -163,15 +177,18 @@ def _placed(fields: Fields, name: str, question: str, media: tuple[Media, ...]) 
         bare = bare[match.end() :]
     if len(marks) == 1:
         bare = re.sub(r"\s*<(?:image|video)>$", "", bare)
-    if not bare:
-        fields.fail(name, "a question", question)
+    if not bare or "\0" in bare:
+        fields.fail(name, "a question" if not bare else "text without NUL characters", question)
     return question.strip() if _MARK.search(bare) else bare
 
 
 def _final(text: str) -> str:
-    """The final answer of a solution: what stands in <answer>, in \\boxed{}, or the whole."""
+    """The final answer of a solution: what stands in <answer>, behind "####" at its end (GSM8K), in \\boxed{}, or the
+    whole."""
     if text.count("<answer>") == 1 and text.count("</answer>") == 1:
         text = text.partition("<answer>")[2].partition("</answer>")[0]
+    if (last := _HASHES.search(text)) is not None:
+        text = last[1]
     if len(boxed := _BOXED.findall(text)) == 1:
         text = boxed[0]
     return text.strip()

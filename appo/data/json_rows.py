@@ -27,6 +27,10 @@ class LineRows(SpanRows):
         place = 0
         with self.source.open("rb") as file:
             for index, line in enumerate(iter(lambda: file.readline(LARGEST + 1), b"")):
+                if index == 0 and line.strip().removeprefix(codecs.BOM_UTF8) in (b"[", b"{"):
+                    raise DataError(
+                        f"{self.path}: expected a record a line, got JSON over several lines. Rename it to .json."
+                    )
                 if line.strip() and line.strip() != codecs.BOM_UTF8:
                     self.keep(index, place, len(line))
                     yield index, or_error(self.decode, line, index)

@@ -161,7 +161,14 @@ def open_records(
         if isinstance(raw, DataError):
             raise raw
         return parse_record(
-            raw, file=path, index=index, root=root, seed=seed, allow_outside=allow_outside, text_only=rows.text
+            raw,
+            file=path,
+            index=index,
+            root=root,
+            seed=seed,
+            allow_outside=allow_outside,
+            text_only=rows.text,
+            tabular=rows.tabular,
         )
 
     return rows, parse

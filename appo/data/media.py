@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from appo.data.pictures import ImageError, read_image
-from appo.data.records import SLACK, DataError, Media, Record
+from appo.data.records import FRAME_ENDINGS, SLACK, DataError, Media, Record
 from appo.data.video import Clip, VideoError, read_video
 from appo.data.video_cache import ClipCache
-
-FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
 def locate(medium: Media, record: Record) -> tuple[Path, ...]:

@@ -8,6 +8,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LETTERED = re.compile(r"[(\[（]?([A-Za-z])(?:[).:\]）．：、]|\s[-–—](?=\s))\s*(.*)", re.DOTALL)
 _BARE = re.compile(r"([A-Z])(?:\s+\S.*)?", re.DOTALL)  # "B a cat": a letter without a sign behind it, or a word
 _LABEL = re.compile(r"\(?([A-Za-z])\)?[.:)]?|\(([A-Za-z])\)\s*(.+)|([A-Za-z])[.:)]\s*(.+)", re.DOTALL)
+_ASKS_LETTER = re.compile(
+    r"(?i)^\W*(?:please|answer|respond|select|choose|give|provide)\b.*\b(?:letters?|options?|choices?)\b"
+)
 _LINE = re.compile(r"\s*\(?([A-Za-z])[).:]\s*(\S.*)")
 
 
@@ -70,18 +73,23 @@ def label(answer: str, options: tuple[str, ...]) -> str:
 
 
 def split_options(text: str) -> tuple[str, tuple[str, ...]]:
-    """A question and the options written below it, one a line, "A. text" or "(A) text"; () where there are none."""
+    """A question and the options written below it, one a line, "A. text" or "(A) text"; () where there are none.
+
+    A last line that asks for a letter ("Answer with the option's letter.") is left out: prompts ask in their own words.
+    """
     lines = text.strip().splitlines()
     for first in range(1, len(lines)):
         match = _LINE.fullmatch(lines[first])
         if match is None or match[1].upper() != "A":
             continue
         found = [_LINE.fullmatch(line) for line in lines[first:] if line.strip()]
+        if len(found) > 2 and found[-1] is None and _ASKS_LETTER.search(lines[-1]):
+            found.pop()
         letters = [line[1].upper() if line else "" for line in found]
         count = next((i for i, letter in enumerate(letters) if letter != LETTERS[i : i + 1]), len(letters))
         if count >= 2 and count == len(letters):
             question = "\n".join(lines[:first]).strip().removesuffix("Options:").rstrip()
-            return question, tuple(lines[first + i].strip() for i in _filled(lines[first:]))
+            return question, tuple(lines[first + i].strip() for i in _filled(lines[first:])[:count])
     return text.strip(), ()
 
 

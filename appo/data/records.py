@@ -9,6 +9,7 @@ KINDS = ("multiple choice", "numerical", "ocr", "free-form", "regression", "math
 MEDIA_KINDS = ("video", "image")
 # Fields that name a record where no format says which does; of several the first: `id`, which our own files have.
 IDS = ("id", "problem_id", "question_id", "sample_id", "qid")
+FRAME_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 SLACK = 1.0  # seconds that a span may end behind a clip: published times are rounded
 
 

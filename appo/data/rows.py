@@ -23,6 +23,7 @@ class Rows(Protocol):
     """Rows by number. ``scan`` goes through the file once, from the start, and finds out where each row is."""
 
     text: bool  # every value is text (CSV)
+    tabular: bool  # every row has every column: null says nothing
 
     def scan(self) -> Iterator[tuple[int, Any]]:
         """(index, value) of each row; the index is its place in the file as errors name it.

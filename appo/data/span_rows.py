@@ -20,7 +20,7 @@ _lock = threading.Lock()
 class SpanRows:
     """Rows that are stretches of bytes of a file; one that is not kept in memory may not change."""
 
-    text = False
+    text = tabular = False
 
     def __init__(self, path: Path, source: Path) -> None:
         self.path, self.source = path, source
