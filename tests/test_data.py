@@ -226,7 +226,7 @@ BROKEN = {
     "no glue": ({k: GROUNDING[k] for k in GROUNDING if k != "glue"}, "glue"),
     "empty glue": (GROUNDING | {"glue": []}, "glue"),
     "answer not an option": (GROUNDING | {"answer": "(D)"}, "answer"),
-    "unknown format": ({"image_id": 3, "caption": "a dog"}, "dataset_name"),
+    "unknown format": ({"image_id": 3, "caption": "a dog"}, "question"),
 }
 
 
