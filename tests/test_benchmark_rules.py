@@ -19,32 +19,45 @@ def record(answer: str = "B", options: tuple[str, ...] = OPTIONS, video: str = "
 
 
 # Each answer beside what the rule of each benchmark reads in it: Video-MME and LongVideoBench, Perception Test,
-# SEED-Bench-R1, VSI-Bench, MVBench, ours.
+# SEED-Bench-R1, VSI-Bench, MVBench, ours, NExT-QA.
 ANSWERS = {
-    "B": "BBBBBB",
-    "B.": "BBBBBB",
-    "b": "...BB.",
-    "(B)": "BB..BB",
-    "(b) dogs": "....B.",
-    "B. Dogs run": "BBBBBB",
-    "The best answer is B": "BB...B",
-    "Answer: B": "ABA..B",
-    "Dogs run": "D.D..B",
-    "": "......",
-    "I do not know": "......",
-    "It is C, not D": "CC...D",
-    "A cup": "AAAAAA",
-    "Both A and C": "BAB..C",
+    "B": "BBBBBBB",
+    "B.": "BBBBBBB",
+    "b": "...BB..",
+    "(B)": "BB..BBB",
+    "(b) dogs": "....B..",
+    "B. Dogs run": "BBBBBBB",
+    "The best answer is B": "BB...BB",
+    "Answer: B": "ABA..BB",
+    "Dogs run": "D.D..B.",
+    "": ".......",
+    "I do not know": ".......",
+    "It is C, not D": "CC...DD",
+    "A cup": "AAAAAAA",
+    "Both A and C": "BAB..CC",
 }
 RULES = (
-    reading.first_letter, reading.first_lone_letter, reading.leading_character, reading.first_word,
-    reading.opening_option, reading.named_option,
+    reading.first_letter("ABCD"), reading.first_lone_letter, reading.leading_character, reading.first_word,
+    reading.opening_option, reading.named_option, reading.last_listed,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ANSWERS)
 def test_letters_are_read_by_each_benchmarks_own_rule(text):
     assert "".join(rule(text, record()) or "." for rule in RULES) == ANSWERS[text]
+
+
+def test_published_rules_know_no_fewer_letters_than_they_were_written_with():
+    """A question with two options, an answer that names a further one first: wrong there, wrong here."""
+    two = record("B", ("A. one", "B. two"))
+    assert reading.first_letter("ABCDE")("E or B", two) == "E"
+    assert reading.first_letter("ABCD")("E or B", two) == "B"
+    assert reading.first_lone_letter("D or B", two) == "D"
+    text = "so it runs, and the man saw the dogs run before nothing"
+    assert reading.last_listed(text, record()) == "C"  # of two options' texts the later one
+    answers = "<answer>B</answer> or <answer>A</answer>"
+    (scores,) = score_answers(BENCHMARKS["seed-bench-r1"], [record("B", source="SEED-Bench-R1")], [answers])
+    assert scores["accuracy"] == 1.0  # the first tag
 
 
 def test_the_answer_is_the_inside_of_its_tag_or_what_follows_the_reasoning():

@@ -38,7 +38,7 @@ SEED_BENCH_R1 = Benchmark(
     files=("validation_L[123].jsonl", "annotations/validation_L[123].jsonl"),
     sources=("SEED-Bench-R1",),
     ask=_reasoned,
-    score=lambda text, record: choice(reading.leading_character)(reading.tagged(text, "answer") or "", record),
+    score=lambda text, record: choice(reading.leading_character)(reading.first_answer(text), record),
     facets=(Facet("level", _level),),
     settings={"max_new_tokens": 256},
 )
@@ -67,12 +67,13 @@ NEXT_QA = Benchmark(
     name="next-qa",
     title="NExT-QA, multiple choice",
     paper="arXiv 2105.08276",
-    rules="the prompt of lmms-eval nextqa_mc_test; accuracy by question type as in the paper",
-    departs="an answer that names no option is wrong; lmms-eval draws one.",
+    rules="lmms-eval nextqa_mc_test; accuracy by question type as in the paper",
+    departs="the prompt ends with a line that asks for the letter, there with the options; an answer that names no "
+    "option is wrong, there one is drawn.",
     files=("test.csv", "val.csv", "MC/test*.parquet", "nextqa/test.csv", "nextqa/val.csv"),
     sources=("NExT-QA",),
     ask=_direct,
-    score=lambda text, record: choice(reading.named_option)(answer_part(text), record),
+    score=lambda text, record: choice(reading.last_listed)(answer_part(text), record),
     facets=(
         Facet("group", lambda record: _TYPES.get(str(record.meta.get("qtype", ""))[:1], "")),
         by_meta("type", "qtype"),
@@ -210,13 +211,15 @@ VIDEO_MME = Benchmark(
     title="Video-MME, without subtitles",
     paper="arXiv 2405.21075",
     rules="the prompt and answer rule of the benchmark's page and evaluation script",
+    departs="an answer without a letter is wrong, there it is left out of the mean; 'Best answer:' and 'The best "
+    "option is' in front of a letter are passed over, there the B of the first is read.",
     files=("videomme/test*.parquet", "test*.parquet", "*.json"),
     sources=("Video-MME",),
     ask=lambda record: (
         "Select the best answer to the following multiple-choice question based on the video. Respond with only the "
         f"letter (A, B, C, or D) of the correct option.\n{record.question}\n{lettered(record)}\nThe best answer is:"
     ),
-    score=lambda text, record: choice(reading.first_letter)(answer_part(text), record),
+    score=lambda text, record: choice(reading.first_letter("ABCD"))(answer_part(text), record),
     facets=(by_meta("length", "length"), by_meta("domain", "domain"), by_meta("task", "task")),
     settings=DIRECT,
 )
@@ -230,7 +233,7 @@ LONG_VIDEO_BENCH = Benchmark(
     files=("lvb_val.json", "validation*.parquet"),
     sources=("LongVideoBench",),
     ask=lambda record: _direct(record) + "\n",
-    score=lambda text, record: choice(reading.first_letter)(answer_part(text), record),
+    score=lambda text, record: choice(reading.first_letter("ABCDE"))(answer_part(text), record),
     facets=(by_meta("length in s", "length"), by_meta("category", "task")),
     settings=DIRECT,
 )

@@ -5,6 +5,7 @@ Each function says whose rule it is and where it departs from it. All take the p
 """
 
 import re
+from collections.abc import Callable
 
 from appo.data.options import same_text
 from appo.data.records import Record
@@ -15,7 +16,7 @@ _PREFIXES = (
     "The best answer is", "The correct answer is", "The answer is", "The answer", "The best option is",
     "The correct option is", "Best answer:", "Best option:",
 )  # fmt: skip
-_LONG = 10  # words: an answer that is longer and names no letter is no choice
+Rule = Callable[[str, Record], str | None]
 
 
 def answer_part(text: str) -> str:
@@ -28,21 +29,29 @@ def letters_of(record: Record) -> str:
     return "".join(option[0] for option in record.options)
 
 
-def first_letter(text: str, record: Record) -> str | None:
-    """The first capital letter that is an option's, behind phrases such as "The best answer is".
+def first_letter(letters: str) -> Rule:
+    """The first of the capital ``letters``, behind phrases such as "The best answer is": the rule of Video-MME (A to D)
+    and of LongVideoBench (A to E, also where a question has fewer options)."""
 
-    The rule of Video-MME and LongVideoBench; the latter draws a letter where this one is None.
-    """
-    for prefix in _PREFIXES:
-        text = text.replace(prefix, "")
-    match = re.search(f"[{letters_of(record)}]", text)
-    return match[0] if match else None
+    def read(text: str, record: Record) -> str | None:
+        for prefix in _PREFIXES:
+            text = text.replace(prefix, "")
+        match = re.search(f"[{letters}]", text)
+        return match[0] if match else None
+
+    return read
 
 
 def first_lone_letter(text: str, record: Record) -> str | None:
-    """The first capital letter of an option that stands alone, the rule of Perception Test's generative form."""
-    match = re.search(rf"\b([{letters_of(record)}])\b", text)
+    """The first of A to D that stands alone, the rule of Perception Test's generative form, also with three options."""
+    match = re.search(r"\b([A-D])\b", text)
     return match[1] if match else None
+
+
+def first_answer(text: str) -> str:
+    """The inside of the first answer tag, "" without one: where SEED-Bench-R1 looks."""
+    match = re.search(r"<answer>(.*?)</answer>", text, re.DOTALL)
+    return match[1].strip() if match else ""
 
 
 def leading_character(text: str, record: Record) -> str | None:
@@ -66,10 +75,29 @@ def opening_option(text: str, record: Record) -> str | None:
     return next((letter for letter in letters if f"({letter})" in word), None)
 
 
+def last_listed(text: str, record: Record) -> str | None:
+    """lmms-eval's rule for NExT-QA (it is MMMU's): letters in brackets, else before a space, else before a full stop,
+    else, in an answer of more than five words, an option's text; of several the one that comes last.
+
+    None where nothing is found; there one is drawn.
+    """
+    for sign in (",", ".", "!", "?", ";", ":", "'"):
+        text = text.strip(sign)
+    text = f" {text} "
+    texts = {option[0]: option[2:].strip().lower() for option in record.options}
+    forms = [{letter: form.format(letter) for letter in texts} for form in ("({})", "{} ", "{}.")]
+    found = next((each for each in ([a for a in form if form[a] in text] for form in forms) if each), [])
+    if found:
+        mark = "({})" if f"({found[0]})" in text else " {} "
+        return max(found, key=lambda letter: text.rfind(mark.format(letter)))
+    named = [letter for letter, own in texts.items() if own in text.lower()] if len(text.split()) > 5 else []
+    return max(named, key=lambda letter: text.lower().rfind(texts[letter]), default=None)
+
+
 def named_option(text: str, record: Record) -> str | None:
     """A letter in front, as "(B)" or "B. text"; else an option's own text; else the last letter that stands alone.
 
-    Ours, for benchmarks that publish no rule for written answers (NExT-QA, NExT-GQA).
+    Ours, for NExT-GQA, which publishes no rule for written answers.
     """
     letters = letters_of(record)
     if match := re.match(rf"\(?([{letters}])(?:[).:]|\s*$)", text):
