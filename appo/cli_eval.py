@@ -102,11 +102,13 @@ def _benchmark(
         raise ConfigError(f"`eval_samples`: expected 0 or 1 for a benchmark, got {settings.eval_samples}.")
     records = read_benchmark(known, data, data_root=data_root, limit=limit, allow_outside=settings.allow_outside)
     other = None if against is None else score_answers(known, records, read_answers(against, records))
+    looked: dict[str, float] = {}
     if answers is not None:
         texts = read_answers(answers, records)
     else:
         asked = known if prompt == "benchmark" else None
-        texts = _evaluate(settings, records, output, asked)[1]
+        values, texts = _evaluate(settings, records, output, asked)
+        looked = {name: value for name, value in values.items() if name.startswith("mass/")}
     scores = score_answers(known, records, texts)
     rows = table(known, records, scores if other is None else other, None if other is None else scores)
     typer.echo(f"{known.title} ({known.paper}), {len(records)} questions, in percent with 95 % intervals")
@@ -114,6 +116,8 @@ def _benchmark(
         better, worse = changed(other, scores, known.headline[0])
         typer.echo(f"{against}, {answers or model}, difference in points; {better} answers better, {worse} worse")
     text_table(rows, typer.echo)
+    for name, value in looked.items():
+        typer.echo(f"{name:24} {value:.4g}")
     if page is not None:
         from appo.reports.benchmark_page import write_benchmark_page
 

@@ -1,6 +1,7 @@
 """What is measured of looking: mass by layer and head, along a response, on frames that decide."""
 
 import csv
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -165,3 +166,19 @@ def test_a_run_and_an_evaluation_say_what_was_looked_at(tmp_path):
     # A model that is trained with GRPO can be asked as well.
     config = training.config(tmp_path, method="grpo", eval_looking=True)
     assert 0 < evaluate(model, processor, training.records()[:1], config)["mass/frames"] < 1
+
+
+def test_an_evaluation_that_goes_on_counts_what_was_looked_at_before(tmp_path):
+    """A clip whose deciding frames are known, one without, and text: kept answers give the same means as asked ones."""
+    model, processor = training.tiny()
+    config = training.config(tmp_path, eval_looking=True, eval_batch=2, eval_samples=2)
+    first, second, third = training.records()[:3]
+    records = [first, dataclasses.replace(second, time_spans=()), training.without_media(third)]
+    answers = {}
+    whole = evaluate(
+        model, processor, records, config, keep=lambda answer: answers.setdefault(answer["place"], []).append(answer)
+    )
+    stored = json.loads(json.dumps(answers))  # as a file holds them
+    known = {int(place): stored[place] for place in list(stored)[:2]}
+    assert evaluate(model, processor, records, config, known=known) == pytest.approx(whole)
+    assert 0 < whole["mass/frames"] < 1 and "looked" not in answers[2][0]

@@ -32,6 +32,8 @@ class AnswerFile:
         self.path, self.known = path, dict[int, list[Answer]]()
         decides = {name: getattr(config, name) for name in SETTINGS if hasattr(config, name)}
         decides |= {"benchmark": benchmark} if benchmark else {}  # whose prompts are asked
+        decides |= {"looked": config.layers} if config.eval_looking else {}
+        decides |= {"positions": config.video_positions} if config.video_positions != "original" else {}
         self._run = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
         try:
             before = path.read_bytes() if path.exists() else b""
@@ -52,14 +54,17 @@ class AnswerFile:
         remedy = "Remove the file, or choose another."
         try:
             answer = json.loads(line)
-            place, run = answer["place"], answer["run"]
+            place, run, _ = answer["place"], answer["run"], answer["answer"]
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(
                 f"`output`: {self.path}: line {number} is no answer of an evaluation. {remedy}"
             ) from error
         if run != self._run:
             raise ConfigError(f"`output`: {self.path} holds answers of another model or other settings. {remedy}")
-        if not 0 <= place < len(records) or records[place].id != answer["id"]:
+        if not 0 <= place < len(records) or (answer["id"], answer["answer"]) != (
+            records[place].id,
+            records[place].answer,
+        ):
             raise ConfigError(
                 f"`output`: {self.path}: line {number} answers another record than place {place}. {remedy}"
             )

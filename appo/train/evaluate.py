@@ -12,7 +12,7 @@ from torch import nn
 from appo.config import APPOConfig
 from appo.data.prompts import Prompt, PromptBuilder
 from appo.data.records import DataError, Record
-from appo.rollout.engine import Completion, Rollout, Sampling, checked, seed_of
+from appo.rollout.engine import Rollout, Sampling, checked, seed_of
 from appo.rollout.model_engine import TransformersRollout
 from appo.rollout.rewards import combine
 from appo.train.grade import grade, texts_of
@@ -45,7 +45,8 @@ def evaluate(
     engine: what answers; None: the model itself, in ``config.dtype``. builder: keeps decoded prompts from one
     evaluation to the next. show: called with the number of records done. keep: called with each answer as soon as
     there is one: ``place`` of the record in ``records``, ``id``, ``task`` where it names one, the right ``answer``, the
-    response's ``text`` and its measures, None where one does not apply. known: answers that were kept before, by place:
+    response's ``text`` and its measures, None where one does not apply; with ``config.eval_looking`` also ``looked``,
+    (mean, weight) of what the answers to the record looked at. known: answers that were kept before, by place:
     they count, and are not asked for again. accelerator: every process takes a share and gets the means of all.
 
     Returns the means by name: ``accuracy``, ``accuracy/<task>`` where records name one, ``format``,
@@ -80,8 +81,7 @@ def evaluate(
         completions = [completion for group in found for completion in group]
         of_place = [place for place in prompts for _ in range(sampling.group_size)]
         part, texts = [records[place] for place in of_place], texts_of(completions, processor.tokenizer)
-        if config.eval_looking:
-            _look(meter, model, processor, config, list(zip(prompts.values(), found, strict=True)))
+        looked = _looked(model, processor, config, prompts, found) if config.eval_looking else {}
         names = {"accuracy": 1.0, "format": 1.0}
         if any(record.asks_time for record in part):
             names["temporal_iou"] = 1.0
@@ -94,6 +94,8 @@ def evaluate(
             answer |= {name: None if math.isnan(value) else value for name, value in values.items()}
             answer["length"] = float(len(completions[row].ids))
             answer["unreadable"] = float(rewards.unreadable["accuracy"][row])
+            if place in looked:  # once for all answers to a record
+                answer["looked"] = looked.pop(place)
             _measure(meter, answer)
             if keep is not None:
                 keep(answer)
@@ -127,20 +129,22 @@ def _measure(meter: Meter, answer: Mapping[str, Any]) -> None:
             meter.add(name, value)
     if "task" in answer:
         meter.add(f"accuracy/{answer['task']}", answer["accuracy"])
+    for name, (mean, weight) in answer.get("looked", {}).items():
+        meter.add(name, mean, weight)
 
 
-def _look(
-    meter: Meter,
-    model: nn.Module,
-    processor: Any,
-    config: APPOConfig,
-    answered: Sequence[tuple[Prompt, Sequence[Completion]]],
-) -> None:
-    """Shares of attention on the video while the answers were written, by a forward over each prompt's answers."""
+def _looked(
+    model: nn.Module, processor: Any, config: APPOConfig, prompts: Mapping[int, Prompt], found: Sequence[Any]
+) -> dict[int, dict[str, tuple[float, float]]]:
+    """Shares of attention on the video while the answers to each place were written, as (mean, weight) by name: one
+    more forward over each prompt's answers."""
     policy, tokenizer = Policy(model, "off"), processor.tokenizer
-    device = next(model.parameters()).device
-    for prompt, completions in answered:
+    device, looked = next(model.parameters()).device, {}
+    for (place, prompt), completions in zip(prompts.items(), found, strict=True):
         group = grade(prompt, completions, tokenizer, {"accuracy": 1.0}, config)
         record_mass([group], policy, policy, config, tokenizer.pad_token_id, device)
         if group.mass is not None:
+            meter = Meter()
             measure_looking(meter, group)
+            looked[place] = meter.weighted()
+    return looked

@@ -57,6 +57,10 @@ class Meter:
         """The numbers of this process."""
         return {name: total / weight for name, (total, weight) in self._sums.items()} | self._maxima
 
+    def weighted(self) -> dict[str, tuple[float, float]]:
+        """(mean, weight) of each mean of this process."""
+        return {name: (total / weight, weight) for name, (total, weight) in self._sums.items()}
+
     def result(self, accelerator: Accelerator) -> dict[str, float]:
         """The numbers of all processes together; every process must call it."""
         if accelerator.num_processes == 1:
