@@ -9,14 +9,15 @@ import pytest
 import torch
 import training
 import vision_models
+from layout_cases import plain_inputs, settings
 from test_policy import make_groups
-from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from appo import record_frame_mass
 from appo.config import ConfigError
-from appo.data.prompts import PromptBuilder, collate
-from appo.models.layouts import LAYOUTS, Layout, layout_of, layout_table, register_layout
+from appo.data.prompts import PromptBuilder
+from appo.models.layout_grid import GridLayout
+from appo.models.layouts import LAYOUTS, layout_of, layout_table, register_layout
 from appo.train.groups import batch_parts, whole_groups
 from appo.train.policy import Policy
 from appo.train.trainer import Trainer
@@ -24,40 +25,24 @@ from appo.train.trainer import Trainer
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
 
 
-def settings(processor: Any, folder: Any, **changes: Any) -> Any:
-    """Settings whose frames are one token large. Two layers: as many as have attention in the hybrid models."""
-    reader = processor.video_processor
-    return training.config(folder, max_pixels=(reader.patch_size * reader.merge_size) ** 2, layers=2, **changes)
-
-
-def inputs_of(group: Any, row: int) -> dict[str, Tensor]:
-    """A plain forward's inputs: one response behind its prompt, nothing else in the batch."""
-    count = int(group.mask[row].sum())
-    inputs = dict(collate([group.prompt], 0).inputs)
-    response = group.completion_ids[row : row + 1, :count]
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], response], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, count))
-    return inputs
-
-
 @pytest.mark.parametrize("model_type", LAYOUTS)
 def test_hidden_states_and_mass_are_those_of_each_response_alone(model_type: str, tmp_path: Path) -> None:
     """Policy against a plain forward, recorded mass against eager attention; shared prompts as well where they are."""
     model, processor = vision_models.build(model_type)
-    builder = PromptBuilder(processor, model.config, settings(processor, tmp_path))
+    layout = LAYOUTS[model_type]
+    builder = PromptBuilder(processor, model.config, settings(processor, tmp_path, layout))
     groups = make_groups(builder, 3, 2, [5, 7, 1], 100)
     batch = batch_parts(whole_groups(groups), processor.tokenizer.pad_token_id, "cpu")
     alone, eager = [], []
     for group in groups:
+        assert group.prompt.num_frames > 1
         frames = (group.prompt.frame_ids[:, None] == torch.arange(group.prompt.num_frames)).double()
         for row in range(2):
             model.set_attn_implementation("sdpa")
             with torch.no_grad():
-                alone.append(model(**inputs_of(group, row)).logits[0, len(group.prompt) - 1 : -1])
+                alone.append(model(**plain_inputs(group, row, processor, layout)).logits[0, len(group.prompt) - 1 : -1])
                 model.set_attn_implementation("eager")
-                attentions = model(**inputs_of(group, row), output_attentions=True).attentions
+                attentions = model(**plain_inputs(group, row, processor, layout), output_attentions=True).attentions
             layers = [layer for layer in attentions if layer is not None][-2:]
             rows = torch.stack([layer[0, :, len(group.prompt) - 1 : -1, : len(group.prompt)] for layer in layers])
             eager.append(rows.double().mean((0, 1)) @ frames)
@@ -84,7 +69,7 @@ def test_five_steps_of_training(model_type: str, tmp_path: Path) -> None:
     """The ratio of the first update is 1: rollout, scoring and update agree on every token's log-probability."""
     model, processor = vision_models.build(model_type)
     before = model.get_output_embeddings().weight.detach().clone()
-    config = settings(processor, tmp_path, max_steps=5, prompts_per_step=2, max_new_tokens=6)
+    config = settings(processor, tmp_path, LAYOUTS[model_type], max_steps=5, prompts_per_step=2, max_new_tokens=6)
     Trainer(model, processor, training.records(), config=config).train()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     updates = [line for line in lines if "kl/approx" in line]  # a step whose rewards are all equal makes none
@@ -124,7 +109,7 @@ def test_a_layout_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("appo.models.layouts.LAYOUTS", dict(LAYOUTS))
     with pytest.raises(ValueError, match="expected a new model type"):
         register_layout(LAYOUTS["qwen3_vl"])
-    mine = Layout("mine", "Mine", "one run of tokens", False, "nobody tried")
+    mine = GridLayout("mine", "Mine", "one run of tokens", False, "nobody tried")
     register_layout(mine)
     assert layout_of(SimpleNamespace(model_type="mine")) == mine
 

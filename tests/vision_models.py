@@ -138,6 +138,48 @@ def _omni(name: str, first: bool, text: dict[str, Any], **vision: Any) -> Callab
     return build_one
 
 
+# Frames of 28 x 28 pixels in patches of 7.
+SQUARE = {"height": 28, "width": 28}
+
+
+def _full_text(tokenizer: Any, kind: str, **changes: Any) -> dict[str, Any]:
+    """A text model with rotary positions of one axis."""
+    return tiny.text_settings(tokenizer, {"rope_type": "default"}, {"model_type": kind, **changes})
+
+
+def _chat(tokenizer: Any, **marks: str) -> str:
+    """The chat template of the tiny models, with other marks for images and videos."""
+    template = tiny.CHAT_TEMPLATE
+    for name, mark in marks.items():
+        template = template.replace(f"<|vision_start|><|{name}_pad|><|vision_end|>", mark)
+    return template
+
+
+def _internvl(tokenizer: Any) -> tuple[Any, Any]:
+    """A frame is 4 x 4 patches, shuffled to 4 tokens; an image up to 4 tiles of that size."""
+    marks = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
+    marks |= {"video_token": "<video>"}
+    tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
+    tokenizer = _with_named(tokenizer, marks)
+    config = hf.InternVLConfig(
+        text_config=_full_text(tokenizer, "qwen2"),
+        vision_config={
+            "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
+            "image_size": [28, 28], "patch_size": [7, 7], "use_absolute_position_embeddings": True,
+        },
+        image_token_id=tokenizer.context_image_token_id, image_seq_length=4,
+    )  # fmt: skip
+    template = _chat(tokenizer, image="<IMG_CONTEXT>\n", video="<video>\n")
+    processor = hf.InternVLProcessor(
+        image_processor=hf.GotOcr2ImageProcessor(size=SQUARE, crop_to_patches=True, min_patches=1, max_patches=4),
+        tokenizer=tokenizer,
+        video_processor=hf.InternVLVideoProcessor(size=SQUARE),
+        image_seq_length=4,
+        chat_template=template,
+    )
+    return hf.InternVLForConditionalGeneration(config), processor
+
+
 PARTIAL = {"rope": {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}}
 BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
@@ -159,6 +201,7 @@ BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
         "Qwen3OmniMoe", False, EXPERTS, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]
     ),
     "glm46v": _glm(hf.Glm46VConfig, hf.Glm46VForConditionalGeneration, "Glm46V", {}),
+    "internvl": _internvl,
 }
 
 

@@ -22,10 +22,8 @@ from appo.data.messages import prompt_messages
 from appo.data.records import DataError, Record
 from appo.data.video import Clip
 from appo.data.video_cache import GIB, ClipCache
-from appo.recording.frame_ids import frame_ids
-
-# Processor outputs with one row per token; everything else is per video or per image.
-PER_TOKEN = ("input_ids", "attention_mask", "mm_token_type_ids")
+from appo.models.layout import LayoutError, Video
+from appo.models.layouts import layout_of
 
 
 @dataclass
@@ -42,6 +40,7 @@ class Prompt:
     num_frames: int = 0  # F
     text: str = ""  # the rendered chat, as the processor got it
     builder: "PromptBuilder | None" = field(default=None, repr=False)
+    resized: bool = False  # pictures are resized by the model's processor; False: taken as they come
     positions: Tensor | None = None  # (3, P) or (P,) int64 as the model counts, once they were asked for
     frame_times: list[tuple[float, float]] = field(default_factory=list)  # F spans (first, last sample) in seconds
 
@@ -107,9 +106,8 @@ class PromptBuilder:
         self._untaken: set[Any] = set()
         self._lock = threading.RLock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="decode")
-        sizes = video_processor(processor)
-        self._temporal_patch = sizes.temporal_patch_size
-        self._factor = sizes.patch_size * sizes.merge_size
+        self.layout = layout_of(model_config)
+        self.sizes = self.layout.sizes(processor)
 
     def __call__(self, record: Record) -> Prompt:
         """The prompt of ``record``. Raises DataError naming it where it cannot be built."""
@@ -142,13 +140,16 @@ class PromptBuilder:
 
     def clips(self, record: Record) -> list[Clip]:
         """The sampled frames of a record's videos, as the model sees them; decoded again, since none are kept."""
-        reading = self.config.clip_arguments() | {"factor": self._factor, "cache": self._clips}
+        reading = self.config.clip_arguments() | self._picture_size() | {"cache": self._clips}
         return [load_clip(medium, record, **reading) for medium in record.media if medium.kind == "video"]
 
     def images(self, record: Record) -> list[Tensor]:
         """A record's images, (3, H, W) uint8 each, as the model sees them."""
-        size = {"max_pixels": self.config.max_pixels, "factor": self._factor}
+        size = self._picture_size()
         return [load_image(medium, record, **size) for medium in record.media if medium.kind == "image"]
+
+    def _picture_size(self) -> dict[str, int]:
+        return {"max_pixels": max(self.config.max_pixels, self.sizes.pixels), "factor": self.sizes.factor}
 
     @property
     def held_bytes(self) -> int:
@@ -194,60 +195,39 @@ class PromptBuilder:
     def _build(self, record: Record) -> Prompt:
         if record.kind in ("numerical", "math") and record.answer and not reads(record.answer):
             raise DataError(f"{record.place}: `answer`: expected a number or expression, got {record.answer!r}.")
-        self._check_text(record)
         images, clips = self.images(record), self.clips(record)
         check_spans(record, [clip.duration for clip in clips])
         asked = None if self._ask is None else self._ask(record)
         messages = prompt_messages(record, instructions=self.config.instructions, text=asked)
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        options: dict[str, Any] = {}
-        if images:
-            options["images"] = images
-            options["images_kwargs"] = {"do_resize": False}
-        if clips:
-            options["videos"] = [clip.frames for clip in clips]
-            options["videos_kwargs"] = {
-                "do_sample_frames": False,
-                "do_resize": False,
-                "video_metadata": [metadata_of(clip) for clip in clips],
-            }
-        encoded = self.processor(text=[text], return_tensors="pt", **options)
-        vision = {
-            name: torch.as_tensor(value)
-            for name, value in encoded.items()
-            if name not in PER_TOKEN and name != "video_metadata"
-        }
-        if "video_second_per_grid" in vision:  # Qwen-Omni's processor takes all frames to be sampled at one rate
-            seconds = [(clip.end - clip.start) / len(clip.timestamps) for clip in clips]
-            vision["video_second_per_grid"] = torch.tensor(seconds) * self._temporal_patch
-        ids = frame_ids(encoded["input_ids"], self.model_config, video_grid_thw=vision.get("video_grid_thw"))
-        types = encoded.get("mm_token_type_ids")
+        self._check_text(record, messages)
+        videos = [video_of(clip) for clip in clips]
+        try:
+            encoded = self.layout.encode(self.processor, self.model_config, messages, images, videos)
+        except LayoutError as error:
+            raise DataError(f"{record.place}: {error}") from error
         return Prompt(
             record=record,
-            input_ids=encoded["input_ids"][0],
-            token_types=None if types is None else torch.as_tensor(types)[0],
-            vision=vision,
-            frame_ids=ids.ids[0],
-            num_frames=int(ids.num_frames[0]),
-            text=text,
+            input_ids=encoded.input_ids,
+            token_types=encoded.token_types,
+            vision=encoded.vision,
+            frame_ids=encoded.frame_ids,
+            num_frames=encoded.num_frames,
+            text=encoded.text,
             builder=self,
-            frame_times=_frame_times(clips, self._temporal_patch),
+            resized=self.sizes.pixels > 0,
+            frame_times=_frame_times(clips, self.sizes.merged),
         )
 
-    def _check_text(self, record: Record) -> None:
+    def _check_text(self, record: Record, messages: Sequence[dict[str, Any]]) -> None:
         """Refuse the processor's own placeholders in a question: they would be taken for images or frames."""
         names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
         tokens = [token for name in names if isinstance(token := getattr(self.processor, name, None), str)]
+        texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         for token in tokens:
-            if token and any(token in text for text in (record.question, *record.options)):
+            if token and any(token in text for text in texts):
                 raise DataError(
                     f"{record.place}: `question`: expected text, got the model's own token {token!r} in it."
                 )
-
-
-def video_processor(processor: Any) -> Any:
-    """The part of a processor that turns videos into patches, and says of what size."""
-    return getattr(processor, "video_processor", None) or processor.image_processor
 
 
 TICKS = 1000.0  # per second: the clock of the times below
@@ -270,6 +250,11 @@ def metadata_of(clip: Clip) -> Any:
     )
 
 
+def video_of(clip: Clip) -> Video:
+    """A clip as layouts take it."""
+    return Video(clip.frames, metadata_of(clip), (clip.end - clip.start) / len(clip.timestamps))
+
+
 def _frame_times(clips: Sequence[Clip], temporal_patch: int) -> list[tuple[float, float]]:
     times = []
     for clip in clips:
@@ -285,10 +270,9 @@ class PromptBatch:
     """Prompts padded on the left to P tokens."""
 
     inputs: dict[str, Tensor]  # input_ids, attention_mask (B, P), mm_token_type_ids, and the vision tensors of all
+    rows: dict[str, list[int]]  # of each vision tensor, how many rows are each prompt's
     frame_ids: Tensor  # (B, P) int32, -1 on padding
     num_frames: int  # F, the largest
-    videos: list[int]  # number of videos of each prompt
-    images: list[int]
 
 
 def collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device | str = "cpu") -> PromptBatch:
@@ -311,12 +295,7 @@ def collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device | str =
     inputs |= {name: torch.cat([p.vision[name] for p in prompts if name in p.vision]) for name in names}
     return PromptBatch(
         inputs={name: value.to(device) for name, value in inputs.items()},
+        rows={name: [len(p.vision[name]) if name in p.vision else 0 for p in prompts] for name in names},
         frame_ids=frames.to(device),
         num_frames=max(prompt.num_frames for prompt in prompts),
-        videos=[_count(prompt, "video_grid_thw") for prompt in prompts],
-        images=[_count(prompt, "image_grid_thw") for prompt in prompts],
     )
-
-
-def _count(prompt: Prompt, name: str) -> int:
-    return len(prompt.vision[name]) if name in prompt.vision else 0

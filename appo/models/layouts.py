@@ -5,41 +5,33 @@ features go in, which positions tokens have. What is wrong there gives no error 
 served only after its layout was checked, on random weights, against its own plain forward and its eager attention.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 from appo.config import ConfigError
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A family of models. shares_prompt: a group's responses can stand behind one prompt."""
-
-    model_type: str
-    models: str  # as published
-    frames: str  # how a video's tokens stand in the prompt
-    shares_prompt: bool
-    why_not: str = ""  # in one clause, why a prompt cannot be shared
-
+from appo.models.layout import Layout
+from appo.models.layout_grid import GridLayout, MarkedGridLayout, OmniLayout
+from appo.models.layout_images import InternVLLayout
 
 _RUN = "one run of tokens"
 _TIMES = "frames behind their times"
+_NUMBERS = "frames as images, numbered"
 _LINEAR = "its linear attention passes on a state, which a mask cannot keep from the next response"
 
-LAYOUTS = {
+LAYOUTS: dict[str, Layout] = {
     layout.model_type: layout
     for layout in (
-        Layout("qwen2_vl", "Qwen2-VL", _RUN, True),
-        Layout("qwen2_5_vl", "Qwen2.5-VL", _RUN, True),
-        Layout("qwen3_vl", "Qwen3-VL", _TIMES, True),
-        Layout("qwen3_vl_moe", "Qwen3-VL, mixture of experts", _TIMES, True),
-        Layout("qwen2_5_omni_thinker", "Qwen2.5-Omni", _RUN, True),
-        Layout("qwen3_omni_moe_thinker", "Qwen3-Omni", _RUN, True),
-        Layout("glm4v", "GLM-4.1V", _TIMES, True),
-        Layout("glm4v_moe", "GLM-4.5V", _TIMES, True),
-        Layout("glm46v", "GLM-4.6V", _TIMES, True),
-        Layout("qwen3_5", "Qwen3.5", _TIMES, False, _LINEAR),
-        Layout("qwen3_5_moe", "Qwen3.5, mixture of experts", _TIMES, False, _LINEAR),
+        GridLayout("qwen2_vl", "Qwen2-VL", _RUN, True),
+        GridLayout("qwen2_5_vl", "Qwen2.5-VL", _RUN, True),
+        GridLayout("qwen3_vl", "Qwen3-VL", _TIMES, True),
+        GridLayout("qwen3_vl_moe", "Qwen3-VL, mixture of experts", _TIMES, True),
+        OmniLayout("qwen2_5_omni_thinker", "Qwen2.5-Omni", _RUN, True),
+        OmniLayout("qwen3_omni_moe_thinker", "Qwen3-Omni", _RUN, True),
+        MarkedGridLayout("glm4v", "GLM-4.1V", _TIMES, True),
+        MarkedGridLayout("glm4v_moe", "GLM-4.5V", _TIMES, True),
+        MarkedGridLayout("glm46v", "GLM-4.6V", _TIMES, True),
+        GridLayout("qwen3_5", "Qwen3.5", _TIMES, False, _LINEAR),
+        GridLayout("qwen3_5_moe", "Qwen3.5, mixture of experts", _TIMES, False, _LINEAR),
+        InternVLLayout("internvl", "InternVL", _NUMBERS, True),
     )
 }
 

@@ -10,6 +10,8 @@ import torch
 
 from appo.config import APPOConfig, ConfigError
 from appo.constraints import shown
+from appo.models.layouts import layout_of
+from appo.models.loaded import unwrapped
 from appo.recording.hooks import check_attention
 
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
@@ -90,10 +92,6 @@ def check_fits(config: APPOConfig, model: Any, processor: Any) -> None:
         raise ConfigError(
             "`model`: expected a tokenizer with a pad token, got none. Set tokenizer.pad_token and save it."
         )
-    reader: Any = getattr(processor, "video_processor", None) or getattr(processor, "image_processor", None)
-    if isinstance(getattr(reader, "patch_size", None), int) and isinstance(getattr(reader, "merge_size", None), int):
-        least = (reader.patch_size * reader.merge_size) ** 2
-        if config.max_pixels < least:
-            raise ConfigError(
-                f"`max_pixels`: expected at least the {least} pixels of one token, got {config.max_pixels}."
-            )
+    least = layout_of(unwrapped(model).config).sizes(processor).factor ** 2
+    if config.max_pixels < least:
+        raise ConfigError(f"`max_pixels`: expected at least the {least} pixels of one token, got {config.max_pixels}.")

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from appo.config import APPOConfig, ConfigError
 from appo.data.load import check_media, load_records
-from appo.data.prompts import video_processor
 from appo.data.records import DataError, Media, Record
 from appo.reports.attention_map import write_inspection
 from appo.reports.heads import write_heads
@@ -123,7 +122,7 @@ def draw_group(trainer: Trainer, group: Group, output: Path) -> list[Path]:
         )
     return write_inspection(
         output,
-        frames=pictures([clip.frames for clip in clips], video_processor(trainer.processor).temporal_patch_size),
+        frames=pictures([clip.frames for clip in clips], trainer.build_prompt.sizes.merged),
         times=group.prompt.frame_times,
         tokens=token_texts(group, trainer.processor),
         mass=group.mass,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from rich.table import Table
 
 from appo.data.prompts import Prompt
@@ -47,7 +48,8 @@ def _examine(trainer: Trainer, prompt: Prompt) -> Parity:
     inputs = collate([prompt], trainer.pad_id, trainer.accelerator.device).inputs
     position = int(prompt_positions(trainer.model, inputs)[..., -1].max()) + 1
     grids = [grid for name, rows in prompt.vision.items() if name.endswith("grid_thw") for grid in rows.tolist()]
-    vision = 0 if prompt.token_types is None else int((prompt.token_types > 0).sum())
+    pixels = [getattr(trainer.unwrapped.causal.config, name, -1) for name in ("image_token_id", "video_token_id")]
+    vision = int(torch.isin(prompt.input_ids, torch.tensor(pixels)).sum())
     problem, numbers, place = "", dict[str, float](), None
     try:
         (group,) = trainer.reward(trainer.sample([prompt], [trainer.config.seed]))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from appo.data.prompts import Prompt, collate
+from appo.data.prompts import Prompt, PromptBatch, collate
+from appo.models.layouts import layout_of
 from appo.models.loaded import (
     cache_argument,
     end_ids,
@@ -81,14 +82,15 @@ class TransformersRollout:
     ) -> Iterator[Completion]:
         """``counts`` responses to each prompt, one after another. draws: (B, max_new_tokens), B their number."""
         device, limit = next(self.model.parameters()).device, sampling.max_new_tokens
-        inputs = collate(prompts, self.pad_id, device).inputs
+        batch = collate(prompts, self.pad_id, device)
+        inputs = batch.inputs
         shared = shares_prompts(unwrapped(self.model))
         whole = functional.pad(inputs["attention_mask"], (0, 0 if shared else limit), value=1)
         refuse_dense_mask(self.model, whole, remedy="Sample one prompt at a time, or with flash attention.")
         positions = self._positions(prompts).to(device)  # (3, P, L) or (P, L)
         cache: Any = DynamicCache(config=self.model.config.get_text_config())
         caching = {cache_argument(self.model): cache, "use_cache": True}
-        output = self.model(**inputs, position_ids=positions, logits_to_keep=1, **caching)
+        output = self.model(**self._reading(batch), position_ids=positions, logits_to_keep=1, **caching)
         owner: Any = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)  # (B,)
         prompt_cache = None
         if shared:
@@ -150,6 +152,15 @@ class TransformersRollout:
             Completion(row[:count].clone(), scores[:count].clone(), "stop" if ended else "length", self.version)
             for row, scores, count, ended in ends_of
         )
+
+    def _reading(self, batch: PromptBatch) -> dict[str, Any]:
+        """Arguments of a forward of prompts, each once."""
+        plain, inputs = unwrapped(self.model), batch.inputs
+        layout = layout_of(plain.config)
+        found = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if layout.token_types is not None and "mm_token_type_ids" in inputs:
+            found[layout.token_types] = inputs["mm_token_type_ids"]
+        return found | layout.features(plain.base_model, inputs, batch.rows, [1] * len(inputs["input_ids"]))
 
     def _positions(self, prompts: Sequence[Prompt]) -> Tensor:
         """Positions of left-padded prompts; found once per prompt and kept with it."""

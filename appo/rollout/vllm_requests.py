@@ -75,7 +75,7 @@ def media_of(prompt: Prompt) -> tuple[dict[str, Any], dict[str, Any]]:
         media["video"] = [(frames_of(clip), video_metadata(clip)) for clip in clips]
     if images:
         media["image"] = list(images)
-    return media, {"do_resize": False} if media else {}
+    return media, {"do_resize": False} if media and not prompt.resized else {}
 
 
 def sampling_arguments(

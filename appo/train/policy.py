@@ -39,7 +39,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model: Any = model
         causal = self.causal
-        layout = layout_of(causal.config)
+        self.layout = layout = layout_of(causal.config)
         if "mm_encoder_outputs" not in inspect.signature(causal.base_model.forward).parameters:
             raise ConfigError(
                 f"model: expected a {layout.models} whose forward takes `mm_encoder_outputs`, got one without. Install "
@@ -101,60 +101,22 @@ class Policy(nn.Module):
         return packed(batch, self.causal) if self.share_prompt else separate(batch)
 
     def _hidden(self, batch: ResponseBatch, sequences: Sequences) -> Tensor:
-        inputs, repeats = batch.prompts.inputs, sequences.media_repeats
-        arguments: dict[str, Any] = {}
-        if sequences.token_types is not None:
-            arguments["mm_token_type_ids"] = sequences.token_types
+        base, arguments = self.causal.base_model, dict[str, Any]()
+        if sequences.token_types is not None and self.layout.token_types is not None:
+            arguments[self.layout.token_types] = sequences.token_types
         if sequences.position_ids is not None:
             arguments["position_ids"] = sequences.position_ids
-        for name in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts", "video_second_per_grid"):
-            if name in inputs:
-                counts = batch.prompts.images if name.startswith("image") else batch.prompts.videos
-                arguments[name] = inputs[name][_repeat_order(counts, repeats, inputs[name].device)]
         if sequences.layout is not None:
             arguments["group_layout"] = sequences.layout
         else:
             refuse_dense_mask(self.causal, sequences.attention_mask)
-        outputs = self.causal.base_model(
+        outputs = base(
             input_ids=sequences.input_ids,
             attention_mask=sequences.attention_mask,
-            mm_encoder_outputs=self._vision(batch, repeats),
             use_cache=False,
             **arguments,
+            **self.layout.features(base, batch.prompts.inputs, batch.prompts.rows, sequences.media_repeats),
         )
         hidden = outputs.last_hidden_state  # (S, L, D)
         rows = sequences.rows[..., None].expand(-1, -1, hidden.shape[-1])
         return sequences.per_response(hidden.gather(1, rows))
-
-    def _vision(self, batch: ResponseBatch, repeats: list[int]) -> dict[str, Any] | None:
-        """Features of every video and image, computed once per prompt and handed to each of its sequences."""
-        inputs, found = batch.prompts.inputs, {}
-        base = self.causal.base_model
-        if "pixel_values_videos" in inputs:
-            features = base.get_video_features(
-                inputs["pixel_values_videos"], inputs["video_grid_thw"], return_dict=True
-            )
-            found["video"] = _repeat_features(features, batch.prompts.videos, repeats)
-        if "pixel_values" in inputs:
-            features = base.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-            found["image"] = _repeat_features(features, batch.prompts.images, repeats)
-        return found or None
-
-
-def _repeat_order(counts: list[int], repeats: list[int], device: torch.device | str = "cpu") -> Tensor:
-    """Indices that repeat each prompt's media as a block: counts [2, 1], repeats [2, 3] -> 0 1 0 1 2 2 2."""
-    order, start = [], 0
-    for count, repeat in zip(counts, repeats, strict=True):
-        order += list(range(start, start + count)) * repeat
-        start += count
-    return torch.tensor(order, dtype=torch.int64, device=device)
-
-
-def _repeat_features(features: Any, counts: list[int], repeats: list[int]) -> Any:
-    """``pooler_output`` (one tensor per video or image) and each level of ``deepstack_features``, repeated."""
-    order = _repeat_order(counts, repeats).tolist()
-    features.pooler_output = [features.pooler_output[i] for i in order]
-    levels = getattr(features, "deepstack_features", None)
-    if levels is not None:
-        features.deepstack_features = [[level[i] for i in order] for level in levels]
-    return features

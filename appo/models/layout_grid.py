@@ -1,0 +1,98 @@
+"""Models whose videos are grids of patches (Qwen-VL, GLM-4V): a frame has as many tokens as its size asks for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from appo.models.layout import Layout, Sizes, Video, repeat_order
+from appo.recording.frame_ids import FrameIds, frame_ids
+
+
+@dataclass(frozen=True)
+class GridLayout(Layout):
+    """The processor returns ``video_grid_thw`` and ``image_grid_thw`` beside patches of frames it did not resize."""
+
+    def sizes(self, processor: Any) -> Sizes:
+        reader = getattr(processor, "video_processor", None) or processor.image_processor
+        return Sizes(reader.patch_size * reader.merge_size, reader.temporal_patch_size, 0)
+
+    def media_arguments(self, images: Sequence[Tensor], videos: Sequence[Video]) -> dict[str, Any]:
+        options = super().media_arguments(images, videos)
+        if images:
+            options["images_kwargs"] = {"do_resize": False}
+        if videos:
+            options["videos_kwargs"]["do_resize"] = False
+        return options
+
+    def find_frames(self, input_ids: Tensor, config: Any, vision: Mapping[str, Tensor]) -> FrameIds:
+        return frame_ids(input_ids, config, video_grid_thw=vision.get("video_grid_thw"))
+
+    def features(
+        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
+    ) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            name: inputs[name][repeat_order(rows[name], repeats, inputs[name].device)]
+            for name in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts", "video_second_per_grid")
+            if name in inputs
+        }
+        outputs = {}
+        for kind, pixels, encode in (
+            ("video", "pixel_values_videos", "get_video_features"),
+            ("image", "pixel_values", "get_image_features"),
+        ):
+            if pixels in inputs:
+                grid = f"{kind}_grid_thw"
+                features = getattr(base, encode)(inputs[pixels], inputs[grid], return_dict=True)
+                outputs[kind] = _repeated(features, rows[grid], repeats)
+        return found | {"mm_encoder_outputs": outputs or None}
+
+
+@dataclass(frozen=True)
+class MarkedGridLayout(GridLayout):
+    """GLM-4V: frames are image tokens within the marks of a video.
+
+    Its forward takes features of either kind to be those of all image tokens, and fails where a batch has both.
+    """
+
+    mixes_media: ClassVar[bool] = False
+
+    def features(
+        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
+    ) -> dict[str, Any]:
+        found = super().features(base, inputs, rows, repeats)
+        outputs = found["mm_encoder_outputs"]
+        if outputs is not None and len(outputs) > 1:
+            types = inputs["mm_token_type_ids"].repeat_interleave(
+                torch.tensor(repeats).to(inputs["input_ids"].device), 0
+            )
+            types = types[types > 0]  # of all image tokens, in the order of the batch
+            image, video = (torch.cat(outputs[kind].pooler_output) for kind in ("image", "video"))
+            joined = image.new_empty(len(types), image.shape[1])
+            joined = joined.index_put((types == 1,), image).index_put((types == 2,), video)
+            outputs["image"].pooler_output = [joined]
+            del outputs["video"]
+        return found
+
+
+@dataclass(frozen=True)
+class OmniLayout(GridLayout):
+    """Qwen-Omni's thinker, whose processor takes all frames to be sampled at one rate: the model gets the true one."""
+
+    def vision(self, encoded: Mapping[str, Any], videos: Sequence[Video], sizes: Sizes) -> dict[str, Tensor]:
+        found = super().vision(encoded, videos, sizes)
+        if videos:
+            found["video_second_per_grid"] = torch.tensor([video.step for video in videos]) * sizes.merged
+        return found
+
+
+def _repeated(features: Any, counts: Sequence[int], repeats: Sequence[int]) -> Any:
+    """``pooler_output`` (one tensor per video or image) and each level of ``deepstack_features``, repeated."""
+    order = repeat_order(counts, repeats).tolist()
+    features.pooler_output = [features.pooler_output[i] for i in order]
+    levels = getattr(features, "deepstack_features", None)
+    if levels is not None:
+        features.deepstack_features = [[level[i] for i in order] for level in levels]
+    return features

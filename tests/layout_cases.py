@@ -1,0 +1,36 @@
+"""Settings of tiny models of every layout, and the inputs of their own plain forward."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import training
+from torch import Tensor
+
+from appo.data.prompts import video_of
+from appo.models.layout import Layout
+
+
+def settings(processor: Any, folder: Any, layout: Layout, **changes: Any) -> Any:
+    """Settings whose frames are as small as the model takes them. Two layers: as many as have attention in the hybrid
+    models."""
+    smallest = {"max_pixels": max(layout.sizes(processor).factor, 14) ** 2, "layers": 2}
+    return training.config(folder, **smallest | changes)
+
+
+def plain_inputs(group: Any, row: int, processor: Any, layout: Layout) -> dict[str, Tensor]:
+    """A plain forward's inputs, as transformers' processor makes them: one response behind its prompt, nothing else in
+    the batch."""
+    videos = [video_of(clip) for clip in group.prompt.clips]
+    images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in group.prompt.images]
+    inputs = processor(text=[group.prompt.text], return_tensors="pt", **layout.media_arguments(images, videos))
+    inputs = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "video_metadata"}
+    if "video_second_per_grid" in inputs:  # which the processor does not know
+        inputs["video_second_per_grid"] = group.prompt.vision["video_second_per_grid"]
+    count = int(group.mask[row].sum())
+    response = group.completion_ids[row : row + 1, :count]
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], response], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    for name in {"mm_token_type_ids", "token_type_ids"} & set(inputs):
+        inputs[name] = torch.nn.functional.pad(inputs[name], (0, count))
+    return inputs

@@ -1,0 +1,111 @@
+"""Prompts without media, with several videos, with images beside them: their frames, and one batch of them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import vision_models
+from layout_cases import plain_inputs, settings
+from PIL import Image
+
+from appo.data.prompts import PromptBuilder
+from appo.data.records import DataError, Media, Record
+from appo.models.layouts import LAYOUTS
+from appo.rollout.engine import Sampling
+from appo.rollout.model_engine import TransformersRollout
+from appo.train.groups import Group, batch_parts, whole_groups
+from appo.train.policy import Policy
+
+WIDE, TALL = (56, 112), (84, 42)
+
+
+def noise(size: tuple[int, int], seed: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8))
+
+
+def video(folder: Path, count: int, size: tuple[int, int], seed: int) -> Media:
+    """A folder of ``count`` frames."""
+    folder.mkdir()
+    for index in range(count):
+        noise(size, seed + index).save(folder / f"{index}.png")
+    return Media("video", folder)
+
+
+def picture(path: Path, size: tuple[int, int]) -> Media:
+    noise(size, 99).save(path)
+    return Media("image", path)
+
+
+def records(folder: Path) -> list[Record]:
+    """Of no media, two videos of other sizes, a video among images, an image."""
+    first, second = video(folder / "a", 4, WIDE, 0), video(folder / "b", 4, TALL, 40)
+    image = picture(folder / "x.png", (70, 56))
+    media = [(), (first, second), (image, first, picture(folder / "y.png", TALL)), (image,)]
+    return [
+        Record(str(index), "which colour?", "A", "multiple choice", ("A. red", "B. blue"), own, meta={"index": index})
+        for index, own in enumerate(media)
+    ]
+
+
+def answered(builder: PromptBuilder, record: Record) -> Group:
+    """Two responses, of three tokens and of one."""
+    ids = torch.randint(20, 60, (2, 3), generator=torch.Generator().manual_seed(int(record.id)))
+    mask, nothing = torch.tensor([[True] * 3, [True, False, False]]), torch.zeros(2)
+    return Group(builder(record), ids, mask, torch.zeros(2, 3), mask[:, -1], ["", ""], nothing, nothing, {})
+
+
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_media_of_every_kind_in_one_batch(model_type: str, tmp_path: Path) -> None:
+    layout = LAYOUTS[model_type]
+    model, processor = vision_models.build(model_type)
+    builder = PromptBuilder(processor, model.config, settings(processor, tmp_path, layout, max_pixels=42 * 42))
+    chosen = [record for record in records(tmp_path) if layout.mixes_media or record.id != "2"]
+    groups = [answered(builder, record) for record in chosen]
+    steps = 4 // builder.sizes.merged
+    for group in groups:
+        prompt, videos = group.prompt, [media for media in group.prompt.record.media if media.kind == "video"]
+        ids = prompt.frame_ids
+        assert prompt.num_frames == steps * len(videos) == len(prompt.frame_times)
+        counts = torch.bincount(ids[ids >= 0], minlength=prompt.num_frames).unflatten(0, (-1, steps))
+        assert (counts == counts[:, :1]).all() and (counts > 0).all()  # frames of a video are of one size
+        assert (ids[ids >= 0].diff() >= 0).all()
+        pixels = torch.isin(prompt.input_ids, torch.tensor([model.config.image_token_id]))
+        if prompt.record.media and prompt.record.media[0].kind == "image":
+            first = int(pixels.nonzero()[0])
+            assert ids[first] == -1, "an image is no frame"
+    with torch.no_grad():
+        alone = [
+            model(**plain_inputs(group, row, processor, layout)).logits[0, len(group.prompt) - 1 : -1]
+            for group in groups
+            for row in range(2)
+        ]
+    batch = batch_parts(whole_groups(groups), processor.tokenizer.pad_token_id, "cpu")
+    for share in ("on", "off") if layout.shares_prompt else ("off",):
+        with torch.no_grad():
+            logits = Policy(model, share)(batch, lambda hidden, weight, bias: hidden @ weight.T)
+        for found, mask, expected in zip(logits, batch.mask, alone, strict=True):
+            torch.testing.assert_close(found[mask], expected, rtol=1e-4, atol=1e-4)
+    sampled = TransformersRollout(model, processor).generate(
+        [group.prompt for group in groups], Sampling(1, 2, temperature=0.0), [0] * len(groups)
+    )
+    for (completion,), expected in zip(sampled, alone[::2], strict=True):
+        logprob = expected[0].log_softmax(-1)[completion.ids[0]]
+        torch.testing.assert_close(completion.logprobs[0], logprob, rtol=1e-4, atol=1e-4)
+
+
+def test_images_beside_videos_are_refused_where_the_model_cannot(tmp_path: Path) -> None:
+    layout = LAYOUTS["glm46v"]
+    model, processor = vision_models.build("glm46v")
+    builder = PromptBuilder(processor, model.config, settings(processor, tmp_path, layout))
+    with pytest.raises(DataError, match=r"GLM-4.6V of transformers takes images or videos in a prompt, not both"):
+        builder(records(tmp_path)[2])
+
+
+def test_videos_of_several_lengths_are_refused_where_the_processor_cannot(tmp_path: Path) -> None:
+    layout = LAYOUTS["internvl"]
+    model, processor = vision_models.build("internvl")
+    builder = PromptBuilder(processor, model.config, settings(processor, tmp_path, layout))
+    media = (video(tmp_path / "a", 4, WIDE, 0), video(tmp_path / "b", 6, WIDE, 0))
+    with pytest.raises(DataError, match=r"InternVL takes videos of one number of frames in a prompt, got \[4, 6\]"):
+        builder(Record("q", "which?", "A", "free-form", media=media))
