@@ -56,6 +56,24 @@ def test_frames_shown_as_images() -> None:
             frame_ids(tokens, config, video_grid_thw=torch.tensor([[2, 2, 4]]))
 
 
+def test_frames_of_one_size_and_a_line_break() -> None:
+    """Two prompts: videos of two frames and of one, and none."""
+    tower = SimpleNamespace(image_size=27, patch_size=9)  # 3 x 3 patches, pooled to 2 x 2
+    config = SimpleNamespace(model_type="llava_onevision", video_token_id=VIDEO, vision_config=tower)
+    processor = type("LlavaOnevisionProcessor", (), {"video_token_id": VIDEO, "num_image_tokens": 9})()
+    tokens = torch.tensor([[PAD, 1, *[VIDEO] * 9, 2, *[VIDEO] * 5, IMAGE], [1] * 18])
+    want = [[-1, -1, *[0] * 4, *[1] * 4, -1, -1, *[2] * 4, -1, -1], [-1] * 18]
+    for source in (config, processor):
+        check(frame_ids(tokens, source), want, [3, 0])
+        for wrong in ([VIDEO] * 14, [VIDEO] * 8, [VIDEO]):  # two videos side by side, a truncated one, no frame
+            with pytest.raises(ValueError, match=f"frames of 4 tokens.*{len(wrong)} video tokens in a row at token 1"):
+                frame_ids(torch.tensor([[1, *wrong, 2]]), source)
+    with pytest.raises(ValueError, match=r"video_grid_thw.*None for llava_onevision"):
+        frame_ids(tokens, config, video_grid_thw=torch.tensor([[2, 2, 4]]))
+    with pytest.raises(ValueError, match="num_image_tokens"):
+        frame_ids(tokens, SimpleNamespace(model_type="llava_onevision", video_token_id=VIDEO))
+
+
 def test_video_at_both_ends() -> None:
     check(frame_ids(torch.tensor([[VIDEO, 1, VIDEO]]), QWEN3), [[0, -1, 1]], [2])
 

@@ -180,6 +180,35 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any]:
     return hf.InternVLForConditionalGeneration(config), processor
 
 
+def _siglip(**changes: Any) -> dict[str, Any]:
+    """A tower of pictures of 28 x 28 pixels, 16 patches."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    return {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 7, **sizes, **changes}
+
+
+def _llava_onevision(tokenizer: Any) -> tuple[Any, Any]:
+    """A frame is 16 patches, pooled to 4 tokens; an image itself and its tiles."""
+    marks = {"image_token": "<image>", "video_token": "<video>"}
+    tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
+    tokenizer = _with_named(tokenizer, marks)
+    tiles = [[28, 28], [28, 56], [56, 28], [56, 56]]
+    config = hf.LlavaOnevisionConfig(
+        text_config=_full_text(tokenizer, "qwen2"),
+        vision_config=_siglip(vision_use_head=False),
+        vision_feature_select_strategy="full", vision_feature_layer=-1, image_grid_pinpoints=tiles,
+        image_token_id=tokenizer.image_token_id, video_token_id=tokenizer.video_token_id,
+    )  # fmt: skip
+    processor = hf.LlavaOnevisionProcessor(
+        image_processor=hf.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=tiles),
+        tokenizer=tokenizer,
+        video_processor=hf.LlavaOnevisionVideoProcessor(size=SQUARE),
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=_chat(tokenizer, image="<image>\n", video="<video>\n"),
+    )
+    return hf.LlavaOnevisionForConditionalGeneration(config), processor
+
+
 PARTIAL = {"rope": {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}}
 BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
@@ -202,6 +231,7 @@ BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     ),
     "glm46v": _glm(hf.Glm46VConfig, hf.Glm46VForConditionalGeneration, "Glm46V", {}),
     "internvl": _internvl,
+    "llava_onevision": _llava_onevision,
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from appo.models.layout import Encoded, Layout, LayoutError, Sizes, Video, repeat_order
 
@@ -18,6 +19,16 @@ def tower_pixels(reader: Any) -> int:
     edges = [getattr(size, name, None) for name in ("height", "width", "longest_edge")]
     height, width, longest = (int(edge) if edge else 0 for edge in edges)
     return 2 * (height * width or longest * longest)
+
+
+def check_lengths(models: str, videos: Sequence[Video]) -> None:
+    """For processors that stack the videos of a prompt."""
+    lengths = sorted({len(video.frames) for video in videos})
+    if len(lengths) > 1:
+        raise LayoutError(
+            f"the processor of {models} takes videos of one number of frames in a prompt, got {lengths}. Lower "
+            "`max_frames` to the fewest, or split the record."
+        )
 
 
 def without_images(encoded: Encoded, runs: Sequence[bool], models: str) -> Encoded:
@@ -42,12 +53,7 @@ class InternVLLayout(Layout):
         return Sizes(1, 1, tower_pixels(processor.video_processor))
 
     def media_arguments(self, images: Sequence[Tensor], videos: Sequence[Video]) -> dict[str, Any]:
-        lengths = sorted({len(video.frames) for video in videos})
-        if len(lengths) > 1:
-            raise LayoutError(
-                f"the processor of {self.models} takes videos of one number of frames in a prompt, got {lengths}. "
-                "Lower `max_frames` to the fewest, or split the record."
-            )
+        check_lengths(self.models, videos)
         return super().media_arguments(images, videos)
 
     def encode(self, processor: Any, *arguments: Any) -> Encoded:
@@ -69,3 +75,53 @@ class InternVLLayout(Layout):
         order = repeat_order(rows["pixel_values"], repeats, inputs["pixel_values"].device)
         features.pooler_output = features.pooler_output[order]
         return {"mm_encoder_outputs": {"image": features}}
+
+
+@dataclass(frozen=True)
+class LlavaOneVisionLayout(Layout):
+    """A video is one run of tokens: its frames, pooled to a quarter of the tower's patches each, and a line break.
+
+    Kept of a prompt are frames and tiles of images one after another, and how many of them each video and image has.
+    """
+
+    token_types: ClassVar[str | None] = None
+
+    def sizes(self, processor: Any) -> Sizes:
+        return Sizes(1, 1, tower_pixels(processor.video_processor))
+
+    def media_arguments(self, images: Sequence[Tensor], videos: Sequence[Video]) -> dict[str, Any]:
+        check_lengths(self.models, videos)
+        return super().media_arguments(images, videos)
+
+    def vision(self, encoded: Mapping[str, Any], videos: Sequence[Video], sizes: Sizes) -> dict[str, Tensor]:
+        found = super().vision(encoded, videos, sizes)
+        for pixels, counts in (("pixel_values_videos", "video_frames"), ("pixel_values", "image_tiles")):
+            if pixels in found:
+                many, each = found[pixels].shape[:2]
+                found |= {pixels: found[pixels].flatten(0, 1), counts: torch.full((many,), each)}
+        return found
+
+    def features(
+        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
+    ) -> dict[str, Any]:
+        outputs = {}
+        if "pixel_values_videos" in inputs:
+            # A video of one frame each: videos of several lengths cannot be stacked.
+            video = base.get_video_features(inputs["pixel_values_videos"][:, None], return_dict=True)
+            frames = video.pooler_output.split(inputs["video_frames"].tolist())  # (T, tokens and line break, D) each
+            whole = [torch.cat([each[:, :-1].flatten(0, 1), each[-1, -1:]]) for each in frames]
+            order = repeat_order(rows["video_frames"], repeats).tolist()
+            video.pooler_output = torch.cat([whole[index] for index in order])[None]
+            outputs["video"] = video
+        if "pixel_values" in inputs:
+            tiles = inputs["pixel_values"].split(inputs["image_tiles"].tolist())
+            image = base.get_image_features(
+                pad_sequence(tiles, batch_first=True),
+                inputs["image_sizes"],
+                batch_num_images=inputs["batch_num_images"],
+                return_dict=True,
+            )
+            order = repeat_order(rows["image_sizes"], repeats).tolist()
+            image.pooler_output = [image.pooler_output[index] for index in order]
+            outputs["image"] = image
+        return {"mm_encoder_outputs": outputs} if outputs else {}

@@ -10,7 +10,7 @@ from typing import Any
 from appo.config import ConfigError
 from appo.models.layout import Layout
 from appo.models.layout_grid import GridLayout, MarkedGridLayout, OmniLayout
-from appo.models.layout_images import InternVLLayout
+from appo.models.layout_images import InternVLLayout, LlavaOneVisionLayout
 
 _RUN = "one run of tokens"
 _TIMES = "frames behind their times"
@@ -32,6 +32,7 @@ LAYOUTS: dict[str, Layout] = {
         GridLayout("qwen3_5", "Qwen3.5", _TIMES, False, _LINEAR),
         GridLayout("qwen3_5_moe", "Qwen3.5, mixture of experts", _TIMES, False, _LINEAR),
         InternVLLayout("internvl", "InternVL", _NUMBERS, True),
+        LlavaOneVisionLayout("llava_onevision", "LLaVA-OneVision", _RUN, True),
     )
 }
 

@@ -5,6 +5,7 @@ stands for two sampled video frames. ``video_grid_thw``, as processors return it
 patches; the video then takes t frames of h * w / merge_size**2 tokens each.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ FRAMES_BETWEEN_MARKS = ("glm4v", "glm46v")
 # Families that show video frames as images, one run of image tokens each.
 FRAMES_AS_IMAGES = ("internvl", "smolvlm")
 
+# Families whose videos are runs of frames with the same number of tokens each, and a line break.
+FRAMES_OF_ONE_SIZE = ("llavaonevision",)
+
 
 class FrameIds(NamedTuple):
     """The frame of every token, as ``record_frame_mass`` and ``frame_mass`` take it."""
@@ -29,7 +33,7 @@ class FrameIds(NamedTuple):
 
 
 def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Tensor | None = None) -> FrameIds:
-    """Frame of each token of ``input_ids``, for models of the Qwen-VL and GLM-4V families, InternVL and SmolVLM.
+    """Frame of each token of ``input_ids``: Qwen-VL and GLM-4V families, InternVL, LLaVA-OneVision, SmolVLM.
 
     Frames are numbered 0, 1, 2, ... in order of appearance, on through all videos of a sequence, and from 0 in each
     sequence. Text, timestamps, vision start and end markers, padding and **images** have frame -1 (an image beside a
@@ -43,7 +47,7 @@ def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Te
         video_grid_thw: (number of videos in the batch, 3) int, the grids of the batch's videos in order: what the
             processor returned and the model is given. One row per frame, t = 1, does as well. May be left out for
             Qwen3-VL and its relatives, whose frames are runs of video tokens between timestamps, and for text alone;
-            must be None for InternVL and SmolVLM.
+            must be None for InternVL, LLaVA-OneVision and SmolVLM.
 
     Returns:
         ``FrameIds(ids (B, S) int32, num_frames (B,) int64)`` on the device of ``input_ids``.
@@ -58,10 +62,13 @@ def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Te
         return _from_runs(_between_marks(input_ids, config_or_processor))
     shown_as_images = _is_of(config_or_processor, FRAMES_AS_IMAGES)
     is_video = input_ids == _token_id(config_or_processor, "image_token_id" if shown_as_images else "video_token_id")
-    if video_grid_thw is not None and shown_as_images:
+    of_one_size = _is_of(config_or_processor, FRAMES_OF_ONE_SIZE)
+    if video_grid_thw is not None and (shown_as_images or of_one_size):
         checks.fail(OP, "video_grid_thw", f"None for {_name(config_or_processor)}", "a tensor", "Leave it out.")
     if video_grid_thw is not None:
         return _from_grids(is_video, video_grid_thw, _merge_size(config_or_processor))
+    if of_one_size:
+        return _from_lengths(is_video, _tokens_per_frame(config_or_processor))
     if shown_as_images or _is_of(config_or_processor, FRAMES_APART) or not bool(is_video.any()):
         return _from_runs(is_video)
     checks.fail(
@@ -85,6 +92,30 @@ def _from_runs(is_video: Tensor) -> FrameIds:
     before = torch.nn.functional.pad(is_video, (1, 0))[:, :-1]
     count = (is_video & ~before).cumsum(1)  # (B, S): runs begun so far
     return FrameIds(torch.where(is_video, count - 1, -1).int(), count[:, -1] if count.shape[1] else count.sum(1))
+
+
+def _from_lengths(is_video: Tensor, size: int) -> FrameIds:
+    """Every run of video tokens is a video: frames of ``size`` tokens each, and one token behind the last."""
+    ids, num_frames = torch.full(is_video.shape, -1, dtype=torch.int32), torch.zeros(len(is_video), dtype=torch.int64)
+    for sequence, mask in enumerate(is_video.cpu()):
+        steps = torch.nn.functional.pad(mask.int(), (1, 1)).diff()
+        begins, ends = (steps == 1).nonzero()[:, 0].tolist(), (steps == -1).nonzero()[:, 0].tolist()
+        frame = 0
+        for begin, end in zip(begins, ends, strict=True):
+            count, left = divmod(end - 1 - begin, size)
+            if left or not count:
+                checks.fail(
+                    OP,
+                    "input_ids",
+                    f"videos set apart by text, each of frames of {size} tokens and a line break",
+                    f"{end - begin} video tokens in a row at token {begin} of sequence {sequence}",
+                    "Pass prompts that are not truncated, as the model's chat template writes them.",
+                )
+            numbers = torch.arange(frame, frame + count, dtype=torch.int32)
+            ids[sequence, begin : end - 1] = numbers.repeat_interleave(size)
+            frame += count
+        num_frames[sequence] = frame
+    return FrameIds(ids.to(is_video.device), num_frames.to(is_video.device))
 
 
 def _from_grids(is_video: Tensor, video_grid_thw: Tensor, merge_size: int) -> FrameIds:
@@ -182,6 +213,22 @@ def _token_id(source: Any, field: str) -> int:
             "Pass `model.config` (not its text_config) or the processor of a video model.",
         )
     return token
+
+
+def _tokens_per_frame(source: Any) -> int:
+    """Of LLaVA-OneVision: its tower's patches, pooled 2 x 2."""
+    tower = getattr(source, "vision_config", None)
+    known = getattr(source, "num_image_tokens", None)  # of a processor
+    side = tower.image_size // tower.patch_size if tower is not None else math.isqrt(known or 0)
+    if side < 1:
+        checks.fail(
+            OP,
+            "config_or_processor",
+            "a config with `vision_config` or a processor with `num_image_tokens`",
+            f"{_name(source)}, which has neither",
+            "Pass `model.config` or the processor of a LLaVA-OneVision.",
+        )
+    return math.ceil(side / 2) ** 2
 
 
 def _merge_size(source: Any) -> int:
