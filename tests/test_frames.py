@@ -49,11 +49,22 @@ def test_frames_shown_as_images() -> None:
         [[1, 9, 5, IMAGE, IMAGE, 5, 9, 5, IMAGE, IMAGE, 5, 2], [PAD] * 6 + [1, 5, IMAGE, IMAGE, 5, 2]]
     )
     want = [[-1, -1, -1, 0, 0, -1, -1, -1, 1, 1, -1, -1], [-1] * 8 + [0, 0, -1, -1]]
-    for model_type in ("internvl", "smolvlm"):
+    for model_type in ("internvl", "smolvlm", "gemma3"):
         config = SimpleNamespace(model_type=model_type, image_token_id=IMAGE)
         check(frame_ids(tokens, config), want, [2, 1])
         with pytest.raises(ValueError, match=f"video_grid_thw.*None for {model_type}"):
             frame_ids(tokens, config, video_grid_thw=torch.tensor([[2, 2, 4]]))
+
+
+def test_the_mark_before_an_image_is_not_taken_for_it() -> None:
+    """To Gemma 3's processor ``image_token_id`` is the mark, and its tokenizer's the pixels."""
+    inner = SimpleNamespace(image_token_id=IMAGE)
+    processor = type("Gemma3Processor", (), {"image_token_id": 5, "tokenizer": inner})()
+    check(
+        frame_ids(torch.tensor([[5, IMAGE, IMAGE, 4, 5, IMAGE, IMAGE, 4]]), processor),
+        [[-1, 0, 0, -1] + [-1, 1, 1, -1]],
+        [2],
+    )
 
 
 def test_frames_of_one_size_and_a_line_break() -> None:

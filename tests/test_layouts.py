@@ -18,8 +18,11 @@ from appo.config import ConfigError
 from appo.data.prompts import PromptBuilder
 from appo.models.layout_grid import GridLayout
 from appo.models.layouts import LAYOUTS, layout_of, layout_table, register_layout
+from appo.models.load import check_fits
+from appo.recording.hooks import attention_modules, last_layers
 from appo.train.groups import batch_parts, whole_groups
 from appo.train.policy import Policy
+from appo.train.setup import prepare_model
 from appo.train.trainer import Trainer
 
 DOCS = Path(__file__).parents[1] / "docs" / "models.md"
@@ -43,15 +46,16 @@ def test_hidden_states_and_mass_are_those_of_each_response_alone(model_type: str
                 alone.append(model(**plain_inputs(group, row, processor, layout)).logits[0, len(group.prompt) - 1 : -1])
                 model.set_attn_implementation("eager")
                 attentions = model(**plain_inputs(group, row, processor, layout), output_attentions=True).attentions
-            layers = [layer for layer in attentions if layer is not None][-2:]
+            layers = [layer for layer in attentions if layer is not None]
             rows = torch.stack([layer[0, :, len(group.prompt) - 1 : -1, : len(group.prompt)] for layer in layers])
             eager.append(rows.double().mean((0, 1)) @ frames)
     model.set_attn_implementation("sdpa")
+    attending = sorted(attention_modules(model.get_decoder()))  # windowed ones too
     for share in ("on", "off") if LAYOUTS[model_type].shares_prompt else ("auto",):
         policy = Policy(model, share)
         assert policy.share_prompt == (share == "on")
         sequences = policy.sequences(batch)
-        recorder = record_frame_mass(model, sequences.frame_ids, rows=sequences.rows, layers=2, reduction="sum")
+        recorder = record_frame_mass(model, sequences.frame_ids, rows=sequences.rows, layers=attending, reduction="sum")
         with torch.no_grad(), recorder:
             logits = policy(batch, lambda hidden, weight, bias: hidden @ weight.T, sequences)
         mass = sequences.per_response(recorder.mass)
@@ -76,6 +80,26 @@ def test_five_steps_of_training(model_type: str, tmp_path: Path) -> None:
     assert len(lines) == 5 and updates
     assert all(abs(line["kl/approx"]) < 1e-5 and line["grad_norm"] > 0 and line["mass/frames"] > 0 for line in updates)
     assert not torch.equal(before, model.get_output_embeddings().weight.detach())
+
+
+@pytest.mark.parametrize("model_type", LAYOUTS)
+def test_frozen_vision_is_all_but_the_text_model(model_type: str, tmp_path: Path) -> None:
+    """Tower, projector, line breaks: with them frozen, features of a clip are the same all the run."""
+    model, _ = vision_models.build(model_type)
+    prepare_model(model, training.config(tmp_path, freeze_vision=True))
+    text = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    assert {parameter for parameter in model.parameters() if parameter.requires_grad} == text
+
+
+def test_layers_with_a_window_are_not_recorded_in_training(tmp_path: Path) -> None:
+    """Near the end of most of Gemma's layers stand windows, which see the last frames alone."""
+    model, processor = vision_models.build("gemma3")
+    kinds = model.config.get_text_config().layer_types
+    whole = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
+    assert last_layers(model, 1) == whole[-1:] and last_layers(model, 2) == whole == [1, 3]
+    check_fits(settings(processor, tmp_path, LAYOUTS["gemma3"]), model, processor)
+    with pytest.raises(ConfigError, match="`layers`: expected 1 to 2 layers that see all frames, got 3"):
+        check_fits(settings(processor, tmp_path, LAYOUTS["gemma3"], layers=3), model, processor)
 
 
 def test_every_layout_has_a_tiny_model() -> None:

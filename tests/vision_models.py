@@ -209,6 +209,43 @@ def _llava_onevision(tokenizer: Any) -> tuple[Any, Any]:
     return hf.LlavaOnevisionForConditionalGeneration(config), processor
 
 
+def _gemma_text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
+    """Two of four layers see a window that is shorter than a prompt."""
+    layers = ["sliding_attention", "full_attention"] * 2
+    rope = {kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in layers}
+    sizes = {"head_dim": 32, "layer_types": layers, "sliding_window": 40, "rope_parameters": rope}
+    return tiny.text_settings(tokenizer, {}, {**sizes, **changes})
+
+
+IMAGE_MARKS = {
+    "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
+    "video_token": "<|video|>",
+}  # fmt: skip
+
+
+def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
+    """A picture is 16 patches, pooled to 4 tokens."""
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": list(IMAGE_MARKS.values())}, replace_extra_special_tokens=False
+    )
+    tokenizer = _with_named(tokenizer, IMAGE_MARKS)
+    config = hf.Gemma3Config(
+        text_config=_gemma_text(tokenizer, query_pre_attn_scalar=32),
+        vision_config=_siglip(vision_use_head=False),
+        mm_tokens_per_image=4,
+        image_token_index=tokenizer.image_token_id,
+        boi_token_index=tokenizer.boi_token_id,
+        eoi_token_index=tokenizer.eoi_token_id,
+    )
+    processor = hf.Gemma3Processor(
+        image_processor=hf.Gemma3ImageProcessor(size=SQUARE),
+        tokenizer=tokenizer,
+        image_seq_length=4,
+        chat_template=_chat(tokenizer, image="<start_of_image>"),
+    )
+    return hf.Gemma3ForConditionalGeneration(config), processor
+
+
 PARTIAL = {"rope": {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}}
 BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
@@ -232,6 +269,7 @@ BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "glm46v": _glm(hf.Glm46VConfig, hf.Glm46VForConditionalGeneration, "Glm46V", {}),
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
+    "gemma3": _gemma3,
 }
 
 

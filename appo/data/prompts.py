@@ -25,6 +25,12 @@ from appo.data.video_cache import GIB, ClipCache
 from appo.models.layout import LayoutError, Video
 from appo.models.layouts import layout_of
 
+# Names under which processors and tokenizers have the tokens of media.
+MEDIA_TOKENS = (
+    "image_token", "video_token", "vision_start_token", "vision_end_token", "start_image_token", "end_image_token",
+    "boi_token", "eoi_token", "fake_image_token", "global_image_token",
+)  # fmt: skip
+
 
 @dataclass
 class Prompt:
@@ -220,8 +226,10 @@ class PromptBuilder:
 
     def _check_text(self, record: Record, messages: Sequence[dict[str, Any]]) -> None:
         """Refuse the processor's own placeholders in a question: they would be taken for images or frames."""
-        names = ("image_token", "video_token", "vision_start_token", "vision_end_token")
-        tokens = [token for name in names if isinstance(token := getattr(self.processor, name, None), str)]
+        found = [
+            getattr(part, name, None) for part in (self.processor, self.processor.tokenizer) for name in MEDIA_TOKENS
+        ]
+        tokens = dict.fromkeys(token for token in found if isinstance(token, str))
         texts = [part["text"] for message in messages for part in message["content"] if part["type"] == "text"]
         for token in tokens:
             if token and any(token in text for text in texts):

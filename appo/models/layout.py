@@ -70,8 +70,11 @@ class Layout(ABC):
     @abstractmethod
     def sizes(self, processor: Any) -> Sizes: ...
 
-    def media_arguments(self, images: Sequence[Tensor], videos: Sequence[Video]) -> dict[str, Any]:
-        """Arguments of the processor: images (3, H, W) uint8, videos, and that frames are sampled already."""
+    def media_arguments(
+        self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
+    ) -> dict[str, Any]:
+        """Arguments of the processor: images (3, H, W) uint8 and videos in their order in ``messages``, and that frames
+        are sampled already."""
         options: dict[str, Any] = {}
         if images:
             options["images"] = list(images)
@@ -108,9 +111,9 @@ class Layout(ABC):
         """
         if images and videos and not self.mixes_media:
             raise LayoutError(f"{self.models} of transformers takes images or videos in a prompt, not both.")
-        messages = self.messages(messages, videos)
-        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        encoded = processor(text=[text], return_tensors="pt", **self.media_arguments(images, videos))
+        shown = self.messages(messages, videos)
+        text = processor.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
+        encoded = processor(text=[text], return_tensors="pt", **self.media_arguments(messages, images, videos))
         vision = self.vision(encoded, videos, self.sizes(processor))
         found = self.find_frames(encoded["input_ids"], config, vision)
         types = None if self.token_types is None else encoded.get(self.token_types)

@@ -19,8 +19,10 @@ class GridLayout(Layout):
         reader = getattr(processor, "video_processor", None) or processor.image_processor
         return Sizes(reader.patch_size * reader.merge_size, reader.temporal_patch_size, 0)
 
-    def media_arguments(self, images: Sequence[Tensor], videos: Sequence[Video]) -> dict[str, Any]:
-        options = super().media_arguments(images, videos)
+    def media_arguments(
+        self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
+    ) -> dict[str, Any]:
+        options = super().media_arguments(messages, images, videos)
         if images:
             options["images_kwargs"] = {"do_resize": False}
         if videos:

@@ -1,7 +1,7 @@
 """Models that see the frames of a video as images of one size, each with the same number of tokens."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,17 +44,34 @@ def without_images(encoded: Encoded, runs: Sequence[bool], models: str) -> Encod
 
 
 @dataclass(frozen=True)
-class InternVLLayout(Layout):
-    """Frames and tiles of images are ``pixel_values`` in the order in which they stand in the prompt."""
+class ImagesLayout(Layout):
+    """Frames and images are ``pixel_values`` in the order in which they stand in the prompt."""
+
+    def features(
+        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
+    ) -> dict[str, Any]:
+        if "pixel_values" not in inputs:
+            return {}
+        features = base.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
+        order = repeat_order(rows["pixel_values"], repeats, inputs["pixel_values"].device)
+        features.pooler_output = features.pooler_output[order]
+        return {"mm_encoder_outputs": {"image": features}}
+
+
+@dataclass(frozen=True)
+class InternVLLayout(ImagesLayout):
+    """A frame is one tile, an image as many as fit it, all within the marks of one image."""
 
     token_types: ClassVar[str | None] = None
 
     def sizes(self, processor: Any) -> Sizes:
         return Sizes(1, 1, tower_pixels(processor.video_processor))
 
-    def media_arguments(self, images: Sequence[Tensor], videos: Sequence[Video]) -> dict[str, Any]:
+    def media_arguments(
+        self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
+    ) -> dict[str, Any]:
         check_lengths(self.models, videos)
-        return super().media_arguments(images, videos)
+        return super().media_arguments(messages, images, videos)
 
     def encode(self, processor: Any, *arguments: Any) -> Encoded:
         encoded = super().encode(processor, *arguments)
@@ -66,15 +83,64 @@ class InternVLLayout(Layout):
             runs += [False] if token == processor.image_token else [True] * next(lengths)
         return without_images(encoded, runs, self.models)
 
-    def features(
-        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
+
+@dataclass(frozen=True)
+class Gemma3Layout(ImagesLayout):
+    """Frames are images to processor and template, each behind its time, as Gemma 4 writes it."""
+
+    token_types: ClassVar[str | None] = "token_type_ids"
+
+    def sizes(self, processor: Any) -> Sizes:
+        return Sizes(1, 1, tower_pixels(processor.image_processor))
+
+    def messages(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> list[dict[str, Any]]:
+        left = iter(videos)
+        return [
+            message | {"content": [shown for part in message["content"] for shown in _as_images(part, left)]}
+            for message in messages
+        ]
+
+    def media_arguments(
+        self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
     ) -> dict[str, Any]:
-        if "pixel_values" not in inputs:
+        frames = iter([video.frames for video in videos])
+        left: dict[str, Iterator[Any]] = {"image": iter([[image] for image in images]), "video": frames}
+        pictures = [picture for kind in _media_kinds(messages) for picture in next(left[kind])]
+        if not pictures:
             return {}
-        features = base.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)
-        order = repeat_order(rows["pixel_values"], repeats, inputs["pixel_values"].device)
-        features.pooler_output = features.pooler_output[order]
-        return {"mm_encoder_outputs": {"image": features}}
+        # Crops of a frame would stand for further frames.
+        return {"images": [pictures], "images_kwargs": {"do_pan_and_scan": False} if videos else {}}
+
+    def encode(
+        self,
+        processor: Any,
+        config: Any,
+        messages: list[dict[str, Any]],
+        images: Sequence[Tensor],
+        videos: Sequence[Video],
+    ) -> Encoded:
+        encoded = super().encode(processor, config, messages, images, videos)
+        if not videos:
+            return encoded._replace(frame_ids=torch.full_like(encoded.frame_ids, -1), num_frames=0)
+        lengths = iter([len(video.frames) for video in videos])
+        runs: list[bool] = []
+        for kind in _media_kinds(messages):
+            runs += [True] * next(lengths) if kind == "video" else [False]
+        return without_images(encoded, runs, self.models)
+
+
+def _media_kinds(messages: list[dict[str, Any]]) -> list[str]:
+    return [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
+
+
+def _as_images(part: dict[str, Any], videos: Iterator[Video]) -> list[dict[str, Any]]:
+    """A part of a message; of a video, its times and frames."""
+    if part["type"] != "video":
+        return [part]
+    shown: list[dict[str, Any]] = []
+    for second in map(int, next(videos).seconds):
+        shown += [{"type": "text", "text": f"{second // 60:02d}:{second % 60:02d} "}, {"type": "image"}]
+    return shown
 
 
 @dataclass(frozen=True)
@@ -89,9 +155,11 @@ class LlavaOneVisionLayout(Layout):
     def sizes(self, processor: Any) -> Sizes:
         return Sizes(1, 1, tower_pixels(processor.video_processor))
 
-    def media_arguments(self, images: Sequence[Tensor], videos: Sequence[Video]) -> dict[str, Any]:
+    def media_arguments(
+        self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
+    ) -> dict[str, Any]:
         check_lengths(self.models, videos)
-        return super().media_arguments(images, videos)
+        return super().media_arguments(messages, images, videos)
 
     def vision(self, encoded: Mapping[str, Any], videos: Sequence[Video], sizes: Sizes) -> dict[str, Tensor]:
         found = super().vision(encoded, videos, sizes)

@@ -10,11 +10,13 @@ from typing import Any
 from appo.config import ConfigError
 from appo.models.layout import Layout
 from appo.models.layout_grid import GridLayout, MarkedGridLayout, OmniLayout
-from appo.models.layout_images import InternVLLayout, LlavaOneVisionLayout
+from appo.models.layout_images import Gemma3Layout, InternVLLayout, LlavaOneVisionLayout
 
 _RUN = "one run of tokens"
 _TIMES = "frames behind their times"
 _NUMBERS = "frames as images, numbered"
+_IMAGES = "frames as images behind their times"
+_WINDOWS = "most of its layers see a window of the tokens before, and images from both sides"
 _LINEAR = "its linear attention passes on a state, which a mask cannot keep from the next response"
 
 LAYOUTS: dict[str, Layout] = {
@@ -33,6 +35,7 @@ LAYOUTS: dict[str, Layout] = {
         GridLayout("qwen3_5_moe", "Qwen3.5, mixture of experts", _TIMES, False, _LINEAR),
         InternVLLayout("internvl", "InternVL", _NUMBERS, True),
         LlavaOneVisionLayout("llava_onevision", "LLaVA-OneVision", _RUN, True),
+        Gemma3Layout("gemma3", "Gemma 3", _IMAGES, False, _WINDOWS),
     )
 }
 

@@ -12,7 +12,7 @@ from appo.config import APPOConfig, ConfigError
 from appo.constraints import shown
 from appo.models.layouts import layout_of
 from appo.models.loaded import unwrapped
-from appo.recording.hooks import check_attention
+from appo.recording.hooks import check_attention, last_layers
 
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 
@@ -79,7 +79,7 @@ def check_fits(config: APPOConfig, model: Any, processor: Any) -> None:
     """Settings that need the model to be judged. Raises ConfigError."""
     if config.records_mass:
         try:
-            check_attention(model, config.layers)
+            check_attention(model, last_layers(model, config.layers))
         except ValueError as error:
             raise ConfigError(str(error).removeprefix("record_frame_mass: ")) from error
     tokenizer = getattr(processor, "tokenizer", None)

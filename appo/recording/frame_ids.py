@@ -19,7 +19,7 @@ FRAMES_APART = ("qwen3vl", "qwen35")
 # Families whose frames are image tokens, each a run of its own, between the marks of a video.
 FRAMES_BETWEEN_MARKS = ("glm4v", "glm46v")
 # Families that show video frames as images, one run of image tokens each.
-FRAMES_AS_IMAGES = ("internvl", "smolvlm")
+FRAMES_AS_IMAGES = ("internvl", "smolvlm", "gemma3")
 
 # Families whose videos are runs of frames with the same number of tokens each, and a line break.
 FRAMES_OF_ONE_SIZE = ("llavaonevision",)
@@ -61,7 +61,7 @@ def frame_ids(input_ids: Tensor, config_or_processor: Any, *, video_grid_thw: Te
     if _is_of(config_or_processor, FRAMES_BETWEEN_MARKS):
         return _from_runs(_between_marks(input_ids, config_or_processor))
     shown_as_images = _is_of(config_or_processor, FRAMES_AS_IMAGES)
-    is_video = input_ids == _token_id(config_or_processor, "image_token_id" if shown_as_images else "video_token_id")
+    is_video = input_ids == (_image_token_id if shown_as_images else _video_token_id)(config_or_processor)
     of_one_size = _is_of(config_or_processor, FRAMES_OF_ONE_SIZE)
     if video_grid_thw is not None and (shown_as_images or of_one_size):
         checks.fail(OP, "video_grid_thw", f"None for {_name(config_or_processor)}", "a tensor", "Leave it out.")
@@ -200,6 +200,15 @@ def _name(source: Any) -> str:
 def _is_of(source: Any, families: tuple[str, ...]) -> bool:
     """By model type of a config ("qwen3_vl_moe") or class name of a processor ("Qwen3VLProcessor")."""
     return _name(source).lower().replace("_", "").startswith(families)
+
+
+def _video_token_id(source: Any) -> int:
+    return _token_id(source, "video_token_id")
+
+
+def _image_token_id(source: Any) -> int:
+    """The id that stands for pixels: to Gemma 3's processor ``image_token_id`` is the mark before them."""
+    return _token_id(source.tokenizer if _is_of(source, ("gemma3processor",)) else source, "image_token_id")
 
 
 def _token_id(source: Any, field: str) -> int:

@@ -176,3 +176,18 @@ def attention_layers(model: nn.Module, layers: int | Sequence[int]) -> tuple[nn.
             OP, "layers", f"distinct layers with attention, out of {available}", list(layers), "Choose from these."
         )
     return decoder, {number: found[number] for number in sorted(chosen)}
+
+
+def last_layers(model: nn.Module, count: int) -> list[int]:
+    """Numbers of the last ``count`` layers that attend to the whole sequence: in a model of both kinds, one with a
+    sliding window says nothing of the frames before it. Where all have a window, the last of them.
+
+    Raises ValueError, as `attention_layers`, for a model with fewer.
+    """
+    decoder, _ = attention_layers(model, 1)
+    found = attention_modules(decoder)
+    whole = [number for number in sorted(found) if getattr(found[number], "sliding_window", None) is None]
+    whole = whole or sorted(found)
+    if not 1 <= count <= len(whole):
+        checks.fail(OP, "layers", f"1 to {len(whole)} layers that see all frames", count, "Pass fewer layers.")
+    return whole[-count:]

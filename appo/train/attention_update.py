@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from appo.config import APPOConfig
+from appo.recording.hooks import last_layers
 from appo.recording.recorder import record_frame_mass
 from appo.train.groups import Part, ResponseBatch, known
 from appo.train.packing import Sequences
@@ -36,7 +37,7 @@ class AttentionUpdate:
             policy.model,
             sequences.frame_ids,
             rows=sequences.rows,
-            layers=config.layers,
+            layers=last_layers(policy.model, config.layers),
             reduction=config.mass_reduction,
             gradient=True,
         )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from appo.config import APPOConfig
 from appo.recording.heads import record_head_mass
+from appo.recording.hooks import last_layers
 from appo.recording.recorder import record_frame_mass
 from appo.train.groups import Group, batch_parts, whole_groups
 from appo.train.logs import Meter
@@ -123,7 +124,11 @@ def record_mass(
     batch = batch_parts(whole_groups(groups), pad_id, device)
     sequences = policy.sequences(batch)
     recorder = record_frame_mass(
-        policy.model, sequences.frame_ids, rows=sequences.rows, layers=config.layers, reduction="sum"
+        policy.model,
+        sequences.frame_ids,
+        rows=sequences.rows,
+        layers=last_layers(policy.model, config.layers),
+        reduction="sum",
     )
     with recorder:
         wrapped(batch, _nothing, sequences)

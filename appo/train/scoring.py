@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from appo.config import APPOConfig
 from appo.method.token_filters import off_policy_sequences, top_entropy_tokens
+from appo.recording.hooks import last_layers
 from appo.recording.recorder import record_frame_mass
 from appo.train.groups import Group, Part, ResponseBatch, known, stack_tokens, token_weights_of
 from appo.train.policy import Policy
@@ -32,7 +33,7 @@ def score_parts(
             policy.model,
             sequences.frame_ids,
             rows=sequences.rows,
-            layers=config.layers,
+            layers=last_layers(policy.model, config.layers),
             reduction=config.mass_reduction,
         )
 

@@ -102,14 +102,15 @@ def prepare_model(model: Any, config: APPOConfig) -> nn.Module:
         raise ConfigError(
             f"`lora_rank`: expected {model.peft_config['default'].r}, that of the model's adapters, got 0."
         )
-    for tower in [vision_tower(model)] * config.freeze_vision + audio_towers(model):
-        tower.requires_grad_(False)
+    for part in vision_parts(model) * config.freeze_vision + audio_towers(model):
+        part.requires_grad_(False)
     if config.gradient_checkpointing:
         enable_checkpointing(model)
     if config.lora_rank and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model
 
-        outside = {id(module) for tower in (vision_tower(model), *audio_towers(model)) for module in tower.modules()}
+        towers = [part for part in vision_parts(model) + audio_towers(model) if isinstance(part, nn.Module)]
+        outside = {id(module) for tower in towers for module in tower.modules()}
         targets = [
             name
             for name, module in model.named_modules()
@@ -128,18 +129,21 @@ def prepare_model(model: Any, config: APPOConfig) -> nn.Module:
     return model
 
 
-def vision_tower(model: Any) -> nn.Module:
-    base = unwrapped(model).base_model
-    for name in ("visual", "vision_tower", "vision_model"):
-        if isinstance(getattr(base, name, None), nn.Module):
-            return getattr(base, name)
-    raise ValueError(f"model: expected one with a vision tower (`visual`, `vision_tower`), got {type(model).__name__}.")
+def vision_parts(model: Any) -> list[nn.Module | nn.Parameter]:
+    """The vision tower and what leads from it to the text model: all that is neither the text model nor hears."""
+    plain = unwrapped(model)
+    others = {id(part) for part in (plain.get_decoder(), plain.get_input_embeddings(), *audio_towers(model))}
+    base = plain.base_model
+    found = [part for part in (*base.children(), *base.parameters(recurse=False)) if id(part) not in others]
+    if not found:
+        raise ValueError(f"model: expected one with a vision tower beside its text model, got {type(plain).__name__}.")
+    return found
 
 
-def audio_towers(model: Any) -> list[nn.Module]:
+def audio_towers(model: Any) -> list[nn.Module | nn.Parameter]:
     """The parts that hear, where a model has them: never trained, since no sound is read."""
-    found = getattr(unwrapped(model).base_model, "audio_tower", None)
-    return [found] if isinstance(found, nn.Module) else []
+    parts = (getattr(unwrapped(model).base_model, name, None) for name in ("audio_tower", "embed_audio"))
+    return [part for part in parts if isinstance(part, nn.Module)]
 
 
 def build_optimizer(policy: nn.Module, config: APPOConfig) -> torch.optim.Optimizer:
