@@ -5,18 +5,32 @@ from typing import Any
 import numpy as np
 import torch
 import training
-from torch import Tensor
+from torch import Tensor, nn
 
 from appo.data.messages import prompt_messages
 from appo.data.prompts import video_of
 from appo.models.layout import Layout
+from appo.train.policy import Policy
 
 
 def settings(processor: Any, folder: Any, layout: Layout, **changes: Any) -> Any:
-    """Settings whose frames are as small as the model takes them. Two layers: as many as have attention in the hybrid
-    models."""
-    smallest = {"max_pixels": max(layout.sizes(processor).factor, 14) ** 2, "layers": 2}
+    """Settings whose frames are as small as the model takes them, and two where one has 64 tokens at least (Gemma 4).
+    Two layers: as many as have attention in the hybrid models."""
+    sizes = layout.sizes(processor)
+    smallest = {"max_pixels": max(sizes.factor, 14) ** 2, "layers": 2, "max_frames": 16}
+    if sizes.pixels:
+        smallest["max_frames"] = 2 if layout.model_type == "gemma4" else 6
     return training.config(folder, **smallest | changes)
+
+
+def logits_of(policy: Policy) -> Any:
+    """A head of ``policy``: logits as its model's own head makes them."""
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        logits, cap = nn.functional.linear(hidden, weight, bias), policy.softcap
+        return logits if cap is None else cap * (logits / cap).tanh()
+
+    return head
 
 
 def plain_inputs(group: Any, row: int, processor: Any, layout: Layout) -> dict[str, Tensor]:

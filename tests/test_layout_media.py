@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import vision_models
-from layout_cases import plain_inputs, settings
+from layout_cases import logits_of, plain_inputs, settings
 from PIL import Image
 
 from appo.data.prompts import PromptBuilder
@@ -83,7 +83,8 @@ def test_media_of_every_kind_in_one_batch(model_type: str, tmp_path: Path) -> No
     batch = batch_parts(whole_groups(groups), processor.tokenizer.pad_token_id, "cpu")
     for share in ("on", "off") if layout.shares_prompt else ("off",):
         with torch.no_grad():
-            logits = Policy(model, share)(batch, lambda hidden, weight, bias: hidden @ weight.T)
+            policy = Policy(model, share)
+            logits = policy(batch, logits_of(policy))
         for found, mask, expected in zip(logits, batch.mask, alone, strict=True):
             torch.testing.assert_close(found[mask], expected, rtol=1e-4, atol=1e-4)
     sampled = TransformersRollout(model, processor).generate(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 
@@ -246,6 +247,63 @@ def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
     return hf.Gemma3ForConditionalGeneration(config), processor
 
 
+def _smolvlm(tokenizer: Any) -> tuple[Any, Any]:
+    """A frame is 16 patches, shuffled to 4 tokens; an image up to four tiles and itself."""
+    pytest.importorskip("num2words", reason="SmolVLM's processor counts frames in words")
+    marks = {"image_token": "<image>", "video_token": "<video>", "fake_image_token": "<fake_token_around_image>"}
+    marks |= {"global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}
+    tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
+    tokenizer = _with_named(tokenizer, marks)
+    tower = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = hf.SmolVLMConfig(
+        text_config=_full_text(tokenizer, "llama"),
+        vision_config={"image_size": 28, "patch_size": 7, **tower},
+        image_token_id=tokenizer.image_token_id,
+        tie_word_embeddings=False,
+    )
+    size, most = {"longest_edge": 56}, {"longest_edge": 28}
+    processor = hf.SmolVLMProcessor(
+        image_processor=hf.SmolVLMImageProcessor(size=size, max_image_size=most),
+        tokenizer=tokenizer,
+        video_processor=hf.SmolVLMVideoProcessor(size=size, max_image_size=most, num_frames=8, fps=1),
+        image_seq_len=4,
+        chat_template=_chat(tokenizer, image="<image>", video="<video>"),
+    )
+    return hf.SmolVLMForConditionalGeneration(config), processor
+
+
+def _gemma4(tokenizer: Any) -> tuple[Any, Any]:
+    """Frames of at most 70 tokens, the least there is; layers that take keys of earlier ones, and a part of each
+    token's embedding by layer."""
+    marks = IMAGE_MARKS | {"audio_token": "<|audio|>", "boa_token": "<|audio_start|>", "eoa_token": "<|audio_end|>"}
+    tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
+    tokenizer = _with_named(tokenizer, marks)
+    text = _gemma_text(
+        tokenizer, hidden_size_per_layer_input=8, vocab_size_per_layer_input=len(tokenizer), num_kv_shared_layers=2,
+        global_head_dim=64, final_logit_softcapping=5.0,
+    )  # fmt: skip
+    tower = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    tower |= {"head_dim": 16, "intermediate_size": 64, "patch_size": 4, "position_embedding_size": 1024}
+    config = hf.Gemma4Config(
+        text_config=text,
+        vision_config=tower,
+        audio_config=None,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+        audio_token_id=tokenizer.audio_token_id,
+        boi_token_id=tokenizer.boi_token_id,
+        eoi_token_id=tokenizer.eoi_token_id,
+    )
+    processor = hf.Gemma4Processor(
+        feature_extractor=hf.Gemma4AudioFeatureExtractor(),
+        image_processor=hf.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70),
+        tokenizer=tokenizer,
+        video_processor=hf.Gemma4VideoProcessor(patch_size=4),
+        chat_template=_chat(tokenizer, image=IMAGE_MARKS["image_token"], video="<|video|>"),
+    )
+    return hf.Gemma4ForConditionalGeneration(config), processor
+
+
 PARTIAL = {"rope": {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}}
 BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
@@ -270,6 +328,8 @@ BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "internvl": _internvl,
     "llava_onevision": _llava_onevision,
     "gemma3": _gemma3,
+    "smolvlm": _smolvlm,
+    "gemma4": _gemma4,
 }
 
 

@@ -146,16 +146,16 @@ class PromptBuilder:
 
     def clips(self, record: Record) -> list[Clip]:
         """The sampled frames of a record's videos, as the model sees them; decoded again, since none are kept."""
-        reading = self.config.clip_arguments() | self._picture_size() | {"cache": self._clips}
+        reading = self.config.clip_arguments() | self._reading(self.sizes.pixels) | {"cache": self._clips}
         return [load_clip(medium, record, **reading) for medium in record.media if medium.kind == "video"]
 
     def images(self, record: Record) -> list[Tensor]:
         """A record's images, (3, H, W) uint8 each, as the model sees them."""
-        size = self._picture_size()
+        size = self._reading(self.sizes.image_pixels)
         return [load_image(medium, record, **size) for medium in record.media if medium.kind == "image"]
 
-    def _picture_size(self) -> dict[str, int]:
-        return {"max_pixels": max(self.config.max_pixels, self.sizes.pixels), "factor": self.sizes.factor}
+    def _reading(self, pixels: int) -> dict[str, int]:
+        return {"max_pixels": max(self.config.max_pixels, pixels), "factor": self.sizes.factor}
 
     @property
     def held_bytes(self) -> int:

@@ -23,7 +23,8 @@ class Sizes(NamedTuple):
 
     factor: int  # pixels: their sides are multiples of it
     merged: int  # sampled frames that become one frame of the model
-    pixels: int  # least H * W to read them at: the processor resizes them; 0: it takes them as they come
+    pixels: int  # least H * W to read frames at: the processor resizes them; 0: it takes them as they come
+    image_pixels: int = 0  # of images
 
 
 @dataclass

@@ -12,13 +12,11 @@ from torch.nn.utils.rnn import pad_sequence
 from appo.models.layout import Encoded, Layout, LayoutError, Sizes, Video, repeat_order
 
 
-def tower_pixels(reader: Any) -> int:
-    """Least H * W to read a picture at that ``reader`` makes of one size: with twice as many as it makes of it, no side
-    of a 16:9 picture is shorter than the side it becomes."""
-    size = reader.size
-    edges = [getattr(size, name, None) for name in ("height", "width", "longest_edge")]
-    height, width, longest = (int(edge) if edge else 0 for edge in edges)
-    return 2 * (height * width or longest * longest)
+def square_sizes(reader: Any) -> Sizes:
+    """Of pictures that ``reader`` makes of one size: with twice as many pixels as it makes of them, no side of a 16:9
+    picture is shorter than the side it becomes."""
+    pixels = 2 * reader.size["height"] * reader.size["width"]
+    return Sizes(1, 1, pixels, pixels)
 
 
 def check_lengths(models: str, videos: Sequence[Video]) -> None:
@@ -65,7 +63,7 @@ class InternVLLayout(ImagesLayout):
     token_types: ClassVar[str | None] = None
 
     def sizes(self, processor: Any) -> Sizes:
-        return Sizes(1, 1, tower_pixels(processor.video_processor))
+        return square_sizes(processor.video_processor)
 
     def media_arguments(
         self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
@@ -91,7 +89,7 @@ class Gemma3Layout(ImagesLayout):
     token_types: ClassVar[str | None] = "token_type_ids"
 
     def sizes(self, processor: Any) -> Sizes:
-        return Sizes(1, 1, tower_pixels(processor.image_processor))
+        return square_sizes(processor.image_processor)
 
     def messages(self, messages: list[dict[str, Any]], videos: Sequence[Video]) -> list[dict[str, Any]]:
         left = iter(videos)
@@ -144,6 +142,42 @@ def _as_images(part: dict[str, Any], videos: Iterator[Video]) -> list[dict[str, 
 
 
 @dataclass(frozen=True)
+class SmolVLMLayout(Layout):
+    """Frames stand behind their times, and a text that counts them in front. Kept of a prompt are frames, or tiles of
+    images, one after another."""
+
+    token_types: ClassVar[str | None] = None
+    mixes_media: ClassVar[bool] = False  # its processor returns both under one name
+
+    def sizes(self, processor: Any) -> Sizes:
+        side, longest = processor.video_processor.max_image_size, processor.image_processor.size
+        return Sizes(1, 1, 2 * side["longest_edge"] ** 2, longest["longest_edge"] ** 2)
+
+    def vision(self, encoded: Mapping[str, Any], videos: Sequence[Video], sizes: Sizes) -> dict[str, Tensor]:
+        found = super().vision(encoded, videos, sizes)
+        lengths = [len(video.frames) for video in videos]  # the processor pads to the longest
+        for name, value in found.items():
+            rows = [row[:length] for row, length in zip(value, lengths, strict=True)] if videos else list(value)
+            found[name] = torch.cat(rows)[:, None]
+        return found
+
+    def encode(self, processor: Any, *arguments: Any) -> Encoded:
+        encoded, videos = super().encode(processor, *arguments), arguments[-1]
+        runs = [True] * sum(len(video.frames) for video in videos)
+        return without_images(encoded, runs or [False] * encoded.num_frames, self.models)
+
+    def features(
+        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
+    ) -> dict[str, Any]:
+        if "pixel_values" not in inputs:
+            return {}
+        features = base.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"], return_dict=True)
+        order = repeat_order(rows["pixel_values"], repeats).tolist()
+        features.pooler_output = [features.pooler_output[index] for index in order]
+        return {"mm_encoder_outputs": {"image": features}}
+
+
+@dataclass(frozen=True)
 class LlavaOneVisionLayout(Layout):
     """A video is one run of tokens: its frames, pooled to a quarter of the tower's patches each, and a line break.
 
@@ -153,7 +187,7 @@ class LlavaOneVisionLayout(Layout):
     token_types: ClassVar[str | None] = None
 
     def sizes(self, processor: Any) -> Sizes:
-        return Sizes(1, 1, tower_pixels(processor.video_processor))
+        return square_sizes(processor.video_processor)
 
     def media_arguments(
         self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
@@ -192,4 +226,30 @@ class LlavaOneVisionLayout(Layout):
             order = repeat_order(rows["image_sizes"], repeats).tolist()
             image.pooler_output = [image.pooler_output[index] for index in order]
             outputs["image"] = image
+        return {"mm_encoder_outputs": outputs} if outputs else {}
+
+
+@dataclass(frozen=True)
+class Gemma4Layout(Layout):
+    """Frames stand behind their times, each with as many tokens as the shape of the video leaves of a fixed number."""
+
+    def sizes(self, processor: Any) -> Sizes:
+        readers = (processor.video_processor, processor.image_processor)
+        pixels = [reader.max_soft_tokens * (reader.pooling_kernel_size * reader.patch_size) ** 2 for reader in readers]
+        return Sizes(1, 1, *pixels)
+
+    def features(
+        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
+    ) -> dict[str, Any]:
+        outputs = {}
+        if "pixel_values_videos" in inputs:
+            of_videos = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
+            outputs["video"] = base.get_video_features(*(inputs[name] for name in of_videos), return_dict=True)
+        if "pixel_values" in inputs:
+            of_images = ("pixel_values", "image_position_ids")
+            outputs["image"] = base.get_image_features(*(inputs[name] for name in of_images), return_dict=True)
+        for kind, counted in (("video", "num_frames_per_video"), ("image", "pixel_values")):
+            if kind in outputs:
+                order = repeat_order(rows[counted], repeats).tolist()
+                outputs[kind].pooler_output = [outputs[kind].pooler_output[index] for index in order]
         return {"mm_encoder_outputs": outputs} if outputs else {}

@@ -10,13 +10,13 @@ from typing import Any
 from appo.config import ConfigError
 from appo.models.layout import Layout
 from appo.models.layout_grid import GridLayout, MarkedGridLayout, OmniLayout
-from appo.models.layout_images import Gemma3Layout, InternVLLayout, LlavaOneVisionLayout
+from appo.models.layout_images import Gemma3Layout, Gemma4Layout, InternVLLayout, LlavaOneVisionLayout, SmolVLMLayout
 
 _RUN = "one run of tokens"
 _TIMES = "frames behind their times"
 _NUMBERS = "frames as images, numbered"
 _IMAGES = "frames as images behind their times"
-_WINDOWS = "most of its layers see a window of the tokens before, and images from both sides"
+_WINDOWS = "most of its layers see a window of the tokens before"
 _LINEAR = "its linear attention passes on a state, which a mask cannot keep from the next response"
 
 LAYOUTS: dict[str, Layout] = {
@@ -35,7 +35,9 @@ LAYOUTS: dict[str, Layout] = {
         GridLayout("qwen3_5_moe", "Qwen3.5, mixture of experts", _TIMES, False, _LINEAR),
         InternVLLayout("internvl", "InternVL", _NUMBERS, True),
         LlavaOneVisionLayout("llava_onevision", "LLaVA-OneVision", _RUN, True),
-        Gemma3Layout("gemma3", "Gemma 3", _IMAGES, False, _WINDOWS),
+        Gemma3Layout("gemma3", "Gemma 3", _IMAGES, False, f"{_WINDOWS}, and images from both sides"),
+        SmolVLMLayout("smolvlm", "SmolVLM2", _IMAGES, True),
+        Gemma4Layout("gemma4", "Gemma 4", _TIMES, False, _WINDOWS),
     )
 }
 
