@@ -59,7 +59,9 @@ def answered(builder: PromptBuilder, record: Record) -> Group:
 def test_media_of_every_kind_in_one_batch(model_type: str, tmp_path: Path) -> None:
     layout = LAYOUTS[model_type]
     model, processor = vision_models.build(model_type)
-    builder = PromptBuilder(processor, model.config, settings(processor, tmp_path, layout, max_pixels=42 * 42))
+    builder = PromptBuilder(
+        processor, model.config, settings(processor, tmp_path, layout, max_pixels=42 * 42, max_frames=4)
+    )
     chosen = [record for record in records(tmp_path) if layout.mixes_media or record.id != "2"]
     groups = [answered(builder, record) for record in chosen]
     steps = 4 // builder.sizes.merged
