@@ -210,5 +210,5 @@ def run_the_matrix(
     for name, value in gains(found):
         typer.echo(f"{name:60} {shown(value, sign=True)} points")
     for name, (read, written, price) in found.costs.items():
-        typer.echo(f"{name:40} {read:10,} tokens read {written:9,} written" + (f" {price:10.2f}" if price else ""))
+        typer.echo(f"{name:40} {read:10,} tokens read {written:9,} written" + (f" {price:12.4f}" if price else ""))
     typer.echo(write_matrix_page(folder / "matrix.html", found))

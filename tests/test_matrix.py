@@ -102,7 +102,7 @@ def test_replies_are_kept_and_a_model_that_is_added_is_asked_alone(tmp_path: Pat
 @pytest.fixture
 def server():
     """A server of the chat protocol that answers with what it was sent; ``state`` sets how it fails."""
-    state = {"failures": 0, "status": 503, "requests": []}
+    state = {"failures": 0, "status": 503, "requests": [], "changes": {}}
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -115,7 +115,7 @@ def server():
                 "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
                 "usage": {"prompt_tokens": 11, "completion_tokens": 2, "total_tokens": 13},
             }  # fmt: skip
-            data = json.dumps(reply).encode()
+            data = json.dumps(reply | state["changes"]).encode()
             self.send_response(state["status"] if failing else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(data)))
@@ -172,6 +172,19 @@ def test_an_endpoint_is_asked_again_and_then_named(server, monkeypatch) -> None:
     assert len(state["requests"]) == 1  # what is wrong with the request does not get better
     with pytest.raises(EndpointError, match="no answer"):
         endpoint("http://127.0.0.1:9/v1").say([record], ["Why?"], look=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"choices": []}, "with a choice and its message"), ({"usage": None}, "by which costs are counted")],
+)
+def test_a_reply_without_a_text_or_without_what_it_cost_is_named(server, changes, says) -> None:
+    url, state = server
+    state["changes"] = changes
+    with pytest.raises(EndpointError, match=says):
+        endpoint(url, price_read=1.0).say(training.records()[:1], ["What?"], look=False)
+    if "usage" in changes:  # nothing is to be paid
+        assert endpoint(url).say(training.records()[:1], ["What?"], look=False) == [Reply("a dog", 0, 0)]
 
 
 def test_two_models_and_an_endpoint_that_is_stopped_in_the_middle(server, tmp_path: Path, monkeypatch) -> None:

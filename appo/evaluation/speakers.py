@@ -152,9 +152,19 @@ class Endpoint:
                         "run the same command again when it answers."
                     ) from error
                 time.sleep(min(self.config.engine_timeout, 0.5 * 2**attempt))
-        usage = found.usage
-        reply = found.choices[0].message.content or ""
-        return Reply(reply, usage.prompt_tokens if usage else 0, usage.completion_tokens if usage else 0)
+        choices, usage = getattr(found, "choices", None), getattr(found, "usage", None)
+        if not choices or choices[0].message is None:
+            raise EndpointError(
+                f"{self.settings.url}: {self.settings.model}: expected a reply to {record.place} with a choice and its "
+                f"message, got {str(found)[:300]}. Is it OpenAI's chat protocol that it speaks?"
+            )
+        if usage is None and (self.settings.price_read or self.settings.price_written):
+            raise EndpointError(
+                f"{self.settings.url}: {self.settings.model}: expected `usage` beside the reply to {record.place}, by "
+                "which costs are counted, got none. Leave price_read and price_written out."
+            )
+        read, written = (0, 0) if usage is None else (usage.prompt_tokens or 0, usage.completion_tokens or 0)
+        return Reply(choices[0].message.content or "", read, written)
 
     def _frames(self, record: Record) -> list[dict[str, Any]]:
         """Images of a record and sampled frames of its clips with their times, as data URIs."""

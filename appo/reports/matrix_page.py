@@ -62,7 +62,7 @@ def write_matrix_page(output: str | Path, matrix: Matrix) -> Path:
     costs = _table(
         ["Model", "Tokens read", "Tokens written", "Price"],
         [
-            [name, f"{read:,}", f"{written:,}", f"{price:.2f}" if price else "–"]
+            [name, f"{read:,}", f"{written:,}", f"{price:.4f}" if price else "–"]
             for name, (read, written, price) in matrix.costs.items()
         ],
     )
