@@ -88,6 +88,7 @@ def train(
     for name in ("model", "data"):
         check_given(settings, name)
     from appo.data.load import check_media, load_records
+    from appo.rollout.registry import check_user_code
     from appo.train.setup import load_model
     from appo.train.sharding import check_launch
     from appo.train.trackers import check_trackers
@@ -95,6 +96,7 @@ def train(
 
     check_launch(settings)
     check_trackers(settings)
+    check_user_code(settings.rewards, settings.method)
 
     source: dict[str, Any] = {
         "data_root": settings.data_root,

@@ -47,12 +47,13 @@ def check_given(settings: "APPOConfig", name: str) -> None:
 
 
 def _names_the_data(error: Exception) -> bool:
-    """True for errors about a record, clip or run folder; their modules are loaded only once there is an error."""
+    """True for errors about a record, a clip, a run folder or the user's own code; modules are loaded only then."""
     from appo.data.records import DataError
     from appo.data.video import VideoError
     from appo.reports.runs import ReportError
+    from appo.rollout.registry import UserCodeError
 
-    return isinstance(error, (DataError, ReportError, VideoError))
+    return isinstance(error, (DataError, ReportError, UserCodeError, VideoError))
 
 
 def _ends_a_run(error: Exception) -> bool:

@@ -194,3 +194,13 @@ def test_a_signal_reaches_the_process(tmp_path: Path) -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=250)
     assert (found.returncode, found.stderr) == (128 + signal.SIGINT, "appo: interrupted\n")
+
+
+@pytest.mark.usefixtures("nothing_is_loaded")
+def test_a_reward_of_the_users_is_looked_at_first(tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text("def brief(text): return 1.0")
+    settings = tmp_path / "run.yaml"
+    settings.write_text(
+        f"model: m\ndata: train.json\noutput: {tmp_path}/run\nrewards: {{{tmp_path}/my.py:brief: 1.0}}\n"
+    )
+    assert "expected a function of (text, record), got one of (text)" in refused("train", settings)

@@ -1,11 +1,13 @@
 """Rewards by hand: what earns 1, what earns part of it, what the model got wrong (0) and what the data got wrong."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from appo.data.records import Record
+from appo.rollout.registry import UserCodeError, check_user_code
 from appo.rollout.rewards import (
     REWARDS,
     combine,
@@ -291,3 +293,48 @@ def test_a_registered_reward_is_used_and_checked(monkeypatch: pytest.MonkeyPatch
     register("nan")(per_response(lambda completion, record: math.nan))
     with pytest.raises(ValueError, match=r"'nan': .*expected a finite number or None"):
         combine({"nan": 1.0}, ["ab"], [CHOICE])
+
+
+USERS = """
+def right(text, record): return float(record.id == "1")
+def one(text): return 1.0
+def more(text, record, extra): return 1.0
+def words(text, record): return "1.0"
+def none(text, record): return None
+def boom(text, record): return record.missing
+number = 3
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("one", r"expected a function of \(text, record\), got one of \(text\)"),
+        ("more", r"expected a function of \(text, record\)"),
+        ("number", "expected a function of that name in the file, got 3"),
+        ("absent", "expected a function of that name in the file, got None"),
+    ],
+)
+def test_a_users_function_is_looked_at_before_it_is_called(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text(USERS)
+    with pytest.raises(UserCodeError, match=rf"reward .*my\.py:{name}: {says}"):
+        check_user_code([f"{tmp_path}/my.py:{name}"], "appo")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("words", "expected a number or None, got '1.0'"), ("boom", "AttributeError")]
+)
+def test_a_users_function_that_fails_names_the_record(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text(USERS)
+    with pytest.raises(UserCodeError, match=rf"reward .*my\.py:{name}: .*record.*{says}"):
+        combine({f"{tmp_path}/my.py:{name}": 1.0}, ["x"], [CHOICE])
+
+
+def test_a_users_file_that_does_not_load_and_a_method_of_other_arguments(tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_package_of_mine")
+    with pytest.raises(UserCodeError, match="cannot be loaded: ModuleNotFoundError"):
+        check_user_code([f"{tmp_path}/broken.py:x"], "appo")
+    (tmp_path / "my.py").write_text(USERS)
+    with pytest.raises(UserCodeError, match=r"expected a function of \(group, divergence, config\)"):
+        check_user_code(["accuracy"], f"{tmp_path}/my.py:right")
+    check_user_code([f"{tmp_path}/my.py:right", "accuracy"], "appo")

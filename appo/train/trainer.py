@@ -19,6 +19,7 @@ from appo.models.load import check_fits
 from appo.rollout.build import build_engine
 from appo.rollout.engine import Completion, Rollout, Sampling, checked
 from appo.rollout.model_engine import TransformersRollout
+from appo.rollout.registry import check_user_code
 from appo.train.ahead import Ahead, check_asynchronous, forget_ahead, next_groups
 from appo.train.attention_update import AttentionLoss, attention_update
 from appo.train.collective import total_of
@@ -80,6 +81,7 @@ class Trainer:
         config.check()
         check_launch(config)
         check_trackers(config)
+        check_user_code(rewards or config.rewards, config.method)
         check_fits(config, model, processor)
         self.reward_weights = rewards or config.rewards
         self.accelerator = processes(config, trackers)
