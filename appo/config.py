@@ -82,12 +82,15 @@ class APPOConfig:
     method: str = setting("appo")  # of `settings_together.METHODS`, or FILE.py:NAME, a rule of one's own
     layers: int = setting(3, at_least=1)  # the last n layers are recorded
     mass_reduction: str = setting("mean", choices=("mean", "sum"))
-    strategy: str = setting("hard", choices=("hard", "soft", "all", "contrast", "released-hard", "released-soft"))
+    strategy: str = setting(
+        "hard", choices=("hard", "soft", "all", "contrast", "common", "released-hard", "released-soft")
+    )
     top_tokens: int = setting(15, at_least=1)  # K1
     top_frames: int = setting(3, at_least=1)  # K2
     slot_tokens: int = setting(64, at_least=1)  # K3
     token_score: str = setting("mass", choices=("mass", "share"))  # by which tokens fill a frame's slots
     threshold: float = setting(0.5, at_least=0, at_most=1)  # tau
+    disagreement: str = setting("divergence", choices=("divergence", "entropy", "mixture"))  # what weights are made of
     divergence: str = setting("kl", choices=("kl", "k3"))
     alpha: float = setting(1.7, at_least=0)
     average: str = setting("frames", choices=("frames", "member"))

@@ -121,6 +121,10 @@ def _method(config: Any) -> str | None:
             "`updates_per_step`: expected at least 2 with attention_coef > 0, got 1: in the first update on a batch "
             "attention is as it was scored, and the divergence from it has no gradient."
         )
+    if config.disagreement == "mixture" and config.divergence != "kl":
+        return f"`divergence`: expected kl with disagreement = mixture, which is made of it, got {config.divergence}."
+    if config.disagreement != "divergence" and config.method != "appo":
+        return f"`disagreement`: expected divergence with method = {config.method}, got {config.disagreement}."
     if config.normalise and config.method in ("grpo", "vppo"):
         return f"`normalise`: expected null with method = {config.method}, whose weights it does not reach, got mean."
     return None

@@ -20,6 +20,7 @@ MASS, MASK = group(
     [0.0, 0.1, 0.0, 0.4, 0.5],
 )
 REWARDS = torch.tensor([1.0, 0.5, 0.49, 0.0])
+COMMON = [1, 3]  # sums over responses: 0.6, 1.5, 0.6, 0.8, 0.5
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,7 @@ REWARDS = torch.tensor([1.0, 0.5, 0.49, 0.0])
         ("all", [0, 1, 2, 3, 4]),
         # Means over right less wrong: 0.3, 0.45 - 0.3 = 0.15, 0.25 - 0.05 = 0.2, negative, negative.
         ("contrast", [0, 2]),
+        ("common", COMMON),
         ("released-hard", [0, 1, 2]),
         ("released-soft", [0, 1, 2]),
     ],
@@ -48,6 +50,7 @@ def test_strategies_by_hand(strategy: str, expected: list[int]) -> None:
         ("soft", [], [0, 1, 2, 3, 4]),
         ("all", [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
         ("contrast", [], []),
+        ("common", COMMON, COMMON),
         ("released-hard", [], [0, 1, 2, 3, 4]),
         ("released-soft", [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
     ],
@@ -118,7 +121,7 @@ def test_ties_go_to_the_lower_frame() -> None:
 
 def test_a_frame_without_keys_is_never_a_target() -> None:
     mass, mask = group([0.0, 0.6, 0.4, 0.0, 0.0], [0.0, 0.6, 0.4, 0.0, 0.0])
-    for strategy in ("soft", "all", "released-hard"):
+    for strategy in ("soft", "all", "common", "released-hard"):
         assert select_frames(mass, mask, torch.ones(2), strategy=strategy, top_frames=4).tolist() == [1, 2]
 
 
@@ -225,6 +228,9 @@ def by_the_book(mass: list, lengths: list[int], rewards: list[float], strategy: 
             psi[i] = set(sorted(range(F), key=lambda f: (-A[i][f], f))[:K2])
     right = [i for i in A if rewards[i] >= 0.5]
     wrong = [i for i in A if rewards[i] < 0.5]
+    if strategy == "common":
+        mean = [sum(A[i][f] for i in A) for f in range(F)]
+        return sorted(sorted(range(F), key=lambda f: (-mean[f], f))[:K2]) if A else []
     if strategy == "contrast":
         if not right or not wrong:
             return []
@@ -250,9 +256,9 @@ def test_random_groups_against_the_specification_in_plain_python(strategy: str) 
     for _ in range(60):
         G, N, F, K1, K2 = (int(torch.randint(low, high, (1,), generator=generator)) for low, high in
                            ((1, 9), (1, 30), (1, 18), (1, 20), (1, 6)))  # fmt: skip
-        # Few distinct values: ties are common and sums exact. Not for contrast, whose means of means are not exact.
+        # Few distinct values: ties are common and sums exact. Not where means of means are not exact.
         mass = torch.randint(1, 6, (G, N, F), generator=generator).double() / 64
-        if strategy == "contrast":
+        if strategy in ("contrast", "common"):
             mass = torch.rand(G, N, F, generator=generator, dtype=torch.float64)
         lengths = torch.randint(0, N + 1, (G,), generator=generator)
         rewards = torch.randint(0, 3, (G,), generator=generator) / 2

@@ -22,7 +22,8 @@ def group_gradients(
     """name: sketch (size,) of the gradient of (1/G) sum of W A log p over the tokens of a group with advantages.
 
     That is the ascent direction of every clipped surrogate at ratio 1, as in the first update on fresh rollouts, summed
-    over tokens ("dapo" aggregation up to a factor). One forward, and a backward for each entry of ``weights`` (G, N).
+    over tokens ("dapo" aggregation up to a factor). One forward, and a backward for each entry of ``weights`` (G, N)
+    that is not equal to an earlier one.
     """
     device = trainer.accelerator.device
     batch = batch_parts(whole_groups([group]), trainer.pad_id, device)
@@ -37,7 +38,11 @@ def group_gradients(
     parameters, found = trained(trainer), {}
     factor = known(group.advantages)[:, None] / len(group.mask)
     last = list(weights)[-1]
+    first = _first_equals(weights, group.mask)
     for name, weight in weights.items():
+        if first[name] != name:
+            found[name] = found[first[name]]
+            continue
         each = (weight * factor)[group.mask].to(device)
         if not each.any():
             found[name] = torch.zeros(sketch.size)
@@ -46,6 +51,15 @@ def group_gradients(
             (each * logprobs).sum(), parameters, retain_graph=name != last, allow_unused=True
         )
         found[name] = sketch(gradients).cpu()
+    return found
+
+
+def _first_equals(weights: Mapping[str, Tensor], mask: Tensor) -> dict[str, str]:
+    """For each name, the first whose weights are the same at all tokens: W = 1 for a rule that finds no frame."""
+    found: dict[str, str] = {}
+    for name, weight in weights.items():
+        same = (other for other in dict.fromkeys(found.values()) if torch.equal(weights[other][mask], weight[mask]))
+        found[name] = next(same, name)
     return found
 
 

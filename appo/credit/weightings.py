@@ -11,6 +11,7 @@ from appo.config import APPOConfig
 from appo.credit.told import Told
 from appo.method.token_filters import top_entropy_tokens
 from appo.method.token_weights import token_weights
+from appo.method.visual_dependence import position_slots
 from appo.train.groups import Group, known
 from appo.train.rules import Divergence, choose_frames, weigh_tokens
 
@@ -113,10 +114,17 @@ def middle_entropy(scored: Scored) -> Tensor:
     return value / value.amax(1, keepdim=True).clamp(min=1e-9)
 
 
+def entropy_alone(scored: Scored) -> Tensor:
+    """Those of "together" without a look: each token's entropy, brought to 1 .. 1 + alpha, of mean 1."""
+    mask = scored.group.mask
+    entropy = known(scored.group.entropy)[None]
+    return token_weights(entropy, position_slots(mask), mask, alpha=scored.config.alpha, normalise="mean")
+
+
 def by_position(scored: Scored) -> Tensor:
     """TW-GRPO (arXiv 2505.24718): the k3 divergence of the group at each position, brought to 1 .. 1.7."""
     mask = scored.group.mask
-    slots = torch.where(mask, torch.arange(mask.shape[1]), -1)[None]
+    slots = position_slots(mask)
     divergence = scored.divergences(replace(scored.config, divergence="k3"))
     return token_weights(divergence(slots), slots, mask, alpha=0.7, average="member")
 
@@ -126,6 +134,8 @@ def setting(**changes: Any) -> Callable[[Scored], Tensor]:
 
 
 BASE = "grpo"
+# Rules of our own, each change to "all" alone and together (docs/method.md 4, 5).
+TOGETHER = {"strategy": "common", "token_score": "share", "disagreement": "entropy", "normalise": "mean"}
 RELEASED = {"strategy": "all", "divergence": "k3", "alpha": 0.7, "average": "member"}
 WEIGHTINGS: dict[str, Weighting] = {
     BASE: Weighting("W = 1, summed over tokens: GRPO with DAPO's token loss", ones),
@@ -143,5 +153,21 @@ WEIGHTINGS: dict[str, Weighting] = {
     "entropy-sorted": Weighting("those of `all`, the largest at the most uncertain tokens", entropy_sorted, looks=True),
     "80/20": Weighting("1 on the fifth of the group's tokens with most entropy, 0 elsewhere", top_fifth),
     "middle-entropy": Weighting("in proportion to H (2.5 - H)", middle_entropy),
+    "entropy-alone": Weighting("1 to 2.7 by entropy, of mean 1; no look at the video", entropy_alone),
     "tw-grpo": Weighting("TW-GRPO: divergence by position", by_position, looks=True),
+    # Its term is the divergence from the attention that sampled, which is at its least, 0, in the first update.
+    "ral": Weighting("RAL: at ratio 1 its gradient is that of W = 1", sum_of={BASE: 1.0}),
+    "common": Weighting(
+        "ours: frames that responses look at most, right and wrong", setting(strategy="common"), looks=True
+    ),
+    "share": Weighting("ours: `all`, tokens by share", setting(strategy="all", token_score="share"), looks=True),
+    "entropy": Weighting(
+        "ours: `all`, entropy of a token", setting(strategy="all", disagreement="entropy"), looks=True
+    ),
+    "mixture": Weighting("ours: `all`, entropy of a slot", setting(strategy="all", disagreement="mixture"), looks=True),
+    "mean-one": Weighting("ours: `all`, weights of mean 1", setting(strategy="all", normalise="mean"), looks=True),
+    "together": Weighting("ours: common frames, share, entropy, mean 1", setting(**TOGETHER), looks=True),
+    "together-true-frames": Weighting(
+        "`together`, the key frames given", lambda scored: on_key_frames(scored, **TOGETHER), looks=True, frames=True
+    ),
 }

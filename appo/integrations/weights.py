@@ -59,8 +59,8 @@ def group_weights(
         weight, bias: (V, D) and (V,) of the language-model head.
         targets: (B, N) int64, the response tokens.
         config: ``method`` and the settings of its rule are read (docs/own_method.md): of "appo" ``strategy``,
-            ``top_tokens``, ``top_frames``, ``threshold``, ``slot_tokens``, ``token_score``, ``divergence``, ``alpha``,
-            ``average`` and ``normalise``.
+            ``top_tokens``, ``top_frames``, ``threshold``, ``slot_tokens``, ``token_score``, ``disagreement``,
+            ``divergence``, ``alpha``, ``average`` and ``normalise``.
         group_size: G; B is a multiple of it.
         scored: what ``token_logprobs`` found for the response tokens, each field (B, N); None: it is computed.
         temperature, softcap: of the logits, as sampled.

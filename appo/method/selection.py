@@ -13,7 +13,7 @@ from torch import Tensor
 
 from appo_kernels import checks
 
-STRATEGIES = ("hard", "soft", "all", "contrast", "released-hard", "released-soft")
+STRATEGIES = ("hard", "soft", "all", "contrast", "common", "released-hard", "released-soft")
 SCORES = ("mass", "share")
 
 
@@ -38,6 +38,7 @@ def select_frames(
     "soft"            union over S1
     "all"             union over all responses
     "contrast"        the at most K2 frames with the largest positive (mean of A over S1 less that over S2)
+    "common"          the K2 frames with the largest mean of A over all responses: rewards are not read
     "released-hard"   union over S1: the authors' code takes no difference
     "released-soft"   union over S1, or over all responses when S1 is empty
     ================  ==================================================================================
@@ -75,6 +76,9 @@ def select_frames(
     wrong_G = ~(rewards >= threshold) & responds_G
     if strategy == "contrast":
         return _contrast(attention_GF, right_G, wrong_G, top_frames).nonzero().flatten()
+    if strategy == "common":
+        mean_F = attention_GF.masked_fill(~responds_G[:, None], 0).sum(dim=0)
+        return (_top_columns(mean_F[None], top_frames)[0] & seen_F).nonzero().flatten()
 
     looked_GF = _top_columns(attention_GF, top_frames) & seen_F & responds_G[:, None]
     right_F = (looked_GF & right_G[:, None]).any(dim=0)

@@ -23,8 +23,9 @@ def token_weights(
 ) -> Tensor:
     """W (G, N): 1 everywhere, more at the perception tokens on which the responses of the group disagree. Detached.
 
-    Per target frame, Dhat[k, :] = (D[k, :] - min) / (max - min + 1e-8) over the slots that have a member. Then, for the
-    slots (k, j) that contain token t of response i,
+    Per target frame, Dhat[k, :] = (D[k, :] - min) / (max - min + 1e-8) over the slots that have a member, or, where
+    each member has a value of its own, over all members of all its slots. Then, for the slots (k, j) that contain
+    token t of response i,
 
         average="frames" (paper):     W[i, t] = 1 + alpha * (1/K) * sum of Dhat[k, j]
         average="member" (released):  W[i, t] = 1 + alpha * mean of Dhat[k, j]
@@ -34,7 +35,8 @@ def token_weights(
     weights are divided by their mean over its valid tokens: they move its credit between tokens and add none.
 
     Args:
-        divergence: (K, J) floating point, from ``group_divergence``; what stands at slots without a member is ignored.
+        divergence: (K, J) floating point, from ``group_divergence``, or (K, G, J), a value of each member, from
+            ``slot_disagreement``; what stands at slots without a member, and at missing members, is ignored.
         slots: (K, G, J) int token positions, -1 = missing, from ``perception_slots``.
         mask: (G, N) bool, True at valid response tokens.
 
@@ -49,7 +51,10 @@ def token_weights(
     checks.rank(op, "slots", slots, 3, "(K, G, J)")
     checks.dtype(op, "slots", slots, checks.INTS)
     K, G, J = slots.shape
-    checks.shape(op, "divergence", divergence, (K, J), "(K, J)", "Pass group_divergence of the same slots.")
+    if divergence.ndim == 3:
+        checks.shape(op, "divergence", divergence, (K, G, J), "(K, G, J)", "Pass slot_disagreement of the same slots.")
+    else:
+        checks.shape(op, "divergence", divergence, (K, J), "(K, J)", "Pass group_divergence of the same slots.")
     checks.dtype(op, "divergence", divergence, checks.FLOATS)
     checks.rank(op, "mask", mask, 2, "(G, N)")
     N = mask.shape[1]
@@ -60,8 +65,9 @@ def token_weights(
         checks.fail(op, "average", f"one of {', '.join(AVERAGES)}", repr(average), "Pass one of these.")
     if normalise is not None and normalise != "mean":
         checks.fail(op, "normalise", 'None or "mean"', repr(normalise), "Pass one of these.")
-    divergence_KJ = divergence.detach().to(torch.promote_types(divergence.dtype, torch.float32))
-    filled_KJ = (slots >= 0).any(dim=1)
+    values = divergence.detach().to(torch.promote_types(divergence.dtype, torch.float32))
+    values_KGJ = values if values.ndim == 3 else values[:, None]  # (K, 1, J): the same for all members
+    filled_KGJ = slots >= 0 if values.ndim == 3 else (slots >= 0).any(dim=1, keepdim=True)
     if checks.values_enabled():
         if bool(((slots < -1) | (slots >= N)).any()):
             checks.fail(
@@ -82,7 +88,7 @@ def token_weights(
                 f"position {int(ordered[k, i, j])} twice in slots[{k}, {i}]",
                 "Pass what perception_slots returned.",
             )
-        if not bool((divergence_KJ.isfinite() | ~filled_KJ).all()):
+        if not bool((values_KGJ.isfinite() | ~filled_KGJ).all()):
             checks.fail(
                 op,
                 "divergence",
@@ -92,12 +98,12 @@ def token_weights(
             )
 
     if K == 0 or J == 0:
-        return torch.ones(G, N, dtype=divergence_KJ.dtype, device=divergence.device)
+        return torch.ones(G, N, dtype=values.dtype, device=divergence.device)
     # Column N takes what is missing. A frame's slots name a token at most once, so each cell of (K, G, N) receives one
     # addend and the atomics behind scatter_add_ cannot reorder a sum; the sum over frames has a fixed order.
     target_KGJ = slots.long().masked_fill(slots < 0, N)
-    scaled_KGJ = _scaled(divergence_KJ, filled_KJ)[:, None].expand(K, G, J)
-    blank_KGN = torch.zeros(K, G, N + 1, dtype=divergence_KJ.dtype, device=divergence.device)
+    scaled_KGJ = _scaled(values_KGJ, filled_KGJ).expand(K, G, J)
+    blank_KGN = torch.zeros(K, G, N + 1, dtype=values.dtype, device=divergence.device)
     total_GN = blank_KGN.scatter_add(2, target_KGJ, scaled_KGJ).sum(dim=0)[:, :N]
     if average == "frames":
         bonus_GN = total_GN / K
@@ -119,8 +125,8 @@ def mean_one(weights: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask & (total > 0), valid * scale, 1)
 
 
-def _scaled(divergence_KJ: Tensor, filled_KJ: Tensor) -> Tensor:
-    """Dhat (K, J): each frame's divergences brought to 0..1 over its filled slots; 0 at the others."""
-    low_K1 = divergence_KJ.masked_fill(~filled_KJ, torch.inf).amin(dim=1, keepdim=True)
-    high_K1 = divergence_KJ.masked_fill(~filled_KJ, -torch.inf).amax(dim=1, keepdim=True)
-    return ((divergence_KJ - low_K1) / (high_K1 - low_K1 + 1e-8)).masked_fill(~filled_KJ, 0)
+def _scaled(values_KGJ: Tensor, filled_KGJ: Tensor) -> Tensor:
+    """Dhat (K, 1 or G, J): each frame's values brought to 0..1 over its filled places; 0 at the others."""
+    low_K11 = values_KGJ.masked_fill(~filled_KGJ, torch.inf).amin(dim=(1, 2), keepdim=True)
+    high_K11 = values_KGJ.masked_fill(~filled_KGJ, -torch.inf).amax(dim=(1, 2), keepdim=True)
+    return ((values_KGJ - low_K11) / (high_K11 - low_K11 + 1e-8)).masked_fill(~filled_KGJ, 0)

@@ -11,6 +11,7 @@ STRATEGIES = {
     "soft": "frames that right answers looked at",
     "all": "frames that any of the answers looked at most",
     "contrast": "frames that right answers looked at more than wrong ones",
+    "common": "frames that the answers looked at most, taken together",
     "released-hard": "frames that right answers looked at",
     "released-soft": "frames that right answers looked at (or any answer, when none was right)",
 }

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from appo.config import APPOConfig
+from appo.method.disagreement import slot_disagreement
 from appo.method.selection import perception_slots, select_frames
 from appo.method.token_weights import token_weights
 from appo.method.visual_dependence import filtered_weights, gated_weights, position_slots
@@ -65,7 +66,8 @@ def _by_frames(group: Scored, divergence: Divergence, config: APPOConfig) -> Ten
     """APPO: disagreement of the tokens that look at the group's key frames (docs/method.md 5)."""
     frames = known(group.target_frames)
     slots = perception_slots(known(group.mass), group.mask, frames, **config.slot_arguments())
-    return token_weights(divergence(slots), slots, group.mask, **config.weight_arguments())
+    values = slot_disagreement(config.disagreement, slots, divergence, group.entropy)
+    return token_weights(values, slots, group.mask, **config.weight_arguments())
 
 
 def _by_position(group: Scored, divergence: Divergence, config: APPOConfig) -> Tensor:

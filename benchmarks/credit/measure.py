@@ -59,14 +59,19 @@ def check(folder: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=[name for name in TASKS if name.startswith("verbose")], default="verbose-48x4")
+    parser.add_argument(
+        "--task", choices=[name for name in TASKS if name.startswith("verbose")], default="verbose-48x4"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of clips, model and warm start")
     parser.add_argument("--work", type=Path, default=Path("runs/credit"))
     options = parser.parse_args()
     for seed in options.seeds:
         found = check(prepare(options.work, options.task, seed))
-        print(f"warm start {seed}: {found['lacking']:.1%} of {found['responses']} responses lack the sentence, "
-              f"accuracy {found['accuracy']:.3f}", flush=True)
+        print(
+            f"warm start {seed}: {found['lacking']:.1%} of {found['responses']} responses lack the sentence, "
+            f"accuracy {found['accuracy']:.3f}",
+            flush=True,
+        )
         if found["lacking"] >= MOST_LACKING:
             raise SystemExit(f"warm start {seed} does not count: expected less than {MOST_LACKING:.0%}.")
 
