@@ -3,19 +3,23 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from training import config, records, tiny
 
 from appo.config import ConfigError
 from appo.credit import command
+from appo.credit.blocks import blocks, gradients, load_blocks, save_blocks
 from appo.credit.collect import Collector, load_unit, save_unit
 from appo.credit.gradients import group_gradients, hit_counts, ranks, trained
-from appo.credit.report import compare, gradients, hits, totals
+from appo.credit.report import compare, hits, noise, totals
 from appo.credit.sketch import CountSketch
 from appo.credit.told import find_told, token_places
+from appo.credit.u_statistics import batch_cosine
 from appo.credit.weightings import BASE, WEIGHTINGS
 from appo.data.records import DataError
+from appo.method.attention_policy import attention_loss
 from appo.tasks import telling_spans
 from appo.train.groups import batch_parts, whole_groups
 from appo.train.trainer import Trainer
@@ -139,7 +143,9 @@ def test_units_are_the_same_whenever_they_are_measured(collector, units, tmp_pat
 
 
 def test_the_comparison_has_every_row_and_its_own_baseline(units):
-    result = compare([units[:1], units[1:]], reference="only-told", draws=50, pairs={"H": ("oracle", BASE)})
+    result = compare(
+        [blocks(units[:1]), blocks(units[1:])], reference="only-told", draws=50, pairs={"H": ("oracle", BASE)}
+    )
     assert set(result["rows"]) == set(WEIGHTINGS)
     assert result["rows"][BASE]["difference"]["value"] == 0
     assert result["tests"]["H"]["p_holm"] == result["tests"]["H"]["p"]
@@ -152,11 +158,58 @@ def test_the_comparison_has_every_row_and_its_own_baseline(units):
     assert totals([units])["groups"] == 8
 
 
+def test_units_as_blocks_count_the_same_pairs_of_groups(units, tmp_path):
+    """Against the groups one by one, on all groups and where every draw takes whole units; through a file too."""
+    groups, whole = blocks(units), blocks(units, whole=True)
+    sizes = [len(unit.records) for unit in units]
+    assert whole.sizes.tolist() == sizes and groups.sizes.tolist() == [1.0] * sum(sizes)
+    assert {"ral", "oracle"} < set(whole.names) == set(WEIGHTINGS)
+    save_blocks(tmp_path / "raw.npz", {"one": whole, "two": groups})
+    loaded = load_blocks(tmp_path / "raw.npz")["one"]
+    draws = np.array([[1.0, 1.0], [2.0, 0.0], [0.0, 2.0]])
+    for name in ("oracle", "all"):
+        one = batch_cosine([groups.products(name, BASE)], [draws.repeat(sizes, axis=1)], 16)
+        for other in (whole, loaded):
+            found = batch_cosine([other.products(name, BASE)], [draws], 16)
+            np.testing.assert_allclose(found, one, rtol=1e-4, equal_nan=True)
+    assert noise([whole])["all"] == pytest.approx(noise([groups])["all"])
+    with pytest.raises(ValueError, match="blocks: `reference`: expected one of all, only-told, grpo, sentence"):
+        whole.products("all", "soft")
+
+
+def test_equal_weights_take_one_backward(trainer):
+    group = scored_group(trainer)
+    ones = torch.ones(group.mask.shape)
+    calls = []
+
+    class Counting(CountSketch):
+        def __call__(self, values):
+            calls.append(1)
+            return super().__call__(values)
+
+    rows = {"a": ones, "b": ones + torch.where(group.mask, 0.0, 5.0), "c": 2 * ones, "d": 2 * ones}
+    found = group_gradients(trainer, group, rows, Counting(trained(trainer), size=64))
+    assert len(calls) == 2 and torch.equal(found["a"], found["b"]) and torch.equal(found["c"], found["d"])
+    torch.testing.assert_close(found["c"], 2 * found["a"])
+
+
+def test_ral_changes_no_gradient_in_the_first_update():
+    """What the row says: the divergence from the attention that sampled is at its least, whatever the advantage."""
+    mass = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0)) / 5
+    now = mass.clone().requires_grad_()
+    loss, _ = attention_loss(now, mass, advantages=torch.tensor([1.0, -2.0, 0.5]), mask=torch.ones(3, 4).bool())
+    loss.backward()
+    assert float(now.grad.abs().max()) < 1e-6
+    moved = (mass * torch.tensor([0.5, 1.0, 1.0, 1.0, 1.5])).requires_grad_()
+    attention_loss(moved, mass, advantages=torch.tensor([1.0, -2.0, 0.5]), mask=torch.ones(3, 4).bool())[0].backward()
+    assert float(moved.grad.abs().max()) > 1e-3
+
+
 def test_without_known_places_no_row_needs_them(trainer):
     collector = Collector(trainer, size=64)
     assert not {"only-told", "oracle", "sentence"} & set(collector.weightings)
     unit = collector.unit(0)
-    assert not unit.hits and len(unit.names) == len(collector.weightings)
+    assert not unit.hits and len(unit.names) == len([row for row in collector.weightings.values() if row.make])
 
 
 def test_a_run_is_measured_goes_on_and_refuses_other_settings(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from appo.config import APPOConfig, ConfigError
 from appo.credit import report
+from appo.credit.blocks import blocks
 from appo.credit.collect import Collector, Unit, load_unit, save_unit, unit_path
 from appo.credit.told import FindSpans
 from appo.credit.weightings import BASE
@@ -64,7 +65,7 @@ def measure_run(
 
 def write_table(output: Path, units: list[Unit], *, reference: str) -> Path:
     """credit.md and credit.json in ``output``."""
-    result = report.compare([units], reference=reference)
+    result = report.compare([blocks(units)], reference=reference)
     found, sums = report.hits([units]), report.totals([units])
     text = [
         f"{result['groups'][0]} groups of {sums['groups']:.0f}; accuracy {sums['accuracy'] / sums['responses']:.3f}; "

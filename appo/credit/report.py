@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
+from appo.credit.blocks import Blocks
 from appo.credit.collect import Unit
 from appo.credit.u_statistics import (
     Array,
-    Products,
     batch_cosine,
     estimate,
     holm,
@@ -17,46 +16,35 @@ from appo.credit.u_statistics import (
     resamples,
     samples_ratio,
 )
-from appo.credit.weightings import BASE, WEIGHTINGS, Weighting
+from appo.credit.weightings import BASE
 
 DRAWS = 2000
 BATCH = 16
 
 
-def gradients(units: Sequence[Unit], weightings: Mapping[str, Weighting] = WEIGHTINGS) -> dict[str, Array]:
-    """name: (n, size) of every row of one model's units, those that are sums of others included."""
-    names = units[0].names
-    stacked = torch.cat([unit.sketches for unit in units]).numpy()
-    found = {name: stacked[:, index] for index, name in enumerate(names)}
-    for name, row in weightings.items():
-        if row.sum_of and all(part in found for part in row.sum_of):
-            found[name] = np.sum([factor * found[part] for part, factor in row.sum_of.items()], axis=0)
-    return found
-
-
 def compare(
-    models: Sequence[Sequence[Unit]],
+    models: Sequence[Blocks],
     *,
     reference: str,
     base: str = BASE,
     batch: float = BATCH,
     draws: int = DRAWS,
-    weightings: Mapping[str, Weighting] = WEIGHTINGS,
     pairs: Mapping[str, tuple[str, str]] | None = None,
 ) -> dict[str, Any]:
     """Each row's batch cosine with the mean gradient of the row ``reference``, and its difference to ``base``'s.
 
-    models: the units of each model; their inner products are averaged, every model counting alike. pairs: named
-    differences (row, row) beside those to ``base``, whose p-values are corrected together.
+    models: inner products of each model are averaged, every model counting alike; its blocks are what is resampled.
+    pairs: named differences (row, row) beside those to ``base``, whose p-values are corrected together.
+
+    Raises ValueError for fewer than two blocks of a model.
     """
-    found = [gradients(units, weightings) for units in models]
-    sizes = [len(each[reference]) for each in found]
-    if min(sizes) < 2:
-        raise ValueError(f"compare: expected at least two groups of each model with rewards that differ, got {sizes}.")
-    counts = resamples(sizes, draws)
+    sizes = [int(model.sizes.sum()) for model in models]
+    if min(len(model.sizes) for model in models) < 2:
+        raise ValueError(f"compare: expected at least two blocks of each model, got {[len(m.sizes) for m in models]}.")
+    counts = resamples([len(model.sizes) for model in models], draws)
     cosines, biases = {}, {}
-    for name in found[0]:
-        strata = [products(each[name], each[reference]) for each in found]
+    for name in models[0].names:
+        strata = [model.products(name, reference) for model in models]
         cosines[name] = batch_cosine(strata, counts, batch)
         biases[name] = batch_cosine(strata, counts, np.inf)
     rows = {
@@ -80,24 +68,17 @@ def compare(
     }  # fmt: skip
 
 
-def products(g: Array, r: Array) -> Products:
-    g, r = g.astype(np.float64), r.astype(np.float64)
-    return Products(g @ g.T, g @ r.T, r @ r.T)
-
-
-def noise(models: Sequence[Sequence[Unit]], names: Sequence[str]) -> dict[str, dict[str, float]]:
+def noise(models: Sequence[Blocks]) -> dict[str, dict[str, float]]:
     """For each row: "signal", |E g|^2, and "noise", tr Var g of a group; mean over models."""
-    rows: dict[str, list[tuple[float, float]]] = {}
-    for units in models:
-        found = gradients(units)
-        for name in names:
-            if name in found:
-                gram = products(found[name], found[name]).gg
-                signal = float(pair_means(gram, np.ones((1, len(gram))))[0])
-                rows.setdefault(name, []).append((signal, float(np.diag(gram).mean()) - signal))
-    return {
-        name: dict(zip(("signal", "noise"), np.mean(values, 0).tolist(), strict=True)) for name, values in rows.items()
-    }
+    found = {}
+    for name in models[0].names:
+        values = []
+        for model in models:
+            square, own = model.pairs[name, name], model.same[name, name]
+            signal = float(pair_means(square, np.ones((1, len(square))), model.sizes, own)[0])
+            values.append((signal, float(own.sum() / model.sizes.sum()) - signal))
+        found[name] = dict(zip(("signal", "noise"), np.mean(values, 0).tolist(), strict=True))
+    return found
 
 
 def hits(models: Sequence[Sequence[Unit]]) -> dict[str, dict[str, float]]:

@@ -1,22 +1,36 @@
 """The pre-registered measurement of credit: python -m benchmarks.credit.measure [--task verbose-48x4 --groups 1000]
 
 benchmarks/credit/PREREGISTRATION.md says what is measured and why. For each of --seeds it renders clips, makes a warm
-start, checks that it counts (--check), and measures its groups in units of 16 prompts, the warm starts in turn, until
-each has --groups or --minutes of this call have passed. Everything is kept in --work, and the same command goes on.
+start, checks that it counts, and measures its groups in units of 16 prompts, the warm starts in turn, until each has
+--groups, or --minutes of this call have passed. Everything is kept in --work, and the same command goes on. At the end,
+or with --groups 0 at once, all units that are there go to results/credit-TASK.npz (inner products of the units'
+gradients, from which `python -m benchmarks.credit.results` makes the tables) and .json (counts).
 """
 
 import argparse
 import json
+import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from appo.config import APPOConfig
+from appo.credit.blocks import blocks, save_blocks
+from appo.credit.collect import Collector, Unit, load_unit, save_unit, unit_path
+from appo.credit.command import fingerprint
+from appo.credit.report import hits, totals
 from appo.data.load import load_records
 from appo.demo import SETTINGS, make_clips, stage, warm_start
 from appo.tasks.named import TASKS
 from appo.tasks.thoughts import telling_spans
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
+from benchmarks import harness
 
+VERBOSE = [name for name in TASKS if name.startswith("verbose")]
 SEEDS = (300, 301, 302)
 CLIPS = {"warmup": 512, "train": 1536}
 MOST_LACKING = 0.02  # share of responses without the telling sentence
@@ -27,9 +41,8 @@ def prepare(work: Path, task: str, seed: int) -> Path:
     """The folder of a warm start with its clips and settings; made once."""
     options, folder = TASKS[task], work / f"{task}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    clips = stage(
-        "clips", work / f"clips-{seed}", lambda path: make_clips(path, seed, **options.clips | {"sizes": CLIPS})
-    )
+    sizes = options.clips | {"sizes": CLIPS}
+    clips = stage("clips", work / f"clips-{seed}", lambda path: make_clips(path, seed, **sizes))
     warm = stage("warm start", folder / "warm", lambda path: warm_start(path, clips, seed, **options.warm))
     settings = SETTINGS | options.settings | {"preset": "paper", "seed": seed, "tensorboard": False}
     settings |= {"model": str(warm), "data": str(clips / "train.json"), "output": str(folder / "run")}
@@ -37,13 +50,15 @@ def prepare(work: Path, task: str, seed: int) -> Path:
     return folder
 
 
-def check(folder: Path) -> dict[str, float]:
-    """Whether a warm start counts, by responses to its first prompts, which the measurement samples anew."""
+def trainer_of(folder: Path) -> Trainer:
+    config = APPOConfig.load(folder / "config.yaml")
+    return Trainer(*load_model(config), load_records(config.data), config=config)
+
+
+def check(trainer: Trainer, folder: Path) -> dict[str, float]:
+    """Whether a warm start counts, by responses to its first prompts."""
     path = folder / "check.json"
     if not path.is_file():
-        config = APPOConfig.load(folder / "config.yaml")
-        model, processor = load_model(config)
-        trainer = Trainer(model, processor, load_records(config.data), config=config)
         groups = trainer.reward(trainer.rollout(CHECKED))
         tells = [telling_spans(text, group.prompt.record) is not None for group in groups for text in group.texts]
         found = {
@@ -57,23 +72,85 @@ def check(folder: Path) -> dict[str, float]:
     return values
 
 
+def identity(config: APPOConfig) -> dict[str, Any]:
+    """What makes units of one measurement, wherever the folders lie."""
+    return {"settings": fingerprint(replace(config, model="warm", data="train.json"))}
+
+
+def units_of(folder: Path, key: dict[str, Any] | None = None) -> Iterator[Unit]:
+    """The units of a warm start that are there, one after another."""
+    number = 0
+    while (path := unit_path(folder, number)).is_file():
+        yield load_unit(path, key)
+        number += 1
+
+
+def measure(folders: dict[int, Path], trainers: dict[int, Trainer], groups: int, minutes: float) -> None:
+    """Unit after unit, the warm starts in turn."""
+    end = time.monotonic() + 60 * minutes
+    collectors = {
+        seed: Collector(each, find=telling_spans, identity=identity(each.config)) for seed, each in trainers.items()
+    }
+    done = {seed: [len(unit.records) for unit in units_of(folder, collectors[seed].key)]
+            for seed, folder in folders.items()}  # fmt: skip
+    while time.monotonic() < end:
+        open_ = [seed for seed in folders if sum(done[seed]) < groups]
+        if not open_:
+            return
+        seed = min(open_, key=lambda seed: len(done[seed]))
+        unit = collectors[seed].unit(len(done[seed]))
+        save_unit(unit, unit_path(folders[seed], len(done[seed])))
+        done[seed].append(len(unit.records))
+        counts = ", ".join(f"{seed}: {sum(sizes)}" for seed, sizes in done.items())
+        print(f"{counts} groups; the last unit took {unit.totals['cpu']:.0f} s of CPU", flush=True)
+
+
+def write(folders: dict[int, Path], task: str, groups: int, name: str) -> None:
+    """results/NAME.npz and .json of all units that are there."""
+    kept: dict[str, list[Unit]] = {}
+    models = {}
+    for seed, folder in folders.items():
+        units = kept[str(seed)] = []
+
+        def light(folder: Path = folder, units: list[Unit] = units) -> Iterator[Unit]:
+            for unit in units_of(folder):
+                yield unit
+                unit.sketches = torch.empty(0)  # a thousand groups' would take a gigabyte
+                units.append(unit)
+
+        models[str(seed)] = blocks(light(), whole=True)
+    path = harness.RESULTS / f"{name}.npz"
+    save_blocks(path, models)
+    content = {
+        "task": task, "groups_asked": groups, "environment": harness.environment("cpu", 1),
+        "warm_starts": {seed: json.loads((folder / "check.json").read_text()) for seed, folder in folders.items()},
+        "records": {seed: [unit.records for unit in units] for seed, units in kept.items()},
+        "totals": {seed: totals([units]) for seed, units in kept.items()},
+        "hits": hits(list(kept.values())),
+    }  # fmt: skip
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
+    print(f"written: {path}, .json")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--task", choices=[name for name in TASKS if name.startswith("verbose")], default="verbose-48x4"
-    )
+    parser.add_argument("--task", choices=VERBOSE, default="verbose-48x4")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of clips, model and warm start")
+    parser.add_argument("--groups", type=int, default=1000, help="with rewards that differ, of each warm start")
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no unit after this time")
     parser.add_argument("--work", type=Path, default=Path("runs/credit"))
+    parser.add_argument("--name", help="of the result files (default: credit-TASK)")
     options = parser.parse_args()
-    for seed in options.seeds:
-        found = check(prepare(options.work, options.task, seed))
-        print(
-            f"warm start {seed}: {found['lacking']:.1%} of {found['responses']} responses lack the sentence, "
-            f"accuracy {found['accuracy']:.3f}",
-            flush=True,
-        )
+    folders = {seed: prepare(options.work, options.task, seed) for seed in options.seeds}
+    trainers = {seed: trainer_of(folder) for seed, folder in folders.items()}
+    for seed, trainer in trainers.items():
+        found = check(trainer, folders[seed])
+        lacking = f"{found['lacking']:.1%} of {found['responses']} responses lack the sentence"
+        print(f"warm start {seed}: {lacking}, accuracy {found['accuracy']:.3f}", flush=True)
         if found["lacking"] >= MOST_LACKING:
             raise SystemExit(f"warm start {seed} does not count: expected less than {MOST_LACKING:.0%}.")
+    measure(folders, trainers, options.groups, options.minutes)
+    write(folders, options.task, options.groups, options.name or f"credit-{options.task}")
 
 
 if __name__ == "__main__":
