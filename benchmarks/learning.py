@@ -3,8 +3,8 @@
 GRPO, DAPO, APPO with each way of choosing frames, and controls that take away one thing at a time, on a bundled task:
 same clips, same warm start, same order of prompts, same number of sampled responses, one training seed for all of them.
 Each seed is a process with one thread; runs that are done are not run again, so an interrupted benchmark goes on. When
-all are done, the means and 95% intervals of the paired differences to GRPO go to results/learning.* (of the task "cue":
-results/learning-cue.*).
+all are done, the means and 95% intervals of the paired differences to GRPO (or to --base) go to results/learning.* (of
+another task: results/learning-TASK.*).
 
 Tasks:
   moment  One short moment of a clip shows the answer (the demo's clips); right and wrong responses mostly look at
@@ -79,14 +79,13 @@ def prepare(work: Path, task: str, number: int) -> tuple[Path, Path]:
     return clips, warm
 
 
-def run_one(
-    work: Path, task: str, variant: str, seed: int, warm_starts: int, steps: int, builder: PromptBuilder | None
-) -> PromptBuilder:
-    """One training run and its held-out accuracy, in ``work``/<variant>-<seed>.json.
+def run_one(options: argparse.Namespace, variant: str, seed: int, builder: PromptBuilder | None) -> PromptBuilder:
+    """One training run and its held-out accuracy, in ``options.work``/<variant>-<seed>.json.
 
     builder: of an earlier run of the seed, whose clips are decoded already; returns that of this run.
     """
-    clips, warm = prepare(work, task, seed % warm_starts)
+    work, task, steps = options.work, options.task, options.steps
+    clips, warm = prepare(work, task, seed % options.warm_starts)
     functions, changes = (VARIANTS | OTHERS)[variant]
     output = work / f"{variant}-{seed}"
     settings = SETTINGS | TASKS[task].settings | {"preset": "paper"} | changes
@@ -108,7 +107,7 @@ def run_one(
 
     result = {"task": task, "variant": variant, "seed": seed, "steps": steps, "commit": harness.commit()}
     start = time.perf_counter()
-    if variant == "grpo":  # all variants of a seed start from the same model
+    if variant == options.base:  # all variants of a seed start from the same model
         result |= measure("before")
     trainer.train()
     result |= measure("after") | {"seconds": time.perf_counter() - start}
@@ -169,7 +168,7 @@ def run_all(options: argparse.Namespace) -> None:
     def start(name: str, *arguments: object) -> None:
         command = [sys.executable, "-m", "benchmarks.learning", *map(str, arguments), "--task", options.task]
         command += ["--work", str(options.work.parent), "--variants", *options.variants]
-        command += ["--warm-starts", str(options.warm_starts), "--steps", str(options.steps)]
+        command += ["--base", options.base, "--warm-starts", str(options.warm_starts), "--steps", str(options.steps)]
         log = options.work / f"{name}.log"
         with log.open("w") as file:
             code = subprocess.run(
@@ -194,17 +193,19 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), STUDENT[freedom] * statistics.stdev(values) / math.sqrt(len(values))
 
 
-def summarise(results: list[dict[str, Any]], variants: Sequence[str], seeds: int) -> list[dict[str, Any]]:
-    """A row per variant: each of `MEASURES`, and the paired difference to GRPO, mean and half width."""
+def summarise(
+    results: list[dict[str, Any]], variants: Sequence[str], seeds: int, base: str = "grpo"
+) -> list[dict[str, Any]]:
+    """A row per variant: each of `MEASURES`, and the paired difference to ``base``, mean and half width."""
     table = {(result["variant"], result["seed"]): result for result in results}
     rows = []
     for variant in variants:
         row: dict[str, Any] = {"task": table[variant, 0]["task"], "variant": variant, "seeds": seeds}
         for name, place in MEASURES.items():
             values = [table[variant, seed][place] for seed in range(seeds)]
-            base = [table["grpo", seed][place] for seed in range(seeds)]
-            difference, width = interval([a - b for a, b in zip(values, base, strict=True)])
-            row |= {name: statistics.fmean(values), f"{name}-grpo": difference, f"{name} 95%": width}
+            other = [table[base, seed][place] for seed in range(seeds)]
+            difference, width = interval([a - b for a, b in zip(values, other, strict=True)])
+            row |= {name: statistics.fmean(values), f"{name}-{base}": difference, f"{name} 95%": width}
         for name in SELECTION:
             values = [table[variant, seed].get(f"train/{name}") for seed in range(seeds)]
             known = [value for value in values if value is not None]
@@ -222,6 +223,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="training steps of a run")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *OTHERS], default=list(VARIANTS))
+    parser.add_argument("--base", choices=[*VARIANTS, *OTHERS], default="grpo", help="what differences are taken to")
     parser.add_argument("--run", type=int, metavar="SEED", help="the variants of one seed, in this process")
     parser.add_argument("--name", help="of the result files (default: learning, or learning-cue); '-': none")
     parser.add_argument("--prepare", type=int, metavar="NUMBER", help="one warm start, in this process")
@@ -232,13 +234,11 @@ def main() -> None:
     if options.prepare is not None:
         prepare(options.work, options.task, options.prepare)
         return
-    options.variants = variants = list(dict.fromkeys(["grpo", *options.variants]))
+    options.variants = variants = list(dict.fromkeys([options.base, *options.variants]))
     if options.run is not None:
         builder = None
         for variant in missing(options, options.run):
-            builder = run_one(
-                options.work, options.task, variant, options.run, options.warm_starts, options.steps, builder
-            )
+            builder = run_one(options, variant, options.run, builder)
         return
     run_all(options)
     results = [
@@ -249,9 +249,9 @@ def main() -> None:
     if any(result["steps"] != options.steps for result in results):
         raise SystemExit(f"{options.work} has runs of another number of steps; use another --work.")
     looks = [where_they_look(options.work, options.task, n) for n in range(min(options.warm_starts, options.seeds))]
-    rows = summarise(results, variants, options.seeds)
+    rows = summarise(results, variants, options.seeds, options.base)
     for row in rows:
-        parts = (f"{m} {row[m]:.3f} ({row[f'{m}-grpo']:+.3f} +- {row[f'{m} 95%']:.3f})" for m in MEASURES)
+        parts = (f"{m} {row[m]:.3f} ({row[f'{m}-{options.base}']:+.3f} +- {row[f'{m} 95%']:.3f})" for m in MEASURES)
         print(f"{row['variant']:22s}", *parts)
     for row in looks:
         print("  ".join(f"{name} {round(value, 2)}" for name, value in row.items()))
@@ -259,9 +259,9 @@ def main() -> None:
         commits = sorted({result["commit"] for result in results})
         more = {"commits": commits, "runs": results, "looks": looks, "steps": options.steps}
         path = harness.save(options.name, rows, device="cpu", **more)
-        others = [row for row in rows if row["variant"] != "grpo"]
+        others = [row for row in rows if row["variant"] != options.base]
         points = {
-            name: [(row["variant"], 100 * row[f"{name}-grpo"], 100 * row[f"{name} 95%"]) for row in others]
+            name: [(row["variant"], 100 * row[f"{name}-{options.base}"], 100 * row[f"{name} 95%"]) for row in others]
             for name in MEASURES
         }
         plots.differences(points, path.with_suffix(".png"))

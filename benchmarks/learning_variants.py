@@ -1,13 +1,18 @@
 """Variants that `benchmarks.learning` compares: GRPO, DAPO, APPO with each way of choosing frames, and controls that
 take away one thing at a time."""
 
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from appo.config import APPOConfig
+from appo.credit.told import find_told
+from appo.credit.weightings import TOGETHER
 from appo.presets import PRESETS
+from appo.tasks.thoughts import telling_spans
+from appo.tasks.tiny import build_tokenizer
 from appo.train.groups import Group
 from appo.train.rules import Divergence, weigh_tokens
 
@@ -51,5 +56,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "control-entropy": ({"weigh_tokens": entropy_weights}, {"strategy": "all"}),
     "control-true-frames": ({"choose_frames": true_frames}, {}),
 }
-# Other methods' presets (docs/own_method.md), run when they are named.
-OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {name: ({}, {"preset": name}) for name in PRESETS}
+tokenizer = cache(build_tokenizer)
+
+
+def oracle_weights(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
+    """1 + alpha on the words that tell what was seen, by their places in the tiny model's text; 1 elsewhere."""
+    return 1 + config.alpha * find_told(group, tokenizer(), telling_spans).told.float()
+
+
+# Run when they are named (--variants). "w1": W = 1 with APPO's loss, what weights alone are to be compared with
+# (--base w1); ours and the oracle of docs/credit.md; other methods' presets (docs/own_method.md).
+OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "w1": ({}, {"method": "grpo"}),
+    "oracle": ({"weigh_tokens": oracle_weights}, {"strategy": "all"}),
+    "together": ({}, TOGETHER),
+    **{name: ({}, {"preset": name}) for name in PRESETS},
+}

@@ -6,7 +6,9 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import training
 
+from appo.config import APPOConfig
 from benchmarks import __main__ as command
 from benchmarks import check, growth, harness, learning, learning_variants, page, plots, shapes
 
@@ -233,3 +235,29 @@ def test_a_case_measured_again_replaces_itself_only(tmp_path, monkeypatch):
 
 def test_the_page_is_that_of_the_results():
     assert page.PAGE.read_text() == page.text(), "run `python -m benchmarks.page`"
+
+
+def test_differences_are_taken_to_the_base_that_is_named():
+    values = {"w1": 0.5, "oracle": 0.6, "grpo": 0.1}
+    results = [
+        {"task": "verbose-0", "variant": name, "seed": seed, **dict.fromkeys(learning.MEASURES.values(), value + seed)}
+        for name, value in values.items()
+        for seed in range(3)
+    ]
+    base, row = learning.summarise(results, ("w1", "oracle"), 3, "w1")
+    assert row["validation-w1"] == pytest.approx(0.1) and row["validation 95%"] == pytest.approx(0, abs=1e-9)
+    assert base["ood-w1"] == 0 and "validation-grpo" not in row
+
+
+def test_the_oracle_weighs_the_words_that_tell():
+    record = next(r for r in training.records() if r.meta["task"] == "colour")
+    text = "<think> look i see red at step two so the colour is red there</think><answer>A</answer>"
+    tokenizer = learning_variants.tokenizer()
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    group = argparse.Namespace(
+        completion_ids=torch.tensor([ids]), mask=torch.ones(1, len(ids), dtype=torch.bool), texts=[text],
+        prompt=argparse.Namespace(record=record),
+    )  # fmt: skip
+    weights = learning_variants.oracle_weights(group, None, APPOConfig(alpha=1.7))
+    heavy = [tokenizer.decode([ids[t]]).strip() for t in (weights[0] > 1).nonzero().flatten().tolist()]
+    assert heavy == ["red", "red", "A"] and set(weights[0].tolist()) == {1.0, pytest.approx(2.7)}

@@ -1,0 +1,93 @@
+"""Tables and tests of the credit measurement from its raw results: python -m benchmarks.credit.results [--task ...]
+
+Reads results/credit-TASK.npz and .json, which `python -m benchmarks.credit.measure` writes, and nothing else; writes
+results/credit-TASK.csv, a row for each weighting and reference, and -tests.csv, the registered hypotheses. The analysis
+is that of benchmarks/credit/PREREGISTRATION.md.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+from appo.credit import report
+from appo.credit.blocks import REFERENCES, Blocks, load_blocks
+from appo.credit.weightings import BASE
+from benchmarks import harness
+
+DRAWS = 10_000
+REGISTERED = 1000  # groups of each warm start
+# The registered hypotheses of the primary outcome: number -> (row, row that it is compared with).
+HYPOTHESES = {
+    "0": ("oracle", BASE),
+    "1": ("hard", BASE), "2": ("soft", BASE), "3": ("contrast", BASE), "4": ("all", BASE), "5": ("released", BASE),
+    "6": ("true-frames", "shuffled"),
+    "7": ("together", BASE), "8": ("together", "80/20"), "9": ("together", "middle-entropy"), "10": ("together", "all"),
+    "11": ("80/20", BASE), "12": ("tw-grpo", BASE),
+    "13": ("together", "entropy-alone"), "14": ("together-true-frames", "together"),
+}  # fmt: skip
+PRIMARY = "only-told"
+
+
+def analyse(models: list[Blocks], draws: int = DRAWS) -> dict[str, dict[str, Any]]:
+    """reference: of `appo.credit.report.compare`; the hypotheses are tests of the primary one."""
+    return {
+        reference: report.compare(
+            models, reference=reference, draws=draws, pairs=HYPOTHESES if reference == PRIMARY else None
+        )
+        for reference in REFERENCES
+    }
+
+
+def rows_of(found: dict[str, dict[str, Any]], hits: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
+    """A row for each reference and weighting."""
+    rows = []
+    for reference, result in found.items():
+        for name, values in result["rows"].items():
+            row: dict[str, Any] = {"reference": reference, "weights": name}
+            for key in ("cosine", "difference", "samples", "bias"):
+                row |= {key: values[key]["value"], f"{key} low": values[key]["low"], f"{key} high": values[key]["high"]}
+            rows.append(row | {key: hits.get(name, {}).get(key) for key in ("precision", "recall", "auc")})
+    return rows
+
+
+def tests_of(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row for each hypothesis."""
+    return [
+        {"hypothesis": number, "row": test["rows"][0], "against": test["rows"][1]}
+        | {"difference": test["value"]} | {key: test[key] for key in ("low", "high", "p", "p_holm", "undefined")}
+        for number, test in result["tests"].items()
+    ]  # fmt: skip
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        for row in rows:
+            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="verbose-48x4")
+    parser.add_argument("--name", help="of the result files (default: credit-TASK)")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="bootstrap draws")
+    options = parser.parse_args()
+    path = harness.RESULTS / f"{options.name or f'credit-{options.task}'}.npz"
+    content = json.loads(path.with_suffix(".json").read_text())
+    models = load_blocks(path)
+    found = analyse(list(models.values()), options.draws)
+    rows, tests = rows_of(found, content["hits"]), tests_of(found[PRIMARY])
+    write_csv(path.with_suffix(".csv"), rows)
+    write_csv(path.with_name(f"{path.stem}-tests.csv"), tests)
+    counts = {seed: int(model.sizes.sum()) for seed, model in models.items()}
+    print(f"groups: {counts}; registered: {REGISTERED} each", *report.table(found[PRIMARY], content["hits"]), sep="\n")
+    for test in tests:
+        print("{hypothesis:>3s} {row} - {against}: {difference:+.3f} [{low:+.3f}, {high:+.3f}], "
+              "p {p:.4f}, Holm {p_holm:.4f}".format(**test))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
