@@ -8,6 +8,7 @@ from dataclasses import fields
 from appo.config import APPOConfig
 from appo.data import video, video_decoders
 from appo.method.advantages import SCALES
+from appo.method.disagreement import DISAGREEMENTS
 from appo.method.selection import SCORES, STRATEGIES
 from appo.method.token_weights import AVERAGES
 from appo.reports import story
@@ -28,6 +29,7 @@ OWNED = {
     "advantage_scale": SCALES,
     "aggregation": AGGREGATIONS,
     "average": AVERAGES,
+    "disagreement": DISAGREEMENTS,
     "divergence": DIVERGENCES,
     "dtype": setup.DTYPES,
     "kind": KINDS,
