@@ -32,7 +32,7 @@ def verbose(words: int, vocabulary: int) -> Task:
             "kinds": ("colour",),
             "difficulties": {"warmup": Difficulty(noise=14.0, size=(0.17, 0.26), distractors=1)},
         },
-        warm={"steps": 400, "irrelevant": Irrelevant(words, vocabulary)},
+        warm={"steps": 550, "plain_steps": 250, "irrelevant": Irrelevant(words, vocabulary)},
         settings={"max_new_tokens": SENTENCE_TOKENS + words + (SPARE_TOKENS if words else 0), "top_p": 0.98},
     )
 

@@ -50,6 +50,7 @@ def warm_up(
     learning_rate: float = 2e-3,
     label_noise: float = 0.5,
     irrelevant: Irrelevant | None = None,
+    plain_steps: int = 0,
     seed: int = 0,
     progress: Callable[[int, float, float], None] = lambda step, loss, seen: None,
 ) -> WarmUpStats:
@@ -57,7 +58,8 @@ def warm_up(
 
     looking_steps: optimizer steps that train the vision tower alone; ``steps`` that train everything follow.
     label_noise: share of the examples whose answer is drawn at random, anew each time. irrelevant: words around what
-    was seen, drawn anew each time; None: none.
+    was seen, drawn anew each time; None: none. plain_steps: the first of ``steps``, which have no such words: the sentence
+    is learned before it is hidden.
     progress: called after each step with its number, from 1, the loss of a response token (nan while only looking), and
     the share of events that were seen. Deterministic by ``seed``; the global generators are not used. Raises ValueError
     for a record that is not of ``appo.tasks``.
@@ -79,8 +81,9 @@ def warm_up(
         answering = torch.tensor(float("nan"))
         if step > looking_steps:
             inputs["mm_encoder_outputs"] = {"video": features}
-            answers = [target(prompt, rng, label_noise, irrelevant) for prompt in chosen]
-            answering = _answering(model, processor.tokenizer, inputs, answers, irrelevant)
+            around = None if step <= looking_steps + plain_steps else irrelevant
+            answers = [target(prompt, rng, label_noise, around) for prompt in chosen]
+            answering = _answering(model, processor.tokenizer, inputs, answers, around)
             loss = loss + answering
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
