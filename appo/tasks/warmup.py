@@ -58,8 +58,8 @@ def warm_up(
 
     looking_steps: optimizer steps that train the vision tower alone; ``steps`` that train everything follow.
     label_noise: share of the examples whose answer is drawn at random, anew each time. irrelevant: words around what
-    was seen, drawn anew each time; None: none. plain_steps: the first of ``steps``, which have no such words: the sentence
-    is learned before it is hidden.
+    was seen, drawn anew each time; None: none. plain_steps: the first of ``steps``, which have no such words: the
+    sentence is learned before it is hidden.
     progress: called after each step with its number, from 1, the loss of a response token (nan while only looking), and
     the share of events that were seen. Deterministic by ``seed``; the global generators are not used. Raises ValueError
     for a record that is not of ``appo.tasks``.
