@@ -46,6 +46,9 @@ def demo(
     vllm_python: Annotated[
         str, typer.Option(envvar="APPO_VLLM_PYTHON", help="Interpreter of an environment with vLLM, for vllm-server.")
     ] = "",
+    task: Annotated[
+        str, typer.Option(help="Clips: moment, cue, or verbose-48x4 and others (docs/credit.md).")
+    ] = "moment",
 ) -> None:
     """Make clips, warm up a tiny Qwen2.5-VL, train it with APPO and report. No GPU, no download, a few minutes.
 
@@ -56,7 +59,8 @@ def demo(
     check_output_folder("output", output)
     from appo.demo import run_demo
 
-    run_demo(output, seed=seed, steps=steps, method=method, compare=compare, engine=engine, vllm_python=vllm_python)
+    sampler = {"engine": engine, "vllm_python": vllm_python}
+    run_demo(output, seed=seed, steps=steps, method=method, compare=compare, task=task, **sampler)
 
 
 @command()

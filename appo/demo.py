@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from appo.config import APPOConfig, ConfigError
+from appo.constraints import suggestion
 from appo.data.load import load_records
 from appo.data.prompts import PromptBuilder
 from appo.data.records import Record
@@ -29,6 +30,7 @@ from appo.reports.inspect_clip import draw_group, sample_group
 from appo.reports.run_report import write_report
 from appo.reports.runs import Run, read_runs
 from appo.reports.story import picked
+from appo.tasks.named import TASKS
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
 
@@ -82,9 +84,11 @@ def run_demo(
     compare: bool = True,
     engine: str = "transformers",
     vllm_python: str = "",
+    task: str = "moment",
 ) -> Path:
     """Run every stage that has not been run and return the page to open.
 
+    task: one of `appo.tasks.named.TASKS`; the folders of another than "moment" end in its name.
     compare: with method "appo", train with GRPO too, from the same warm start on the same questions. engine: what
     samples (docs/engines.md). vllm_python: interpreter of the environment whose vLLM serves it.
     """
@@ -92,18 +96,23 @@ def run_demo(
     APPOConfig(**sampler)  # what is missing is said before anything is made
     if method not in METHODS:
         raise ConfigError(f"`method`: expected one of {', '.join(METHODS)}, got {method!r}.")
+    if task not in TASKS:
+        raise ConfigError(f"`task`: expected one of {', '.join(TASKS)}, got {task!r}.{suggestion(task, TASKS)}")
+    options, end = TASKS[task], "" if task == "moment" else f"-{task}"
     started = time.perf_counter()
     torch.set_num_threads(1)  # the model is so small that a second thread costs more than it brings
     with own_lines_only():
-        clips = stage("clips", output / "data", lambda folder: make_clips(folder, seed))
-        warm = stage("warm start", output / "warm", lambda folder: warm_start(folder, clips, seed))
+        clips = stage("clips", output / f"data{end}", lambda folder: make_clips(folder, seed, **options.clips))
+        warm = stage(
+            "warm start", output / f"warm{end}", lambda folder: warm_start(folder, clips, seed, **options.warm)
+        )
         folders = []
         for name in [method, "grpo"] if compare and method == "appo" else [method]:
-            run = output / (f"run-{name}" if engine == "transformers" else f"run-{name}-{engine}")
+            run = output / (f"run-{name}{end}" if engine == "transformers" else f"run-{name}-{engine}{end}")
             console.print(f"training: {name.upper()}, {run}")
-            settings = {"seed": seed, "max_steps": steps} | sampler
+            settings = options.settings | {"seed": seed, "max_steps": steps} | sampler
             folders.append(train(run, clips, warm, method=name, settings=settings))
-        page = write_report(folders, output / "report.html")
+        page = write_report(folders, output / f"report{end}.html")
         for line in summary(read_runs(folders)):
             console.print(line, highlight=False)
     console.print(f"Done in {time.perf_counter() - started:.0f} s. Open [bold]{page}[/bold]")

@@ -10,6 +10,7 @@ from typing import Any
 from appo.models.architectures import ARCHITECTURES
 from appo.plan import GIB, Plan, Workload
 from benchmarks import harness
+from benchmarks.credit import page as credit
 
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
@@ -232,7 +233,7 @@ def text() -> str:
     lines += section("Whole models: what recording costs", "whole-model", contest)
     lines += section("A training step: where the time goes", "training-step", training_step)
     lines += section("Growth", "growth", growth)
-    return "\n".join([*lines, *learning(), COST_MODEL, *plans()]).rstrip() + "\n"
+    return "\n".join([*lines, *learning(), *credit.section(), COST_MODEL, *plans()]).rstrip() + "\n"
 
 
 def main() -> None:

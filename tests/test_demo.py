@@ -99,6 +99,8 @@ def test_the_summary_says_what_chance_would_have_picked() -> None:
 def test_an_unknown_method_is_refused_before_any_work(tmp_path: Path) -> None:
     with pytest.raises(demo.ConfigError, match="`method`: expected one of appo, grpo, dapo, got 'ppo'"):
         demo.run_demo(tmp_path / "out", method="ppo")
+    with pytest.raises(demo.ConfigError, match=r"`task`: expected one of moment, cue, .*Did you mean `verbose-48x4`"):
+        demo.run_demo(tmp_path / "out", task="verbose-48x5")
     assert not (tmp_path / "out").exists()
 
 
@@ -108,3 +110,27 @@ def test_an_engine_that_is_missing_is_said_before_anything_is_made(tmp_path: Pat
     with pytest.raises(demo.ConfigError, match="`engine`: expected one of transformers"):
         demo.run_demo(tmp_path / "out", engine="vlm")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_task_has_its_clips_warm_start_settings_and_folders(tmp_path, monkeypatch) -> None:
+    """Of verbose-24x4: one kind of clips, irrelevant words, room for them; the folders of "moment" stay."""
+    calls: dict[str, object] = {}
+
+    def touch(name: str):
+        def make(folder: Path, *arguments: object, **options: object) -> Path:
+            folder.mkdir(parents=True, exist_ok=True)
+            calls[name] = options
+            return folder
+
+        return make
+
+    for name in ("make_clips", "warm_start", "train", "write_report"):
+        monkeypatch.setattr(demo, name, touch(name))
+    monkeypatch.setattr(demo, "summary", lambda runs: [])
+    monkeypatch.setattr(demo, "read_runs", lambda folders: [])
+    demo.run_demo(tmp_path, task="verbose-24x4", compare=False)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "data-verbose-24x4", "warm-verbose-24x4", "run-appo-verbose-24x4", "report-verbose-24x4.html",
+    }  # fmt: skip
+    assert calls["make_clips"]["kinds"] == ("colour",) and calls["warm_start"]["irrelevant"].words == 24
+    assert calls["train"]["settings"]["max_new_tokens"] > 24 + 24 and calls["train"]["settings"]["max_steps"] == 36

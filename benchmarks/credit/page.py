@@ -1,0 +1,89 @@
+"""The section of docs/performance.md on credit, from results/credit-TASK.json, .csv and -tests.csv."""
+
+import csv
+import json
+from typing import Any
+
+from appo.tasks.named import TASKS
+from benchmarks import harness
+from benchmarks.credit.results import PRIMARY, REGISTERED
+
+COMMAND = "python -m benchmarks.credit.measure"
+
+
+def read(name: str) -> list[dict[str, str]]:
+    with (harness.RESULTS / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def signed(row: dict[str, str], name: str, low: str, high: str) -> str:
+    if row[name] in ("", "nan"):
+        return ""
+    return f"{float(row[name]):+.3f} [{float(row[low]):+.3f}, {float(row[high]):+.3f}]"
+
+
+def plain(row: dict[str, str], name: str, form: str = ".2f") -> str:
+    return "" if row[name] in ("", "nan") else f"{float(row[name]):{form}}"
+
+
+def groups(content: dict[str, Any]) -> dict[str, int]:
+    """Groups with a gradient of each warm start."""
+    return {seed: int(values["informative"]) for seed, values in content["totals"].items()}
+
+
+def finished(content: dict[str, Any]) -> bool:
+    """Whether the stopping rule of the pre-registration was reached."""
+    return all(count >= REGISTERED for count in groups(content).values()) and len(content["totals"]) >= 3
+
+
+def task_lines(task: str) -> list[str]:
+    name = f"credit-{task}"
+    content = json.loads((harness.RESULTS / f"{name}.json").read_text())
+    rows = {(row["reference"], row["weights"]): row for row in read(f"{name}.csv")}
+    counts, warm = groups(content), content["warm_starts"]
+    state = (
+        f"{sum(counts.values())} groups of {len(counts)} warm starts ("
+        + "; ".join(
+            f"seed {seed}: {count} groups, {warm[seed]['lacking']:.1%} of responses without the telling sentence, "
+            f"accuracy {warm[seed]['accuracy']:.2f}" for seed, count in counts.items()
+        ) + ")."
+    )  # fmt: skip
+    if not finished(content):
+        state = (
+            f"**Preliminary: the registered {REGISTERED} groups of each of 3 warm starts were not reached.** {state}"
+        )
+    lines = [
+        f"### {task}", "", state, "",
+        "*Cosine*: of the gradient of 16 groups with the mean gradient of the telling words, less that of W = 1; the "
+        "next column with the mean gradient under W = 1 as reference. *Samples x*: how many times the samples W = 1 "
+        "needs for the same cosine. *Precision*: share of the bonus on telling words; *recall*: share of these that "
+        "weigh more than their response's mean; *AUC*: 0.5 is chance. 95 % bootstrap intervals over units.", "",
+        "| weights | cosine | less W = 1's | the same, reference W = 1 | samples x | precision | recall | AUC |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    for (reference, weights), row in rows.items():
+        if reference != PRIMARY:
+            continue
+        cells = [plain(row, "cosine", ".3f"), signed(row, "difference", "difference low", "difference high")]
+        cells.append(signed(rows["grpo", weights], "difference", "difference low", "difference high"))
+        cells += [plain(row, key) for key in ("samples", "precision", "recall", "auc")]
+        lines.append(f"| {weights} | {' | '.join(cells)} |")
+    lines += ["", "| hypothesis | difference of cosines | p | p, Holm |", "|---|---|---|---|"]
+    for test in read(f"{name}-tests.csv"):
+        value = signed(test, "difference", "low", "high")
+        cells = [value, plain(test, "p", ".4f"), plain(test, "p_holm", ".4f")]
+        lines.append(f"| {test['hypothesis']}: {test['row']} against {test['against']} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def section() -> list[str]:
+    """Lines of Markdown; what has not been measured is said to be missing."""
+    lines = [
+        "## Credit: which token weights point the gradient better?", "",
+        "Theory, measures and rows: docs/credit.md; what was decided before: `benchmarks/credit/PREREGISTRATION.md`. "
+        f"`{COMMAND}` measures, `python -m benchmarks.credit.results` makes these tables of its raw results.", "",
+    ]  # fmt: skip
+    measured = [task for task in TASKS if (harness.RESULTS / f"credit-{task}-tests.csv").is_file()]
+    if not measured:
+        return [*lines, "Not measured yet.", ""]
+    return lines + [line for task in measured for line in task_lines(task)]
