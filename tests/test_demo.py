@@ -124,8 +124,9 @@ def test_another_task_has_its_clips_warm_start_settings_and_folders(tmp_path, mo
 
         return make
 
-    for name in ("make_clips", "warm_start", "train", "write_report"):
+    for name in ("make_clips", "warm_start", "train"):
         monkeypatch.setattr(demo, name, touch(name))
+    monkeypatch.setattr(demo, "write_report", lambda folders, page: page.write_text("") and page)
     monkeypatch.setattr(demo, "summary", lambda runs: [])
     monkeypatch.setattr(demo, "read_runs", lambda folders: [])
     demo.run_demo(tmp_path, task="verbose-24x4", compare=False)
