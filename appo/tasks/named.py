@@ -1,6 +1,6 @@
 """The bundled tasks by name: their clips, their warm start, and the settings that go with them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from appo.tasks.questions import Difficulty
@@ -16,6 +16,10 @@ class Task:
     settings: dict[str, Any] = field(default_factory=dict)
 
 
+# What a warm start has not seen the like of, it answers without the sentence that tells, whole groups of it.
+NOISY = Difficulty(noise=14.0, size=(0.17, 0.26), distractors=1)
+FAINT = replace(NOISY, contrast=0.6)
+
 SENTENCE_TOKENS = 24  # a response without irrelevant words has at most so many
 SPARE_TOKENS = 16  # for responses with more irrelevant words than they were taught
 
@@ -23,14 +27,14 @@ SPARE_TOKENS = 16  # for responses with more irrelevant words than they were tau
 def verbose(words: int, vocabulary: int) -> Task:
     """Clips in which a colour flashes, answered at length: so many irrelevant words around what was seen.
 
-    The warm start sees the noise and the distractor of the training clips, and takes longer than the demo's. Sampling
+    The warm start sees the training clips' noise, sizes and distractor at full contrast, and takes longer than the demo's. Sampling
     leaves out the tail of each distribution: with some 60 tokens a response, words of one in a thousand break the
     sentence of one in twenty.
     """
     return Task(
         clips={
             "kinds": ("colour",),
-            "difficulties": {"warmup": Difficulty(noise=14.0, size=(0.17, 0.26), distractors=1)},
+            "difficulties": {"warmup": NOISY, "train": FAINT, "validation": FAINT},
         },
         warm={"steps": 550, "plain_steps": 250, "irrelevant": Irrelevant(words, vocabulary)},
         settings={"max_new_tokens": SENTENCE_TOKENS + words + (SPARE_TOKENS if words else 0), "top_p": 0.98},
