@@ -27,9 +27,9 @@ SPARE_TOKENS = 16  # for responses with more irrelevant words than they were tau
 def verbose(words: int, vocabulary: int) -> Task:
     """Clips in which a colour flashes, answered at length: so many irrelevant words around what was seen.
 
-    The warm start sees the training clips' noise, sizes and distractor at full contrast, and takes longer than the demo's. Sampling
-    leaves out the tail of each distribution: with some 60 tokens a response, words of one in a thousand break the
-    sentence of one in twenty.
+    The warm start sees the training clips' noise, sizes and distractor at full contrast, and takes longer than the
+    demo's. Sampling leaves out the tail of each distribution: with some 60 tokens a response, words of one in a
+    thousand break the sentence of one in twenty.
     """
     return Task(
         clips={
