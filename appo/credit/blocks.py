@@ -7,6 +7,7 @@ gradients: those within a block are the square of its sum less the squares of it
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,9 +40,8 @@ class Blocks:
             there = [other for row, other in self.pairs if row == name]
             raise ValueError(f"blocks: `reference`: expected one of {', '.join(there)}, got {reference!r}.")
         places = ((name, name), (name, reference), (reference, reference))
-        return Products(
-            *(self.pairs[place] for place in places), self.sizes, tuple(self.same[place] for place in places)
-        )
+        gg, gr, rr = (self.pairs[place] for place in places)
+        return Products(gg, gr, rr, self.sizes, tuple(self.same[place] for place in places))
 
 
 def gradients(units: Sequence[Unit], weightings: Mapping[str, Weighting] = WEIGHTINGS) -> dict[str, Array]:
@@ -88,7 +88,7 @@ def blocks(
 
 def save_blocks(path: Path, models: Mapping[str, Blocks]) -> None:
     """Write blocks by their model's name as arrays of an ``.npz`` file, which `load_blocks` reads."""
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for model, each in models.items():
         arrays[f"{model}|sizes"] = each.sizes
         for (name, other), value in each.pairs.items():

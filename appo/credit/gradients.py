@@ -35,7 +35,8 @@ def group_gradients(
 
     with trainer.autocast():
         logprobs = trainer.policy(batch, head)
-    parameters, found = trained(trainer), {}
+    parameters = trained(trainer)
+    found: dict[str, Tensor] = {}
     factor = known(group.advantages)[:, None] / len(group.mask)
     last = list(weights)[-1]
     first = _first_equals(weights, group.mask)
