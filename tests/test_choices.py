@@ -15,6 +15,7 @@ from appo.reports import story
 from appo.rollout import weight_transfer
 from appo.rollout.rewards import REWARDS
 from appo.settings_together import REWARD_NAMES
+from appo.settings_together import METHODS
 from appo.train import model_card, rules, setup
 from appo.workload import STATE_BYTES
 from appo_kernels.attention.arguments import REDUCTIONS
@@ -36,7 +37,6 @@ OWNED = {
     "level": LEVELS,
     "lr_schedule": setup.SCHEDULES,
     "mass_reduction": REDUCTIONS,
-    "method": ("grpo", *rules.RULES),
     "optimizer": STATE_BYTES,
     "rollout_correction": ("auto", "none", *CORRECTIONS),
     "rollout_level": LEVELS,
@@ -64,7 +64,7 @@ def test_rewards_of_the_config_are_those_that_are_registered():
 
 
 def test_tables_beside_an_owner_have_its_names():
-    assert set(model_card.METHODS) == set(CHOICES["method"])
+    assert set(model_card.METHODS) == set(METHODS) == {"grpo", *rules.RULES}
     assert set(story.STRATEGIES) == set(STRATEGIES)
     assert set(video_decoders.DECODERS) == set(video.DECODERS)
     assert set(triton.KIND) == set(KINDS)
