@@ -14,8 +14,7 @@ from appo.method.token_weights import AVERAGES
 from appo.reports import story
 from appo.rollout import weight_transfer
 from appo.rollout.rewards import REWARDS
-from appo.settings_together import REWARD_NAMES
-from appo.settings_together import METHODS
+from appo.settings_together import METHODS, REWARD_NAMES
 from appo.train import model_card, rules, setup
 from appo.workload import STATE_BYTES
 from appo_kernels.attention.arguments import REDUCTIONS
