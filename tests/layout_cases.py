@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from appo.data.messages import prompt_messages
 from appo.data.prompts import video_of
-from appo.models.layout import Layout
+from appo.models.layout import Layout, text_arguments
 from appo.train.policy import Policy
 
 
@@ -39,9 +39,8 @@ def plain_inputs(group: Any, row: int, processor: Any, layout: Layout) -> dict[s
     videos = [video_of(clip) for clip in group.prompt.clips]
     messages = prompt_messages(group.prompt.record, instructions=False)
     images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in group.prompt.images]
-    inputs = processor(
-        text=[group.prompt.text], return_tensors="pt", **layout.media_arguments(messages, images, videos)
-    )
+    options = layout.media_arguments(messages, images, videos) | text_arguments(processor, group.prompt.text)
+    inputs = processor(text=[group.prompt.text], return_tensors="pt", **options)
     inputs = {name: torch.as_tensor(value) for name, value in inputs.items() if name != "video_metadata"}
     if "video_second_per_grid" in inputs:  # which the processor does not know
         inputs["video_second_per_grid"] = group.prompt.vision["video_second_per_grid"]

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from tokenizers import processors
 
 from appo.tasks import tiny
 from appo.tasks.tiny import VISION, build_tiny, build_tokenizer
@@ -218,6 +219,18 @@ def _gemma_text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
     return tiny.text_settings(tokenizer, {}, {**sizes, **changes})
 
 
+def _gemma_tokenizer(tokenizer: Any, marks: dict[str, str]) -> Any:
+    """A tokenizer that puts a token in front of all, as the chat template does too."""
+    added = ["<bos>", *marks.values()]
+    tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
+    begin = tokenizer.convert_tokens_to_ids("<bos>")
+    tokenizer = _with_named(tokenizer, marks)
+    tokenizer.bos_token = "<bos>"
+    single = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", begin)])
+    tokenizer.backend_tokenizer.post_processor = single
+    return tokenizer
+
+
 IMAGE_MARKS = {
     "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>",
     "video_token": "<|video|>",
@@ -226,10 +239,7 @@ IMAGE_MARKS = {
 
 def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
     """A picture is 16 patches, pooled to 4 tokens."""
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": list(IMAGE_MARKS.values())}, replace_extra_special_tokens=False
-    )
-    tokenizer = _with_named(tokenizer, IMAGE_MARKS)
+    tokenizer = _gemma_tokenizer(tokenizer, IMAGE_MARKS)
     config = hf.Gemma3Config(
         text_config=_gemma_text(tokenizer, query_pre_attn_scalar=32),
         vision_config=_siglip(vision_use_head=False),
@@ -242,7 +252,7 @@ def _gemma3(tokenizer: Any) -> tuple[Any, Any]:
         image_processor=hf.Gemma3ImageProcessor(size=SQUARE),
         tokenizer=tokenizer,
         image_seq_length=4,
-        chat_template=_chat(tokenizer, image="<start_of_image>"),
+        chat_template="{{ bos_token }}" + _chat(tokenizer, image="<start_of_image>"),
     )
     return hf.Gemma3ForConditionalGeneration(config), processor
 
@@ -276,8 +286,7 @@ def _gemma4(tokenizer: Any) -> tuple[Any, Any]:
     """Frames of at most 70 tokens, the least there is; layers that take keys of earlier ones, and a part of each
     token's embedding by layer."""
     marks = IMAGE_MARKS | {"audio_token": "<|audio|>", "boa_token": "<|audio_start|>", "eoa_token": "<|audio_end|>"}
-    tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
-    tokenizer = _with_named(tokenizer, marks)
+    tokenizer = _gemma_tokenizer(tokenizer, marks)
     text = _gemma_text(
         tokenizer, hidden_size_per_layer_input=8, vocab_size_per_layer_input=len(tokenizer), num_kv_shared_layers=2,
         global_head_dim=64, final_logit_softcapping=5.0,
@@ -299,7 +308,7 @@ def _gemma4(tokenizer: Any) -> tuple[Any, Any]:
         image_processor=hf.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70),
         tokenizer=tokenizer,
         video_processor=hf.Gemma4VideoProcessor(patch_size=4),
-        chat_template=_chat(tokenizer, image=IMAGE_MARKS["image_token"], video="<|video|>"),
+        chat_template="{{ bos_token }}" + _chat(tokenizer, image=IMAGE_MARKS["image_token"], video="<|video|>"),
     )
     return hf.Gemma4ForConditionalGeneration(config), processor
 

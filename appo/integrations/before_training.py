@@ -5,7 +5,7 @@ from typing import Any
 
 from appo.config import APPOConfig
 from appo.models.loaded import unwrapped
-from appo.recording.hooks import check_attention
+from appo.recording.hooks import check_attention, last_layers
 from appo_kernels import checks
 
 # Settings of a method that are more than token weights, and where they are off.
@@ -23,7 +23,7 @@ def check_served(config: APPOConfig) -> None:
 def check_model(config: APPOConfig, model: Any) -> None:
     """Raise ValueError for a model whose attention cannot be recorded as ``config`` asks."""
     if config.records_mass:
-        check_attention(unwrapped(model), config.layers)
+        check_attention(unwrapped(model), last_layers(unwrapped(model), config.layers))
 
 
 def check_layout(trainer: Any) -> None:

@@ -10,6 +10,7 @@ from appo.config import APPOConfig
 from appo.models.loaded import unwrapped
 from appo.recording.arguments import response_rows
 from appo.recording.frame_ids import frame_ids
+from appo.recording.hooks import last_layers
 from appo.recording.recorder import FrameMassRecorder, record_frame_mass
 
 
@@ -37,7 +38,7 @@ def record_responses(
         model,
         frame_ids(input_ids, unwrapped(model).config, video_grid_thw=video_grid_thw),
         rows=response_rows(input_ids.shape[1] - length, length),
-        layers=config.layers,
+        layers=last_layers(model, config.layers),
         reduction=config.mass_reduction,
     )
 

@@ -12,6 +12,7 @@ from appo.config import APPOConfig
 from appo.integrations.packed import PackedMass, PackedRows
 from appo.integrations.weights import GroupWeights, group_weights
 from appo.recording.frame_ids import frame_ids
+from appo.recording.hooks import last_layers
 from appo_kernels import TokenLogprobs
 
 # Beside the fields of APPOConfig that `group_weights` and the recorder read:
@@ -52,7 +53,7 @@ class Scoring:
             engine.module,
             frame_ids(row, engine.model_config.hf_config, video_grid_thw=grid),
             self.packed,
-            layers=self.config.layers,
+            layers=last_layers(engine.module, self.config.layers),
             reduction=self.config.mass_reduction,
         )
         self.found: GroupWeights | None = None

@@ -64,6 +64,7 @@ class Layout(ABC):
 
     # Under which name processor and forward have the types of tokens; None: they have none.
     token_types: ClassVar[str | None] = "mm_token_type_ids"
+    finds_positions: ClassVar[bool] = False  # its forward does, from sizes of media and the mask; others count padding
     mixes_media: ClassVar[bool] = True  # images and videos can stand in one prompt
 
     # From a record to a prompt
@@ -114,7 +115,8 @@ class Layout(ABC):
             raise LayoutError(f"{self.models} of transformers takes images or videos in a prompt, not both.")
         shown = self.messages(messages, videos)
         text = processor.apply_chat_template(shown, add_generation_prompt=True, tokenize=False)
-        encoded = processor(text=[text], return_tensors="pt", **self.media_arguments(messages, images, videos))
+        options = self.media_arguments(messages, images, videos) | text_arguments(processor, text)
+        encoded = processor(text=[text], return_tensors="pt", **options)
         vision = self.vision(encoded, videos, self.sizes(processor))
         found = self.find_frames(encoded["input_ids"], config, vision)
         types = None if self.token_types is None else encoded.get(self.token_types)
@@ -143,6 +145,12 @@ class Layout(ABC):
             rows: of each of these, how many rows are each prompt's.
             repeats: how often each prompt stands in the batch.
         """
+
+
+def text_arguments(processor: Any, text: str) -> dict[str, Any]:
+    """Arguments for a chat that has the token of its beginning already: it would be put in front again."""
+    begin = getattr(processor.tokenizer, "bos_token", None)
+    return {"text_kwargs": {"add_special_tokens": False}} if begin and text.startswith(begin) else {}
 
 
 def repeat_order(counts: Sequence[int], repeats: Sequence[int], device: torch.device | str = "cpu") -> Tensor:

@@ -15,6 +15,8 @@ from appo.recording.frame_ids import FrameIds, frame_ids
 class GridLayout(Layout):
     """The processor returns ``video_grid_thw`` and ``image_grid_thw`` beside patches of frames it did not resize."""
 
+    finds_positions: ClassVar[bool] = True
+
     def sizes(self, processor: Any) -> Sizes:
         reader = getattr(processor, "video_processor", None) or processor.image_processor
         return Sizes(reader.patch_size * reader.merge_size, reader.temporal_patch_size, 0)

@@ -1,13 +1,12 @@
-"""Models that see the frames of a video as images of one size, each with the same number of tokens."""
+"""Models whose frames stand in the prompt as images do: runs of image tokens, all of one length."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from appo.models.layout import Encoded, Layout, LayoutError, Sizes, Video, repeat_order
 
@@ -19,14 +18,15 @@ def square_sizes(reader: Any) -> Sizes:
     return Sizes(1, 1, pixels, pixels)
 
 
-def check_lengths(models: str, videos: Sequence[Video]) -> None:
-    """For processors that stack the videos of a prompt."""
-    lengths = sorted({len(video.frames) for video in videos})
-    if len(lengths) > 1:
-        raise LayoutError(
-            f"the processor of {models} takes videos of one number of frames in a prompt, got {lengths}. Lower "
-            "`max_frames` to the fewest, or split the record."
+def of_one_length(videos: Sequence[Video]) -> list[Video]:
+    """Videos as long as the longest, their last frames repeated: for processors that stack the videos of a prompt."""
+    longest = max((len(video.frames) for video in videos), default=0)
+    return [
+        replace(
+            video, frames=torch.cat([video.frames, video.frames[-1:].expand(longest - len(video.frames), -1, -1, -1)])
         )
+        for video in videos
+    ]
 
 
 def without_images(encoded: Encoded, runs: Sequence[bool], models: str) -> Encoded:
@@ -36,9 +36,13 @@ def without_images(encoded: Encoded, runs: Sequence[bool], models: str) -> Encod
             f"expected {len(runs)} images and frames in a prompt of {models}, got {encoded.num_frames} runs of image "
             "tokens. Is its processor's chat template that of the model?"
         )
-    of_run = torch.tensor([*runs, False])  # the last for tokens of no run
-    number = torch.where(of_run, of_run.cumsum(0) - 1, -1).int()
-    return encoded._replace(frame_ids=number[encoded.frame_ids.long()], num_frames=sum(runs))
+    return encoded._replace(frame_ids=numbered(encoded.frame_ids, runs), num_frames=sum(runs))
+
+
+def numbered(frame_ids: Tensor, kept: Sequence[bool]) -> Tensor:
+    """``frame_ids`` of the ``kept`` frames alone, without gaps."""
+    frames = torch.tensor([*kept, False])  # the last for tokens of no frame
+    return torch.where(frames, frames.cumsum(0) - 1, -1).int()[frame_ids.long()]
 
 
 @dataclass(frozen=True)
@@ -68,18 +72,47 @@ class InternVLLayout(ImagesLayout):
     def media_arguments(
         self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
     ) -> dict[str, Any]:
-        check_lengths(self.models, videos)
-        return super().media_arguments(messages, images, videos)
+        return super().media_arguments(messages, images, of_one_length(videos))
 
     def encode(self, processor: Any, *arguments: Any) -> Encoded:
         encoded = super().encode(processor, *arguments)
         tokens = (processor.image_token, processor.video_token)
         placeholders = re.findall("|".join(map(re.escape, tokens)), encoded.text)
-        lengths = iter([len(video.frames) for video in arguments[-1]])
-        runs: list[bool] = []
+        videos: Sequence[Video] = arguments[-1]
+        lengths, longest = (
+            iter([len(video.frames) for video in videos]),
+            max((len(v.frames) for v in videos), default=0),
+        )
+        runs: list[bool] = []  # of image tokens: whether it is a frame
+        added: list[bool] = []  # whether that is none of the video's own
         for token in placeholders:
-            runs += [False] if token == processor.image_token else [True] * next(lengths)
-        return without_images(encoded, runs, self.models)
+            own = 1 if token == processor.image_token else next(lengths)
+            count = 1 if token == processor.image_token else longest
+            runs += [token == processor.video_token] * count
+            added += [False] * own + [True] * (count - own)
+        found = without_images(encoded, runs, self.models)
+        return _without_added(encoded, runs, added, processor.image_seq_length) if any(added) else found
+
+
+def _without_added(encoded: Encoded, runs: Sequence[bool], added: Sequence[bool], tile: int) -> Encoded:
+    """InternVL's prompt without the frames that `of_one_length` added.
+
+    Of each goes "\\nFrame9: <img>...</img>", from behind the mark that ends the frame before. runs, added: of each run
+    of image tokens, ``tile`` to a picture, whether it is a frame, and an added one.
+    """
+    ends = [int((encoded.frame_ids == run).nonzero()[-1]) + 1 for run in range(len(runs))]
+    left = torch.ones(len(encoded.input_ids), dtype=torch.bool)
+    for run, more in enumerate(added):
+        if more:
+            left[ends[run - 1] + 1 : ends[run] + 1] = False
+    pictures = torch.bincount(encoded.frame_ids[encoded.frame_ids >= 0]) // tile
+    kept = [frame and not more for frame, more in zip(runs, added, strict=True)]
+    return encoded._replace(
+        input_ids=encoded.input_ids[left],
+        vision={"pixel_values": encoded.vision["pixel_values"][~torch.tensor(added).repeat_interleave(pictures)]},
+        frame_ids=numbered(encoded.frame_ids, kept)[left],
+        num_frames=sum(kept),
+    )
 
 
 @dataclass(frozen=True)
@@ -175,81 +208,3 @@ class SmolVLMLayout(Layout):
         order = repeat_order(rows["pixel_values"], repeats).tolist()
         features.pooler_output = [features.pooler_output[index] for index in order]
         return {"mm_encoder_outputs": {"image": features}}
-
-
-@dataclass(frozen=True)
-class LlavaOneVisionLayout(Layout):
-    """A video is one run of tokens: its frames, pooled to a quarter of the tower's patches each, and a line break.
-
-    Kept of a prompt are frames and tiles of images one after another, and how many of them each video and image has.
-    """
-
-    token_types: ClassVar[str | None] = None
-
-    def sizes(self, processor: Any) -> Sizes:
-        return square_sizes(processor.video_processor)
-
-    def media_arguments(
-        self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
-    ) -> dict[str, Any]:
-        check_lengths(self.models, videos)
-        return super().media_arguments(messages, images, videos)
-
-    def vision(self, encoded: Mapping[str, Any], videos: Sequence[Video], sizes: Sizes) -> dict[str, Tensor]:
-        found = super().vision(encoded, videos, sizes)
-        for pixels, counts in (("pixel_values_videos", "video_frames"), ("pixel_values", "image_tiles")):
-            if pixels in found:
-                many, each = found[pixels].shape[:2]
-                found |= {pixels: found[pixels].flatten(0, 1), counts: torch.full((many,), each)}
-        return found
-
-    def features(
-        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
-    ) -> dict[str, Any]:
-        outputs = {}
-        if "pixel_values_videos" in inputs:
-            # A video of one frame each: videos of several lengths cannot be stacked.
-            video = base.get_video_features(inputs["pixel_values_videos"][:, None], return_dict=True)
-            frames = video.pooler_output.split(inputs["video_frames"].tolist())  # (T, tokens and line break, D) each
-            whole = [torch.cat([each[:, :-1].flatten(0, 1), each[-1, -1:]]) for each in frames]
-            order = repeat_order(rows["video_frames"], repeats).tolist()
-            video.pooler_output = torch.cat([whole[index] for index in order])[None]
-            outputs["video"] = video
-        if "pixel_values" in inputs:
-            tiles = inputs["pixel_values"].split(inputs["image_tiles"].tolist())
-            image = base.get_image_features(
-                pad_sequence(tiles, batch_first=True),
-                inputs["image_sizes"],
-                batch_num_images=inputs["batch_num_images"],
-                return_dict=True,
-            )
-            order = repeat_order(rows["image_sizes"], repeats).tolist()
-            image.pooler_output = [image.pooler_output[index] for index in order]
-            outputs["image"] = image
-        return {"mm_encoder_outputs": outputs} if outputs else {}
-
-
-@dataclass(frozen=True)
-class Gemma4Layout(Layout):
-    """Frames stand behind their times, each with as many tokens as the shape of the video leaves of a fixed number."""
-
-    def sizes(self, processor: Any) -> Sizes:
-        readers = (processor.video_processor, processor.image_processor)
-        pixels = [reader.max_soft_tokens * (reader.pooling_kernel_size * reader.patch_size) ** 2 for reader in readers]
-        return Sizes(1, 1, *pixels)
-
-    def features(
-        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
-    ) -> dict[str, Any]:
-        outputs = {}
-        if "pixel_values_videos" in inputs:
-            of_videos = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
-            outputs["video"] = base.get_video_features(*(inputs[name] for name in of_videos), return_dict=True)
-        if "pixel_values" in inputs:
-            of_images = ("pixel_values", "image_position_ids")
-            outputs["image"] = base.get_image_features(*(inputs[name] for name in of_images), return_dict=True)
-        for kind, counted in (("video", "num_frames_per_video"), ("image", "pixel_values")):
-            if kind in outputs:
-                order = repeat_order(rows[counted], repeats).tolist()
-                outputs[kind].pooler_output = [outputs[kind].pooler_output[index] for index in order]
-        return {"mm_encoder_outputs": outputs} if outputs else {}

@@ -10,7 +10,8 @@ from typing import Any
 from appo.config import ConfigError
 from appo.models.layout import Layout
 from appo.models.layout_grid import GridLayout, MarkedGridLayout, OmniLayout
-from appo.models.layout_images import Gemma3Layout, Gemma4Layout, InternVLLayout, LlavaOneVisionLayout, SmolVLMLayout
+from appo.models.layout_images import Gemma3Layout, InternVLLayout, SmolVLMLayout
+from appo.models.layout_videos import Gemma4Layout, LlavaOneVisionLayout
 
 _RUN = "one run of tokens"
 _TIMES = "frames behind their times"

@@ -43,8 +43,11 @@ class Sequences:
         return padded.index_copy(0, self.places, values[0]).unflatten(0, self.shape)
 
 
-def separate(batch: ResponseBatch) -> Sequences:
-    """Each response behind a copy of its prompt: S = B, L = P + N."""
+def separate(batch: ResponseBatch, *, counted: bool = False) -> Sequences:
+    """Each response behind a copy of its prompt: S = B, L = P + N.
+
+    counted: give the positions of tokens, counted from each prompt's first, instead of leaving them to the model.
+    """
     sizes, responses = batch.sizes, batch.completion_ids
     repeats = torch.tensor(sizes, device=responses.device)
     inputs = {
@@ -56,11 +59,12 @@ def separate(batch: ResponseBatch) -> Sequences:
     rows = torch.arange(length - 1, length - 1 + count, device=responses.device).expand(len(responses), -1)
     types = inputs.get("mm_token_type_ids")
     frame_ids = batch.prompts.frame_ids.repeat_interleave(repeats, 0)
+    attention_mask = torch.cat([inputs["attention_mask"], batch.mask.long()], 1)
     return Sequences(
         input_ids=torch.cat([inputs["input_ids"], responses], 1),
-        attention_mask=torch.cat([inputs["attention_mask"], batch.mask.long()], 1),
+        attention_mask=attention_mask,
         token_types=None if types is None else torch.nn.functional.pad(types, (0, count)),
-        position_ids=None,
+        position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0) if counted else None,
         frame_ids=torch.nn.functional.pad(frame_ids, (0, count), value=-1),
         rows=rows,
         media_repeats=sizes,

@@ -98,7 +98,11 @@ class Policy(nn.Module):
         return {"temperature": config.temperature, "softcap": self.softcap}
 
     def sequences(self, batch: ResponseBatch) -> Sequences:
-        return packed(batch, self.causal) if self.share_prompt else separate(batch)
+        return (
+            packed(batch, self.causal)
+            if self.share_prompt
+            else separate(batch, counted=not self.layout.finds_positions)
+        )
 
     def _hidden(self, batch: ResponseBatch, sequences: Sequences) -> Tensor:
         base, arguments = self.causal.base_model, dict[str, Any]()
