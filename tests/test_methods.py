@@ -294,11 +294,3 @@ def test_the_update_on_attention_is_that_of_eager_weights(settings: dict[str, ob
     want = torch.cat([g.flatten() for g in found]).double()
     assert float(want.norm()) > 0
     assert float((ours - want).norm() / want.norm()) < 1e-4  # the difference of two gradients loses digits
-
-
-def test_the_weight_of_the_page_works() -> None:
-    text = (Path(__file__).parents[1] / "docs/own_method.md").read_text()
-    names = {"top_tokens": top_tokens}
-    exec(text.split("```python\n")[1].split("```")[0], names)
-    weights = names["looks_most"](group(mass=shares()), None, APPOConfig())  # type: ignore[operator]
-    assert torch.equal(weights > 0, top_tokens(shares().sum(-1), mask(), share=0.4))

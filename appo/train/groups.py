@@ -44,6 +44,8 @@ class Group:
     hidden: Tensor | None = None  # (G, N, D) of the rows that predict each token; dropped once tokens are weighed
     lse: Tensor | None = None  # (G, N) fp32, of the logits at the sampling temperature; dropped with them
 
+    more: dict[str, Tensor] = field(default_factory=dict)  # (G, N, ...) each: what a method of one's own has scored
+
     target_frames: Tensor | None = None  # (K,) int64: psi'
     weights: Tensor | None = None  # (G, N) fp32: W of docs/method.md section 5; None: all ones
     advantages: Tensor | None = None  # (G,) fp32, or (G, N) of a method that has one for each token

@@ -84,13 +84,29 @@ def score_reference(
 ) -> None:
     """Fill in log-probabilities under the reference policy, for the KL term (beta > 0)."""
     with reference() as policy:
-
-        def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-            return _token_values(batch, hidden, weight, bias, policy.logit_arguments(config))[0]
-
-        logprobs = policy(batch, head).cpu()
+        logprobs = response_logprobs(batch, policy, policy, config)
     for part, rows in zip(parts, batch.split(logprobs), strict=True):
         part.group.ref_logprobs = _filled(part.group.ref_logprobs, part, rows)
+
+
+@torch.no_grad()
+def response_logprobs(batch: ResponseBatch, wrapped: nn.Module, policy: Policy, config: APPOConfig) -> Tensor:
+    """Log-probabilities (B, N) fp32 of the responses, on the CPU, in a forward of their own; 0 at padding.
+
+    batch: of `batch_parts`, or one whose ``prompts.inputs`` were changed. wrapped: as for `score_parts`.
+    """
+
+    def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _token_values(batch, hidden, weight, bias, policy.logit_arguments(config))[0]
+
+    logprobs: Tensor = wrapped(batch, head)
+    return logprobs.cpu()
+
+
+def keep(name: str, parts: Sequence[Part], batch: ResponseBatch, values: Tensor) -> None:
+    """Put ``values`` (B, N, ...) of the responses of ``batch`` into ``group.more[name]`` of each of the parts."""
+    for part, rows in zip(parts, batch.split(values), strict=True):
+        part.group.more[name] = _filled(part.group.more.get(name), part, rows)
 
 
 @torch.no_grad()
