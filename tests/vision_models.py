@@ -313,6 +313,25 @@ def _gemma4(tokenizer: Any) -> tuple[Any, Any]:
     return hf.Gemma4ForConditionalGeneration(config), processor
 
 
+def _exaone(tokenizer: Any) -> tuple[Any, Any]:
+    """Three layers of a sliding window of eight tokens, then one without."""
+    patch = 7
+    tower = {**VISION, **tiny.patches(patch), "num_key_value_heads": 1, "window_size": 28, "fullatt_block_indexes": [1]}
+    text = {**tiny.text_settings(tokenizer, {"rope_type": "default"}, {}), "head_dim": 32, "sliding_window": 8}
+    ids = {name: value for name, value in tiny.special_ids(tokenizer).items() if not name.startswith("vision")}
+    config = hf.Exaone4_5_Config(
+        text_config={**text, "model_type": "exaone4", "sliding_window_pattern": 4}, vision_config=tower, **ids
+    )
+    size = tiny.pixels(patch)
+    processor = hf.Exaone4_5_Processor(
+        image_processor=hf.Qwen2VLImageProcessor(patch_size=patch, size=size),
+        tokenizer=tokenizer,
+        video_processor=hf.Qwen2VLVideoProcessor(patch_size=patch, size=size, cap_pixels_per_frame=False),
+        chat_template=tiny.CHAT_TEMPLATE,
+    )
+    return hf.Exaone4_5_ForConditionalGeneration(config), processor
+
+
 PARTIAL = {"rope": {"mrope_section": [2, 1, 1], "partial_rotary_factor": 0.25}}
 BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     "qwen2_vl": _qwen2_vl,
@@ -329,6 +348,7 @@ BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     ),
     "glm4v": _glm(hf.Glm4vConfig, hf.Glm4vForConditionalGeneration, "Glm4v", {}),
     "glm4v_moe": _glm(hf.Glm4vMoeConfig, hf.Glm4vMoeForConditionalGeneration, "Glm4v", ROUTED),
+    "exaone4_5": _exaone,
     "qwen2_5_omni_thinker": _omni("Qwen2_5Omni", True, {}, window_size=28, fullatt_block_indexes=[1]),
     "qwen3_omni_moe_thinker": _omni(
         "Qwen3OmniMoe", False, EXPERTS, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]

@@ -30,7 +30,7 @@ def trl(fields: Fields, seed: int) -> Record:
 def verl(fields: Fields, seed: int) -> Record:
     """prompt (messages), images or videos, reward_model.ground_truth, data_source, extra_info."""
     question, media = _conversation(fields, "prompt")
-    model, extra = fields.raw.get("reward_model"), fields.raw.get("extra_info", {})
+    model, extra = fields.listed("reward_model"), fields.listed("extra_info")
     truth = model.get("ground_truth") if isinstance(model, dict) else None
     if not isinstance(truth, (str, int, float)) or isinstance(truth, bool):
         fields.fail("reward_model", 'an object with "ground_truth", a text or number', model)

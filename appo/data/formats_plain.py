@@ -108,7 +108,7 @@ def own(fields: Fields, seed: int) -> Record:
     if kind == "multiple choice" and "options" not in fields.raw:
         fields.fail("options", "a list of texts, since the kind is multiple choice", None)
     answer = fields.text("answer")
-    meta = fields.raw.get("meta", {})
+    meta = fields.listed("meta") if "meta" in fields.raw else {}
     if not isinstance(meta, dict):
         fields.fail("meta", "an object", meta)
     if fields.flag("grounding"):

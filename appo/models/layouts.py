@@ -34,6 +34,7 @@ LAYOUTS: dict[str, Layout] = {
         MarkedGridLayout("glm46v", "GLM-4.6V", _TIMES, True),
         GridLayout("qwen3_5", "Qwen3.5", _TIMES, False, _LINEAR),
         GridLayout("qwen3_5_moe", "Qwen3.5, mixture of experts", _TIMES, False, _LINEAR),
+        GridLayout("exaone4_5", "EXAONE 4.5", _RUN, False, _WINDOWS),
         InternVLLayout("internvl", "InternVL", _NUMBERS, True),
         LlavaOneVisionLayout("llava_onevision", "LLaVA-OneVision", _RUN, True),
         Gemma3Layout("gemma3", "Gemma 3", _IMAGES, False, f"{_WINDOWS}, and images from both sides"),
