@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import harness
+from benchmarks.credit import page as credit
 
 README = Path(__file__).parents[1] / "README.md"
 COMMAND, END = "python -m benchmarks.readme --write", "end of the measured part"
@@ -110,7 +111,7 @@ def parts() -> dict[str, list[str]]:
         f"*{environment['cores']} CPU cores, fp32, heads of Qwen2.5-VL-7B, cut to fit ({attention}; {head}; {group}). "
         "0.65x: the other takes 0.65 of our time; bold: it is faster than ours. `make bench` measures again.*"
     )
-    return {"": [*operator_lines(rows), "", note], ": more": other_lines()}
+    return {"": [*operator_lines(rows), "", note], ": credit": [credit.sentence()], ": more": other_lines()}
 
 
 def written(text: str) -> str:

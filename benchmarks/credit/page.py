@@ -76,6 +76,28 @@ def task_lines(task: str) -> list[str]:
     return [*lines, ""]
 
 
+def sentence(task: str = "verbose-48x4") -> str:
+    """What README says of the primary task, from its results."""
+    content = json.loads((harness.RESULTS / f"credit-{task}.json").read_text())
+    rows = {row["weights"]: row for row in read(f"credit-{task}.csv") if row["reference"] == PRIMARY}
+
+    def gain(name: str) -> str:
+        value, low, high = (float(rows[name][key]) for key in ("samples", "samples low", "samples high"))
+        return f"{value:.2g} [{low:.2g}, {high:.2g}]"
+
+    counts = groups(content)
+    done = f"{sum(counts.values())} groups of {len(counts)} warm starts"
+    if not finished(content):
+        done += f", preliminary: {3 * REGISTERED:,} of 3 are registered"
+    return (
+        "**Does looking help?** With 48 words that do not matter around what was seen, weight 2.7 on the words that tell it "
+        f"is worth {gain('oracle')} times the samples of W = 1 for the gradient of these words; APPO on the frames of all "
+        f"responses {gain('all')}, our rule {gain('together')}, our rule with the key frames given "
+        f"{gain('together-true-frames')} ({done}; 95 % intervals; `python -m benchmarks.credit.results`, "
+        "[docs/credit.md](docs/credit.md))."
+    )
+
+
 def section() -> list[str]:
     """Lines of Markdown; what has not been measured is said to be missing."""
     lines = [
