@@ -91,7 +91,7 @@ def sentence(task: str = "verbose-48x4") -> str:
         done += f", preliminary: {3 * REGISTERED:,} of 3 are registered"
     return (
         "**Does looking help?** With 48 words that do not matter around what was seen, weight 2.7 on the words that "
-        f"tell it is worth {gain('oracle')} times the samples of W = 1 for the gradient of these words; APPO on the frames "
+        f"tell it is worth {gain('oracle')} times the samples of W = 1 for these words' gradient; APPO on the frames "
         f"of all responses {gain('all')}, our rule {gain('together')}, our rule with the key frames given "
         f"{gain('together-true-frames')} ({done}; 95 % intervals; `python -m benchmarks.credit.results`, "
         "[docs/credit.md](docs/credit.md))."
