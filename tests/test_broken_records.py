@@ -26,6 +26,11 @@ SHAPES |= {
         "negative_answers": ["close it", "take it", "wash it"], "video_basename": "1.mp4",
         "current_observation_basename": "1.png", "task_progress_metadata": [{"narration_text": "x"}],
     },
+    "SEED-Bench-R1, validation": {
+        "sample_id": 0, "question": "What next?", "choice_a": "a", "choice_b": "b", "choice_c": "c", "choice_d": "d",
+        "golden_choice_idx": "A", "video_source": "epic", "video_basename": "1.mp4",
+        "current_observation_basename": "1.png", "task_progress_metadata": [{"narration_text": "x"}],
+    },
     "NExT-GQA": {
         "qid": "4_0", "question": "Why?", "video_path": "4.mp4", "dataset_name": "nextqa",
         "options": ["v", "w", "x", "y"],
@@ -82,7 +87,7 @@ def test_no_field_can_break_so_that_a_record_loses_its_media(shape: str, tmp_pat
         ("NExT-QA table", "answer"), ("VideoChat-R1", "glue"), ("VideoChat-R1", "options"), ("verl", "reward_model"),
         ("LongVideoBench", "correct_choice"), ("LongVideoBench table", "option0"), ("TempCompass", "video_id"),
         ("Perception Test raw", "answer_id"), ("Video-MME", "options"), ("VSI-Bench", "ground_truth"),
-        ("VSI-Bench", "question"), ("MVBench", "video"),
+        ("VSI-Bench", "question"), ("MVBench", "video"), ("SEED-Bench-R1, validation", "golden_choice_idx"),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_named(shape: str, name: str, tmp_path: Path) -> None:

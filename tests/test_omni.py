@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from appo.config import APPOConfig, ConfigError
 from appo.data.prompts import PromptBuilder, collate
+from appo.data.records import DataError
 from appo.models.loaded import prompt_positions, vision_token_ids
 from appo.rollout.build import build_engine
 from appo.train.setup import audio_towers, load_model, prepare_model
@@ -100,3 +101,10 @@ def test_an_engine_without_times_is_refused(built: tuple[Any, Any, APPOConfig]) 
     other = dataclasses.replace(config, engine="vllm-server", vllm_python="python3")
     with pytest.raises(ConfigError, match="`engine`: expected transformers"):
         build_engine(other, model, processor)
+
+
+def test_a_question_may_not_hold_a_token_of_sound(built: tuple[Any, Any, APPOConfig]) -> None:
+    model, processor, config = built
+    record = dataclasses.replace(training.records()[0], question="What is <|audio_bos|><|AUDIO|> here?")
+    with pytest.raises(DataError, match=r"the model's own token '<\|"):
+        PromptBuilder(processor, model.config, config)(record)

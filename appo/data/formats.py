@@ -104,7 +104,7 @@ def _video_r1(fields: Fields, seed: int) -> Record:
 
 def _seed_bench(fields: Fields, seed: int) -> Record:
     question = fields.text("question")
-    if "golden_choice_idx" in fields.raw:
+    if "golden_choice_idx" in fields.raw or "choice_a" in fields.raw:
         texts = tuple(fields.text(f"choice_{letter}") for letter in "abcd")
         answer = fields.position("golden_choice_idx", len(texts))
         options = fields.lettered("choice_a", texts)

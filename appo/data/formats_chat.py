@@ -93,6 +93,8 @@ def _turns(fields: Fields, name: str) -> list[tuple[str, Any]]:
 def _said(fields: Fields, name: str, roles: tuple[str, ...]) -> str:
     """The text of the only message of a role."""
     found = [content for role, content in _turns(fields, name) if role in roles]
+    if not found and "assistant" in roles:
+        fields.fail(name, f"an answer: one message of {' or '.join(roles)}, or a field `solution`", fields.raw[name])
     if len(found) != 1:
         fields.fail(name, f"one message of {' or '.join(roles)} (split records of several rounds)", fields.raw[name])
     text = "".join(part["text"] for part in _parts(fields, name, found[0]) if part["type"] == "text").strip()

@@ -171,7 +171,8 @@ def _placed(fields: Fields, name: str, question: str, media: tuple[Media, ...]) 
     for kind in MEDIA_KINDS:
         count = sum(medium.kind == kind for medium in media)
         if marks.count(kind) not in (0, count):
-            fields.fail(name, f"<{kind}> once for each of the {count} {kind}s", question)
+            named = ", ".join(field for field, of in MEDIA_FIELDS.items() if of == kind)
+            fields.fail(name, f"<{kind}> once for each of the {count} {kind}s of the record (in {named})", question)
     bare = question.strip()
     while match := re.match(r"<(?:image|video)>\s*", bare):
         bare = bare[match.end() :]

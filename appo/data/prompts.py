@@ -28,7 +28,8 @@ from appo.models.layouts import layout_of
 # Names under which processors and tokenizers have the tokens of media.
 MEDIA_TOKENS = (
     "image_token", "video_token", "vision_start_token", "vision_end_token", "start_image_token", "end_image_token",
-    "boi_token", "eoi_token", "fake_image_token", "global_image_token",
+    "boi_token", "eoi_token", "fake_image_token", "global_image_token", "vision_bos_token", "vision_eos_token",
+    "audio_token", "audio_bos_token", "audio_eos_token",
 )  # fmt: skip
 
 
