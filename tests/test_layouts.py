@@ -1,5 +1,6 @@
 """Every layout that is served, on random weights: hidden states, recorded mass, training; all others are refused."""
 
+import inspect
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import training
+import transformers as hf
 import vision_models
 from layout_cases import logits_of, plain_inputs, settings
 from test_policy import make_groups
@@ -20,6 +22,7 @@ from appo.models.layout_grid import GridLayout
 from appo.models.layouts import LAYOUTS, layout_of, layout_table, register_layout
 from appo.models.load import check_fits
 from appo.recording.hooks import attention_modules, last_layers
+from appo.rollout.build import build_engine
 from appo.train.groups import batch_parts, whole_groups
 from appo.train.policy import Policy
 from appo.train.setup import load_model, prepare_model
@@ -126,16 +129,18 @@ def test_every_layout_has_a_tiny_model() -> None:
 
 def test_every_vision_language_model_of_transformers_is_served_or_refused_by_name() -> None:
     """The list of the installed transformers, whatever its version: no model is taken without having been checked."""
-    served, refused = [], []
+    served, broken, refused = [], [], []
     for model_type in sorted(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES):
         try:
             layout_of(SimpleNamespace(model_type=model_type))
-            served.append(model_type)
+            forward = getattr(hf, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[model_type]).forward
+            takes_features = "mm_encoder_outputs" in inspect.signature(forward).parameters
+            (served if takes_features else broken).append(model_type)
         except ConfigError as error:
             assert repr(model_type) in str(error) and "docs/models.md" in str(error)
             refused.append(model_type)
-    print("served:", *served, "\nrefused:", *refused)
-    assert set(served) == set(LAYOUTS) and len(refused) > 10
+    print("served:", *served, "\nbroken, no features computed before:", *broken, "\nrefused:", *refused)
+    assert set(served) == set(LAYOUTS) and not broken and len(refused) > 10
 
 
 # No field, nothing in it, empty text.
@@ -163,3 +168,13 @@ def test_the_page_has_the_table() -> None:
     named = row.split("(")[0].replace(" and MoE", "").removeprefix("| ").split(", ")
     families = list(dict.fromkeys(layout.models.split(",")[0] for layout in LAYOUTS.values()))
     assert [name.strip() for name in named] == families, "README.md: the row of models"
+
+
+@pytest.mark.parametrize("model_type", [name for name, layout in LAYOUTS.items() if layout.why_not_vllm])
+def test_vllm_is_refused_where_its_frames_were_not_compared(model_type: str, tmp_path: Path) -> None:
+    config = training.config(tmp_path, engine="vllm-server", vllm_python="python3")
+    model = SimpleNamespace(config=SimpleNamespace(model_type=model_type))
+    with pytest.raises(
+        ConfigError, match=f"`engine`: expected transformers with {LAYOUTS[model_type].models}, got vllm"
+    ):
+        build_engine(config, model, None)

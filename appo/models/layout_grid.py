@@ -16,6 +16,7 @@ class GridLayout(Layout):
     """The processor returns ``video_grid_thw`` and ``image_grid_thw`` beside patches of frames it did not resize."""
 
     finds_positions: ClassVar[bool] = True
+    why_not_vllm: ClassVar[str] = ""
 
     def sizes(self, processor: Any) -> Sizes:
         reader = getattr(processor, "video_processor", None) or processor.image_processor
@@ -84,6 +85,8 @@ class MarkedGridLayout(GridLayout):
 @dataclass(frozen=True)
 class OmniLayout(GridLayout):
     """Qwen-Omni's thinker, whose processor takes all frames to be sampled at one rate: the model gets the true one."""
+
+    why_not_vllm: ClassVar[str] = "vLLM takes all its frames to be sampled at one rate, and positions would differ"
 
     def vision(self, encoded: Mapping[str, Any], videos: Sequence[Video], sizes: Sizes) -> dict[str, Tensor]:
         found = super().vision(encoded, videos, sizes)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from appo.config import APPOConfig, ConfigError
+from appo.models.layouts import layout_of
 from appo.models.loaded import unwrapped
 from appo.models.positions import CONCERNED
 from appo.rollout.engine import Rollout
@@ -15,23 +16,19 @@ from appo.rollout.model_engine import TransformersRollout
 # Log-probabilities at another temperature than 1 are those of the distribution that was sampled from.
 LOGPROBS_MODES = {True: "raw_logprobs", False: "processed_logprobs"}
 
-# Types whose frames carry no times of their own in vLLM.
-UNTIMED = frozenset({"qwen2_5_omni_thinker", "qwen3_omni_moe_thinker"})
-
 
 def build_engine(config: APPOConfig, model: Any, processor: Any) -> Rollout:
     """The engine of ``config.engine`` (docs/engines.md), with whatever it starts started.
 
     Raises ConfigError for positions and models that vLLM does not have, EngineError naming the server and what is
-    wrong with it,
-    ImportError where vLLM is to run in this process and is not installed.
+    wrong with it, ImportError where vLLM is to run in this process and is not installed.
     """
     if config.engine == "transformers":
         return TransformersRollout(model, processor, batch_tokens=config.rollout_tokens)
-    if unwrapped(model).config.model_type in UNTIMED:
+    layout = layout_of(unwrapped(model).config)
+    if layout.why_not_vllm:
         raise ConfigError(
-            f"`engine`: expected transformers with a model of the type {unwrapped(model).config.model_type}, got "
-            f"{config.engine}: vLLM takes all its frames to be sampled at one rate, and positions would differ."
+            f"`engine`: expected transformers with {layout.models}, got {config.engine}: {layout.why_not_vllm}."
         )
     if config.video_positions != "original" and unwrapped(model).config.model_type in CONCERNED:
         raise ConfigError(
