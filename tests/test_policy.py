@@ -110,6 +110,11 @@ def test_dense_masks_are_refused_where_torch_is_wrong():
     refuse_dense_mask(model, long[:, :-1], "cuda")
     with pytest.raises(ValueError, match="expected rows without padding beyond 65,536 tokens on CUDA, got a padded"):
         refuse_dense_mask(model, long, "cuda")
+    model.config.get_text_config().layer_types[1] = "sliding_attention"
+    whole = torch.ones(1, 65_537)
+    refuse_dense_mask(model, whole[:, :-1], "cuda")
+    with pytest.raises(ValueError, match=r"expected rows without windows beyond 65,536 .* Lower `max_frames`"):
+        refuse_dense_mask(model, whole, "cuda")
 
 
 def test_crucial_frames_hold_the_deciding_moment(tmp_path):

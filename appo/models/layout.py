@@ -64,7 +64,6 @@ class Layout(ABC):
 
     # Under which name processor and forward have the types of tokens; None: they have none.
     token_types: ClassVar[str | None] = "mm_token_type_ids"
-    finds_positions: ClassVar[bool] = False  # its forward does, from sizes of media and the mask; others count padding
     # In one clause, why vLLM cannot sample for it; "": it can
     why_not_vllm: ClassVar[str] = "what vLLM makes of its frames has not been compared with transformers"
     mixes_media: ClassVar[bool] = True  # images and videos can stand in one prompt

@@ -15,7 +15,6 @@ from appo.recording.frame_ids import FrameIds, frame_ids
 class GridLayout(Layout):
     """The processor returns ``video_grid_thw`` and ``image_grid_thw`` beside patches of frames it did not resize."""
 
-    finds_positions: ClassVar[bool] = True
     why_not_vllm: ClassVar[str] = ""
 
     def sizes(self, processor: Any) -> Sizes:

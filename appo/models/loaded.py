@@ -86,17 +86,23 @@ def refuse_dense_mask(
     device_type: str | None = None,
     remedy: str = "Use a model that allows share_prompt: on, or flash attention.",
 ) -> None:
-    """Refuse a padded batch (B, L) for which attention would need a dense L x L mask that CUDA computes wrongly.
+    """Refuse a batch (B, L) for which attention would need a dense L x L mask that CUDA computes wrongly.
 
-    remedy: the advice that ends the message.
+    Padding needs one, and so do layers with a sliding window.
 
-    Raises ValueError for padding beyond 65,536 tokens on CUDA with an implementation that takes such a mask.
+    remedy: the advice that ends the message, where it is for padding.
+
+    Raises ValueError beyond 65,536 tokens on CUDA with an implementation that takes such a mask.
     """
-    name, length = unwrapped(model).config.get_text_config()._attn_implementation, attention_mask.shape[-1]
-    masked = length > MOST_MASKED_TOKENS and (device_type or attention_mask.device.type) == "cuda"
-    if masked and "flash" not in str(name) and not bool(attention_mask.all()):
+    config, length = unwrapped(model).config.get_text_config(), attention_mask.shape[-1]
+    name = config._attn_implementation
+    if length <= MOST_MASKED_TOKENS or (device_type or attention_mask.device.type) != "cuda" or "flash" in str(name):
+        return
+    windowed = any(kind.startswith(("sliding", "chunked")) for kind in getattr(config, "layer_types", None) or [])
+    if windowed or not bool(attention_mask.all()):
+        without, got = ("windows", "layers with windows in a") if windowed else ("padding", "a padded")
         raise ValueError(
-            f"`share_prompt`: expected rows without padding beyond {MOST_MASKED_TOKENS:,} tokens on CUDA, got a padded "
+            f"`share_prompt`: expected rows without {without} beyond {MOST_MASKED_TOKENS:,} tokens on CUDA, got {got} "
             f"batch of {length:,} tokens with attention {name!r}: torch's attention with a mask is wrong there. "
-            + remedy
+            + ("Lower `max_frames`." if windowed else remedy)
         )

@@ -98,11 +98,10 @@ class Policy(nn.Module):
         return {"temperature": config.temperature, "softcap": self.softcap}
 
     def sequences(self, batch: ResponseBatch) -> Sequences:
-        return (
-            packed(batch, self.causal)
-            if self.share_prompt
-            else separate(batch, counted=not self.layout.finds_positions)
-        )
+        if self.share_prompt:
+            return packed(batch, self.causal)
+        # Models whose positions depend on media find them, from the mask as well; others would count padding.
+        return separate(batch, counted=not hasattr(self.causal.base_model, "get_rope_index"))
 
     def _hidden(self, batch: ResponseBatch, sequences: Sequences) -> Tensor:
         base, arguments = self.causal.base_model, dict[str, Any]()
