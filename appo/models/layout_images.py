@@ -21,12 +21,8 @@ def square_sizes(reader: Any) -> Sizes:
 def of_one_length(videos: Sequence[Video]) -> list[Video]:
     """Videos as long as the longest, their last frames repeated: for processors that stack the videos of a prompt."""
     longest = max((len(video.frames) for video in videos), default=0)
-    return [
-        replace(
-            video, frames=torch.cat([video.frames, video.frames[-1:].expand(longest - len(video.frames), -1, -1, -1)])
-        )
-        for video in videos
-    ]
+    last = [video.frames[-1:].expand(longest - len(video.frames), -1, -1, -1) for video in videos]
+    return [replace(video, frames=torch.cat([video.frames, more])) for video, more in zip(videos, last, strict=True)]
 
 
 def without_images(encoded: Encoded, runs: Sequence[bool], models: str) -> Encoded:
@@ -79,10 +75,8 @@ class InternVLLayout(ImagesLayout):
         tokens = (processor.image_token, processor.video_token)
         placeholders = re.findall("|".join(map(re.escape, tokens)), encoded.text)
         videos: Sequence[Video] = arguments[-1]
-        lengths, longest = (
-            iter([len(video.frames) for video in videos]),
-            max((len(v.frames) for v in videos), default=0),
-        )
+        longest = max((len(video.frames) for video in videos), default=0)
+        lengths = iter([len(video.frames) for video in videos])
         runs: list[bool] = []  # of image tokens: whether it is a frame
         added: list[bool] = []  # whether that is none of the video's own
         for token in placeholders:
