@@ -110,7 +110,7 @@ comma := ,
 THEIRS := -W ignore::DeprecationWarning -W ignore::FutureWarning
 test-integrations: $(TRL)/.installed $(VERL)/.installed $(SWIFT)/.installed
 	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -n $(JOBS) tests/integrations
-	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest $(THEIRS) tests/integrations/test_verl.py tests/integrations/test_verl_losses.py
+	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest $(THEIRS) tests/integrations/test_verl*.py
 	OMP_NUM_THREADS=1 $(SWIFT)/bin/python -m pytest $(THEIRS) tests/integrations/test_ms_swift.py
 
 bench: $(BENCH)/.installed $(VERL)/.installed

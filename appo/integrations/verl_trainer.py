@@ -13,7 +13,9 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.seqlen_balancing import calculate_workload, get_seqlen_balanced_partitions
 
 from appo.config import APPOConfig
+from appo.integrations.before_training import check_model
 from appo.integrations.verl_scoring import SETTINGS
+from appo.models.load import read_config, without_weights
 
 
 def settings_of(config: Any) -> dict[str, Any]:
@@ -48,12 +50,24 @@ def settings_of(config: Any) -> dict[str, Any]:
     return {"accuracy": None, "frame_mass": 0} | wanted | {"group_size": rollout.n}
 
 
+def check_attention_of(path: str, settings: dict[str, Any]) -> None:
+    """Raise ValueError where the model in a folder or on the hub attends in a way that cannot be recorded.
+
+    Its configuration alone is read. A model that sees nothing has nothing to be recorded, and one that only workers
+    can reach is looked at by them, in the first scoring forward.
+    """
+    if "://" not in path and hasattr(read_config(path), "vision_config"):
+        own = {name: value for name, value in settings.items() if name not in SETTINGS}
+        check_model(APPOConfig(**own), without_weights(path))
+
+
 @register_trainer("appo")
 class APPOTrainer(PPOTrainerSync):
     """``PPOTrainerSync`` whose scoring forward weighs the tokens of whole groups; choose with trainer_mode=appo."""
 
     def __init__(self, config: Any) -> None:
         self.appo = settings_of(config)
+        check_attention_of(config.actor_rollout_ref.model.path, self.appo)
         with open_dict(config):
             config.trainer.v1.trainer_mode = "sync"  # by which verl tells how samples are drawn
         super().__init__(config)

@@ -54,6 +54,15 @@ def group(model: Any, processor: Any, index: int, frames: int) -> list[Sample]:
 
 
 # Frames in one run of tokens, and frames apart by timestamps.
+def test_what_cannot_be_recorded_or_served_is_refused_before_anything_is_scored() -> None:
+    model, _ = build_tiny(0)
+    with pytest.raises(ValueError, match="`layers`: expected 1 to 4"):
+        GroupScorer(model, APPOConfig(layers=99))
+    with pytest.raises(ValueError, match="expected entropy_share = "):
+        GroupScorer(model, APPOConfig.preset("top-entropy"))
+
+
+# Two families: their attention, positions and frames differ.
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_weights_of_a_group_are_those_of_eager_attention(family: str) -> None:
     model, processor = build_tiny(0, family=family)

@@ -134,21 +134,26 @@ def made(request: Any, tmp_path_factory: Any) -> Any:
     model.save_pretrained(folder / "model")
     processor.save_pretrained(folder / "model")
     wanted = expected(model, data)
+    with verl_cpu.process(folder):
+        yield SimpleNamespace(engine=engine_of(folder), data=data, wanted=wanted)
+
+
+def engine_of(folder: Any) -> Any:
+    """verl's engine, as registered, of the model in a folder; in a process group."""
     precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
-    with verl_cpu.one_process(folder):
-        engine = EngineRegistry.new(
-            model_type="language_model", backend="fsdp2",
-            model_config=HFModelConfig(
-                path=str(folder / "model"), use_fused_kernels=True, fused_kernel_options={"impl_backend": "torch"},
-                override_config={"attn_implementation": "sdpa"},
-            ),
-            engine_config=FSDPEngineConfig(strategy="fsdp2", mixed_precision=precision, use_torch_compile=False),
-            optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
-            checkpoint_config=CheckpointConfig(),
-        )  # fmt: skip
-        engine.initialize()
-        assert type(engine) is appo.integrations.verl.APPOEngine
-        yield SimpleNamespace(engine=engine, data=data, wanted=wanted)
+    engine = EngineRegistry.new(
+        model_type="language_model", backend="fsdp2",
+        model_config=HFModelConfig(
+            path=str(folder / "model"), use_fused_kernels=True, fused_kernel_options={"impl_backend": "torch"},
+            override_config={"attn_implementation": "sdpa"},
+        ),
+        engine_config=FSDPEngineConfig(strategy="fsdp2", mixed_precision=precision, use_torch_compile=False),
+        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=10),
+        checkpoint_config=CheckpointConfig(),
+    )  # fmt: skip
+    engine.initialize()
+    assert type(engine) is appo.integrations.verl.APPOEngine
+    return engine
 
 
 def asked(data: TensorDict, **settings: Any) -> TensorDict:
@@ -313,6 +318,17 @@ def test_what_cannot_be_weighed_is_refused(override: str, named: str) -> None:
     overrides = [override.lstrip("+")] if "bypass" in override else [override]
     with pytest.raises(ValueError, match=named):
         verl_trainer.settings_of(config(*overrides))
+
+
+def test_attention_that_cannot_be_recorded_is_refused_before_workers_start(tmp_path: Any) -> None:
+    """From the configuration of the model, which has 4 layers."""
+    model, _ = build_tiny(0)
+    model.config.save_pretrained(tmp_path)
+    settings = verl_trainer.settings_of(config("+appo.layers=4"))
+    verl_trainer.check_attention_of(str(tmp_path), settings)
+    with pytest.raises(ValueError, match="`layers`: expected 1 to 4"):
+        verl_trainer.check_attention_of(str(tmp_path), settings | {"layers": 5})
+    verl_trainer.check_attention_of("hdfs://elsewhere/model", settings | {"layers": 5})
 
 
 def test_accuracy_by_name(made: Any) -> None:

@@ -43,8 +43,11 @@ set_platform(PlatformCPU())
 
 
 @contextlib.contextmanager
-def one_process(folder: Any) -> Any:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=0, world_size=1)
+def process(folder: Any, rank: int = 0, world: int = 1) -> Any:
+    """One of ``world`` processes that meet in a folder."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )  # fmt: skip
     try:
         yield
     finally:
