@@ -34,11 +34,14 @@ from pathlib import Path
 import torch
 import test_trl as shared
 import test_trl_processes as own
+from appo.models.loaded import vision_token_ids
 folder, name, kind, changes = Path(sys.argv[1]), sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
 if changes.pop("lora", False):
     from peft import LoraConfig
     changes["peft"] = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 made = shared.trainer(folder, kind, cls=own.CLASSES[name], **changes)
+# TRL would sample tokens of videos, which ours never does, and with them other responses.
+made.generation_config.suppress_tokens = vision_token_ids(made.accelerator.unwrap_model(made.model), made._tokenizer)
 made.train()
 values = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in made.model.parameters() if p.requires_grad]
 flat = torch.cat([value.detach().flatten() for value in values])
