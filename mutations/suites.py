@@ -1,0 +1,88 @@
+"""Which tests of the default suite (`make test`) cover which kernel, the ones likeliest to notice first."""
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+
+from mutations import cpp_source, triton_source
+from mutations.mutant import Mutant, chosen
+
+ROOT = Path(__file__).resolve().parents[1]
+NUMBER = 160  # mutants, about half of them of csrc/
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One run of pytest, which stops at the first failure."""
+
+    tests: tuple[str, ...]
+    only: str = ""  # pytest's -k
+    environment: tuple[tuple[str, str], ...] = ()
+
+    def arguments(self) -> list[str]:
+        """Of pytest."""
+        quick = "not slow and not browser and not gpu and not vllm"
+        chosen = ["-k", self.only] if self.only else []
+        return ["-x", "-q", "-p", "no:cacheprovider", "--tb=short", "-m", quick, *chosen, *self.tests]
+
+    def __str__(self) -> str:
+        return " ".join((*self.tests, *(("-k", self.only) if self.only else ())))
+
+
+def _interpreted(only: str) -> Suite:
+    """A part of what tests/ptx/test_interpreter.py runs, in the process that is asked to."""
+    return Suite(("tests/ptx/interpreted_kernels.py",), only, (("TRITON_INTERPRET", "1"),))
+
+
+def _cuda(*names: str) -> Suite:
+    return Suite(tuple(f"tests/kernels/test_{name}.py" for name in names), "cuda")
+
+
+EMULATED = Suite(("tests/emulation/test_operator_matrix.py", "tests/emulation/test_emulated_attention.py"))
+PLANTED = Suite(("tests/emulation/test_faults.py",), "no_false_alarm")
+ATTENTION = Suite(("tests/ptx/test_attention_kernels.py",))
+LOGITS = Suite(("tests/ptx/test_logits_kernels.py", "tests/ptx/test_offsets.py"))
+HOPPER = Suite(("tests/ptx/test_hopper.py",), "test_forward")
+SURROGATES = _interpreted("surrogate or scaled or second_backward")
+
+SUITES: dict[str, tuple[Suite, ...]] = {
+    "csrc/attention_tiles.cuh": (EMULATED, PLANTED),
+    "csrc/attention_forward.cuh": (EMULATED, PLANTED),
+    "csrc/attention_backward.cuh": (EMULATED, PLANTED),
+    "csrc/attention_backward.cu": (EMULATED,),
+    "csrc/frame_mass.cuh": (EMULATED, PLANTED),
+    "csrc/frame_mass.cu": (EMULATED,),
+    "csrc/frame_sums.cuh": (EMULATED, PLANTED),
+    "csrc/visibility.cuh": (EMULATED, PLANTED),
+    "csrc/head_mean.cu": (EMULATED,),
+    "csrc/rows.cuh": (_cuda("logits_weighted_surrogate", "group_divergence", "zero_rows", "tile_ends"), PLANTED),
+    "csrc/group_divergence.cuh": (_cuda("group_divergence", "zero_rows", "tile_ends"), PLANTED),
+    "csrc/weighted_surrogate.cuh": (_cuda("logits_weighted_surrogate", "zero_rows", "surrogate_kinds"), PLANTED),
+    "appo_kernels/attention/triton_device.py": (_interpreted("attention or mass"), ATTENTION, HOPPER),
+    "appo_kernels/attention/triton_forward.py": (_interpreted("attention or mass"), ATTENTION, HOPPER),
+    "appo_kernels/attention/triton_backward.py": (_interpreted("test_attention"), ATTENTION),
+    "appo_kernels/attention/triton_mass.py": (_interpreted("frame_mass"), ATTENTION),
+    "appo_kernels/attention/triton_plan.py": (_interpreted("block_mask"), ATTENTION),
+    "appo_kernels/ops/group_divergence/triton_fold.py": (_interpreted("test_logits"), LOGITS),
+    "appo_kernels/ops/weighted_surrogate/triton_terms.py": (SURROGATES, LOGITS),
+    "appo_kernels/vocabulary/triton_rows.py": (_interpreted("test_logits or surrogate"), LOGITS),
+}
+
+
+def of(file: str) -> tuple[Suite, ...]:
+    return SUITES[file]
+
+
+def candidates(file: str) -> list[Mutant]:
+    source = (ROOT / file).read_text()
+    return list((triton_source if file.endswith(".py") else cpp_source).mutants(file, source))
+
+
+def plan(number: int, seed: int) -> list[Mutant]:
+    """``number`` mutants, of each file as many as its share of all candidates, its square root, that is: small kernels
+    are not forgotten."""
+    found = {file: candidates(file) for file in SUITES}
+    shares = {file: len(mutants) ** 0.5 for file, mutants in found.items()}
+    total = sum(shares.values())
+    picked = (chosen(found[file], round(number * shares[file] / total), seed) for file in SUITES)
+    return list(itertools.chain.from_iterable(picked))
