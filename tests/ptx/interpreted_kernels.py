@@ -18,6 +18,7 @@ from appo_kernels.attention.arguments import Layout
 from appo_kernels.ops.frame_mass import streaming
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence
+from appo_kernels.ops.group_divergence import triton as divergence_triton
 from appo_kernels.ops.token_logprobs import token_logprobs
 from appo_kernels.ops.weighted_surrogate import linear_weighted_surrogate, weighted_surrogate
 from appo_kernels.ops.weighted_surrogate import reference as surrogate_reference
@@ -56,7 +57,24 @@ def test_frame_mass(per_head):
         testing.assert_as_good_as(got, results[0].double(), results[0], atol=3e-6, name="mass")
 
 
-def test_logits():
+# The last key of the first tile, of a tile between, of the last one; one more than all keys there are in a block of tiles.
+@pytest.mark.parametrize(("last", "frame_keys"), [(63, 100), (163, 100), (198, 100), (4159, 4160)])
+def test_mass_where_rows_miss_the_end(last, frame_keys):
+    """Whether a mask is needed is found from all tiles of a program's frames, here several or more than a block."""
+    S = 2 * frame_keys
+    ids = layouts.runs(S, (0, 0, frame_keys), (1, frame_keys, frame_keys))[None]
+    same = layouts.ints(torch.full((2,), last))
+    layout = layouts.Layout(ids, 2, None, same, None, 2)
+    query, key, value = calls.tensors(layout, 1, 1, 32, torch.float16)
+    _, lse, _ = calls.attention(layout, (query, key, value), "torch", scale=SCALE)
+    results = []
+    for module in (streaming, frame_mass):
+        results.append(torch.zeros(1, 1, 2, 2))
+        module.forward(query, key, layout.operands(SCALE), lse, results[-1], None, False)
+    testing.assert_as_good_as(results[1], results[0].double(), results[0], atol=3e-6, name="mass")
+
+
+def test_logits(monkeypatch):
     hidden, weight, bias = torch.randn(6, 48), torch.randn(331, 48) / 3, torch.randn(331)
     targets = torch.randint(331, (6,))
     results = []
@@ -67,6 +85,7 @@ def test_logits():
         results.append([*values, *(leaf.grad for leaf in leaves)])
     for expected, framework, got in zip(*results, strict=True):
         testing.assert_as_good_as(got, expected, framework, factor=3.0, atol=3e-6)
+    monkeypatch.setattr(divergence_triton, "CHUNK", divergence_triton.COLUMNS)  # several programs for one slot
     lse = results[0][2].view(2, 3)
     slots = torch.tensor([[[0, 1, -1], [2, -1, 1]]])
     for kind in ("kl", "k3"):
