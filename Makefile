@@ -9,7 +9,7 @@ EXTRAS := train,dev
 JOBS   ?= 2
 SUITE  := pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu and not vllm'
 
-.PHONY: setup demo test test-slow test-browser test-gpu test-newest renew lint format clean
+.PHONY: setup demo test test-slow test-mutations test-browser test-gpu test-newest renew lint format clean
 .PHONY: test-integrations test-vllm bench bench-check bench-gpu bench-learning
 
 # $(call install,ENVIRONMENT,EXTRAS[,CONSTRAINTS]): the package, editable. pip comes first, since a Python may bring an old one.
@@ -45,6 +45,10 @@ renew:
 
 test-slow: $(STAMP)
 	$(RUN) pytest -m slow
+
+# Faults planted in every kernel, one at a time; interrupted, it goes on where it was.
+test-mutations: $(STAMP)
+	$(RUN) mutations
 
 test-browser: $(STAMP)
 	$(RUN) pytest -m browser

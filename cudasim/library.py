@@ -17,8 +17,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
 BUILDS = ROOT / "build" / "emulation"
-# -O1 for the kernels: they are mostly calls of the runtime, and compile in half the time of -O2. An index beyond an array
-# of known size (registers, on a GPU) ends the process.
+# -O1 for the kernels: they are mostly calls of the runtime, and compile in half the time of -O2. An index beyond an
+# array of known size (registers, on a GPU) ends the process.
 BOUNDS = ("-fsanitize=bounds", "-fsanitize-undefined-trap-on-error")
 KERNEL_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-Wall", "-Wno-unknown-pragmas", *BOUNDS, "-x", "c++")
 RUNTIME_FLAGS = ("-std=c++17", "-O3", "-g1", "-fPIC", "-Wall", "-march=native")

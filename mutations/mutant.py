@@ -1,5 +1,6 @@
 """One change of one kernel's source, and how a balanced choice of them is made."""
 
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ class Mutant:
         """Where it is, from 1."""
         return self.source.count("\n", 0, self.start) + 1
 
-    @property
+    @functools.cached_property
     def change(self) -> str:
         """The lines that change, before and after; no two mutants of a function that differ share it."""
         first = self.source.rfind("\n", 0, self.start) + 1
@@ -36,7 +37,7 @@ class Mutant:
         after = self.source[first : self.start] + self.replacement + self.source[self.stop : last]
         return f"{_one_line(self.source[first:last])} => {_one_line(after)}"
 
-    @property
+    @functools.cached_property
     def key(self) -> tuple[str, str, str]:
         """What stays when lines move: file, function and change."""
         return self.file, self.function, self.change

@@ -55,7 +55,7 @@ SUITES: dict[str, tuple[Suite, ...]] = {
     "csrc/frame_sums.cuh": (EMULATED, PLANTED),
     "csrc/visibility.cuh": (EMULATED, PLANTED),
     "csrc/head_mean.cu": (EMULATED,),
-    "csrc/rows.cuh": (_cuda("logits_weighted_surrogate", "group_divergence", "zero_rows", "tile_ends"), PLANTED),
+    "csrc/logit_rows.cuh": (_cuda("logits_weighted_surrogate", "group_divergence", "zero_rows", "tile_ends"), PLANTED),
     "csrc/group_divergence.cuh": (_cuda("group_divergence", "zero_rows", "tile_ends"), PLANTED),
     "csrc/weighted_surrogate.cuh": (_cuda("logits_weighted_surrogate", "zero_rows", "surrogate_kinds"), PLANTED),
     "appo_kernels/attention/triton_device.py": (_interpreted("attention or mass"), ATTENTION, HOPPER),

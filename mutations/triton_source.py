@@ -107,8 +107,8 @@ class _Changes(ast.NodeVisitor):
             for keyword in node.keywords:
                 if keyword.arg in ("mask", "other"):
                     self.visit(keyword.value)
-        if isinstance(node.func, ast.Attribute) and not name.startswith("tl."):
-            self.visit(node.func.value)
+        if isinstance(node.func, ast.Attribute) and not isinstance(node.func.value, ast.Name):
+            self.visit(node.func.value)  # what a method is called on
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
         left, right = self.text(node.left), self.text(node.right)

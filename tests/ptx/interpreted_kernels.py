@@ -57,7 +57,7 @@ def test_frame_mass(per_head):
         testing.assert_as_good_as(got, results[0].double(), results[0], atol=3e-6, name="mass")
 
 
-# The last key of the first tile, of a tile between, of the last one; one more than all keys there are in a block of tiles.
+# The last key that rows see: of the first tile, of one between, one before the end; more tiles than a block looks at.
 @pytest.mark.parametrize(("last", "frame_keys"), [(63, 100), (163, 100), (198, 100), (4159, 4160)])
 def test_mass_where_rows_miss_the_end(last, frame_keys):
     """Whether a mask is needed is found from all tiles of a program's frames, here several or more than a block."""
@@ -85,7 +85,8 @@ def test_logits(monkeypatch):
         results.append([*values, *(leaf.grad for leaf in leaves)])
     for expected, framework, got in zip(*results, strict=True):
         testing.assert_as_good_as(got, expected, framework, factor=3.0, atol=3e-6)
-    monkeypatch.setattr(divergence_triton, "CHUNK", divergence_triton.COLUMNS)  # several programs for one slot
+    for name, columns in (("COLUMNS", 64), ("CHUNK", 128)):  # several programs for a slot, with several blocks each
+        monkeypatch.setattr(divergence_triton, name, columns)
     lse = results[0][2].view(2, 3)
     slots = torch.tensor([[[0, 1, -1], [2, -1, 1]]])
     for kind in ("kl", "k3"):
