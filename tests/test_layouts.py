@@ -1,5 +1,6 @@
 """Every layout that is served, on random weights: hidden states, recorded mass, training; all others are refused."""
 
+import dataclasses
 import inspect
 import json
 from pathlib import Path
@@ -12,12 +13,14 @@ import training
 import transformers as hf
 import vision_models
 from layout_cases import logits_of, plain_inputs, settings
+from PIL import Image
 from test_policy import make_groups
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from appo import record_frame_mass
 from appo.config import ConfigError
 from appo.data.prompts import PromptBuilder
+from appo.data.records import Media
 from appo.models.layout_grid import GridLayout
 from appo.models.layouts import LAYOUTS, layout_of, layout_table, register_layout
 from appo.models.load import check_fits
@@ -69,6 +72,41 @@ def test_hidden_states_and_mass_are_those_of_each_response_alone(model_type: str
                 mass[index][valid][:, : eager[index].shape[1]].double(), eager[index], rtol=1e-4, atol=1e-6
             )
         assert mass[batch.mask].sum(-1).max() > 0.05
+
+
+def still_life(folder: Path, count: int) -> Any:
+    """A record about ``count`` frames of 28 x 28 pixels, of which the left half stays as it is."""
+    paths = [folder / f"{number}.png" for number in range(count)]
+    folder.mkdir()
+    for number, path in enumerate(paths):
+        picture = torch.zeros(28, 28, 3, dtype=torch.uint8)
+        picture[:, 14:] = (number * 97) % 251
+        Image.fromarray(picture.numpy()).save(path)
+    return dataclasses.replace(
+        training.records()[0], media=(Media("video", folder, frames=tuple(paths), fps=4.0),), time_spans=()
+    )
+
+
+def test_tokens_that_are_as_in_the_frame_before_are_left_out(tmp_path: Path, monkeypatch: Any) -> None:
+    """VideoLLaMA 3 with frames of up to four tokens: each frame keeps some, and features stand where they belong."""
+    records = [still_life(tmp_path / str(count), count) for count in (4, 6)]
+    monkeypatch.setattr(training, "records", lambda: records)
+    model, processor = vision_models.build("video_llama_3")
+    layout = LAYOUTS["video_llama_3"]
+    builder = PromptBuilder(processor, model.config, settings(processor, tmp_path, layout, max_pixels=28 * 28))
+    groups = make_groups(builder, 2, 2, [4, 3], 100)
+    for group in groups:
+        kept, frames = group.prompt.vision["video_compression_mask"], group.prompt.frame_ids
+        sizes = frames[frames >= 0].bincount().tolist()
+        assert 0 < kept.sum() < len(kept) and len(set(sizes)) > 1 and len(sizes) == len(group.prompt.frame_times)
+    batch = batch_parts(whole_groups(groups), processor.tokenizer.pad_token_id, "cpu")
+    policy = Policy(model, "on")
+    with torch.no_grad():
+        logits = policy(batch, logits_of(policy))
+        for index in range(4):
+            group, row = groups[index // 2], index % 2
+            alone = model(**plain_inputs(group, row, processor, layout)).logits[0, len(group.prompt) - 1 : -1]
+            torch.testing.assert_close(logits[index][batch.mask[index]], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", LAYOUTS)

@@ -313,6 +313,23 @@ def _gemma4(tokenizer: Any) -> tuple[Any, Any]:
     return hf.Gemma4ForConditionalGeneration(config), processor
 
 
+def _video_llama(tokenizer: Any) -> tuple[Any, Any]:
+    """Frames of up to four tokens, of which those that stay the same are left out."""
+    patch = 7
+    ids = {name: value for name, value in tiny.special_ids(tokenizer).items() if not name.startswith("vision")}
+    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = tiny.text_settings(tokenizer, {"rope_type": "default"}, {"model_type": "qwen2"})
+    config = hf.VideoLlama3Config(text_config=text, vision_config={**tower, "patch_size": patch}, **ids)
+    size = tiny.pixels(patch)
+    processor = hf.VideoLlama3Processor(
+        image_processor=hf.VideoLlama3ImageProcessor(patch_size=patch, size=size),
+        tokenizer=tokenizer,
+        video_processor=hf.VideoLlama3VideoProcessor(patch_size=patch, size=size),
+        chat_template=tiny.CHAT_TEMPLATE,
+    )
+    return hf.VideoLlama3ForConditionalGeneration(config), processor
+
+
 def _exaone(tokenizer: Any) -> tuple[Any, Any]:
     """Three layers of a sliding window of eight tokens, then one without."""
     patch = 7
@@ -348,6 +365,7 @@ BUILDERS: dict[str, Callable[[Any], tuple[Any, Any]]] = {
     ),
     "glm4v": _glm(hf.Glm4vConfig, hf.Glm4vForConditionalGeneration, "Glm4v", {}),
     "glm4v_moe": _glm(hf.Glm4vMoeConfig, hf.Glm4vMoeForConditionalGeneration, "Glm4v", ROUTED),
+    "video_llama_3": _video_llama,
     "exaone4_5": _exaone,
     "qwen2_5_omni_thinker": _omni("Qwen2_5Omni", True, {}, window_size=28, fullatt_block_indexes=[1]),
     "qwen3_omni_moe_thinker": _omni(

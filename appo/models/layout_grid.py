@@ -94,6 +94,36 @@ class OmniLayout(GridLayout):
         return found
 
 
+@dataclass(frozen=True)
+class VideoLlama3Layout(GridLayout):
+    """VideoLLaMA 3: a frame has the tokens in which it differs from the one before, at least one."""
+
+    token_types: ClassVar[str | None] = None
+    finds_positions: ClassVar[bool] = False
+
+    def find_frames(self, input_ids: Tensor, config: Any, vision: Mapping[str, Tensor]) -> FrameIds:
+        return frame_ids(input_ids, config)  # runs: grids count what was left out as well
+
+    def features(
+        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
+    ) -> dict[str, Any]:
+        outputs = {}
+        for kind, pixels, encode in (
+            ("video", "pixel_values_videos", "get_video_features"),
+            ("image", "pixel_values", "get_image_features"),
+        ):
+            if pixels in inputs:
+                grid, merged = f"{kind}_grid_thw", f"{kind}_merge_sizes"
+                features = getattr(base, encode)(inputs[pixels], inputs[grid], inputs[merged], return_dict=True)
+                kept = inputs.get(f"{kind}_compression_mask")
+                if kept is not None:
+                    parts = kept.split([len(part) for part in features.pooler_output])
+                    pairs = zip(features.pooler_output, parts, strict=True)
+                    features.pooler_output = [part[own] for part, own in pairs]
+                outputs[kind] = _repeated(features, rows[grid], repeats)
+        return {"mm_encoder_outputs": outputs or None}
+
+
 def _repeated(features: Any, counts: Sequence[int], repeats: Sequence[int]) -> Any:
     """``pooler_output`` (one tensor per video or image) and each level of ``deepstack_features``, repeated."""
     order = repeat_order(counts, repeats).tolist()

@@ -15,7 +15,7 @@ from appo_kernels import checks
 
 OP = "frame_ids"
 # Families whose prompts have timestamps between the frames of a video, so that each run of video tokens is a frame.
-FRAMES_APART = ("qwen3vl", "qwen35", "gemma4")
+FRAMES_APART = ("qwen3vl", "qwen35", "gemma4", "videollama3")
 # Families whose frames are image tokens, each a run of its own, between the marks of a video.
 FRAMES_BETWEEN_MARKS = ("glm4v", "glm46v")
 # Families that show video frames as images, one run of image tokens each.
