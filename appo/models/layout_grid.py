@@ -10,6 +10,8 @@ from torch import Tensor
 from appo.models.layout import Layout, Sizes, Video, repeat_order
 from appo.recording.frame_ids import FrameIds, frame_ids
 
+_PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
+
 
 @dataclass(frozen=True)
 class GridLayout(Layout):
@@ -42,16 +44,17 @@ class GridLayout(Layout):
             for name in ("video_grid_thw", "image_grid_thw", "second_per_grid_ts", "video_second_per_grid")
             if name in inputs
         }
-        outputs = {}
-        for kind, pixels, encode in (
-            ("video", "pixel_values_videos", "get_video_features"),
-            ("image", "pixel_values", "get_image_features"),
-        ):
-            if pixels in inputs:
-                grid = f"{kind}_grid_thw"
-                features = getattr(base, encode)(inputs[pixels], inputs[grid], return_dict=True)
-                outputs[kind] = _repeated(features, rows[grid], repeats)
+        outputs = {
+            kind: _repeated(self.encoded(base, kind, inputs), rows[f"{kind}_grid_thw"], repeats)
+            for kind, pixels in _PIXELS.items()
+            if pixels in inputs
+        }
         return found | {"mm_encoder_outputs": outputs or None}
+
+    def encoded(self, base: Any, kind: str, inputs: Mapping[str, Tensor], *more: Tensor) -> Any:
+        """The tower's output for all videos, or images, of a batch; ``more``: what it takes beside pixels and grid."""
+        encode = getattr(base, f"get_{kind}_features")
+        return encode(inputs[_PIXELS[kind]], inputs[f"{kind}_grid_thw"], *more, return_dict=True)
 
 
 @dataclass(frozen=True)
@@ -95,33 +98,32 @@ class OmniLayout(GridLayout):
 
 
 @dataclass(frozen=True)
+class ExaoneLayout(GridLayout):
+    """EXAONE 4.5, whose positions count tokens."""
+
+    token_types: ClassVar[str | None] = None
+    finds_positions: ClassVar[bool] = False
+    why_not_vllm: ClassVar[str] = Layout.why_not_vllm
+
+
+@dataclass(frozen=True)
 class VideoLlama3Layout(GridLayout):
     """VideoLLaMA 3: a frame has the tokens in which it differs from the one before, at least one."""
 
     token_types: ClassVar[str | None] = None
     finds_positions: ClassVar[bool] = False
+    why_not_vllm: ClassVar[str] = Layout.why_not_vllm
 
     def find_frames(self, input_ids: Tensor, config: Any, vision: Mapping[str, Tensor]) -> FrameIds:
         return frame_ids(input_ids, config)  # runs: grids count what was left out as well
 
-    def features(
-        self, base: Any, inputs: Mapping[str, Tensor], rows: Mapping[str, Sequence[int]], repeats: Sequence[int]
-    ) -> dict[str, Any]:
-        outputs = {}
-        for kind, pixels, encode in (
-            ("video", "pixel_values_videos", "get_video_features"),
-            ("image", "pixel_values", "get_image_features"),
-        ):
-            if pixels in inputs:
-                grid, merged = f"{kind}_grid_thw", f"{kind}_merge_sizes"
-                features = getattr(base, encode)(inputs[pixels], inputs[grid], inputs[merged], return_dict=True)
-                kept = inputs.get(f"{kind}_compression_mask")
-                if kept is not None:
-                    parts = kept.split([len(part) for part in features.pooler_output])
-                    pairs = zip(features.pooler_output, parts, strict=True)
-                    features.pooler_output = [part[own] for part, own in pairs]
-                outputs[kind] = _repeated(features, rows[grid], repeats)
-        return {"mm_encoder_outputs": outputs or None}
+    def encoded(self, base: Any, kind: str, inputs: Mapping[str, Tensor], *more: Tensor) -> Any:
+        features = super().encoded(base, kind, inputs, inputs[f"{kind}_merge_sizes"], *more)
+        kept = inputs.get(f"{kind}_compression_mask")
+        if kept is not None:
+            parts = kept.split([len(part) for part in features.pooler_output])
+            features.pooler_output = [part[own] for part, own in zip(features.pooler_output, parts, strict=True)]
+        return features
 
 
 def _repeated(features: Any, counts: Sequence[int], repeats: Sequence[int]) -> Any:

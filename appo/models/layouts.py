@@ -9,7 +9,7 @@ from typing import Any
 
 from appo.config import ConfigError
 from appo.models.layout import Layout
-from appo.models.layout_grid import GridLayout, MarkedGridLayout, OmniLayout, VideoLlama3Layout
+from appo.models.layout_grid import ExaoneLayout, GridLayout, MarkedGridLayout, OmniLayout, VideoLlama3Layout
 from appo.models.layout_images import Gemma3Layout, InternVLLayout, SmolVLMLayout
 from appo.models.layout_videos import Gemma4Layout, LlavaOneVisionLayout
 
@@ -35,7 +35,7 @@ LAYOUTS: dict[str, Layout] = {
         GridLayout("qwen3_5", "Qwen3.5", _TIMES, False, _LINEAR),
         GridLayout("qwen3_5_moe", "Qwen3.5, mixture of experts", _TIMES, False, _LINEAR),
         VideoLlama3Layout("video_llama_3", "VideoLLaMA 3", _TIMES, True),
-        GridLayout("exaone4_5", "EXAONE 4.5", _RUN, False, _WINDOWS),
+        ExaoneLayout("exaone4_5", "EXAONE 4.5", _RUN, False, _WINDOWS),
         InternVLLayout("internvl", "InternVL", _NUMBERS, True),
         LlavaOneVisionLayout("llava_onevision", "LLaVA-OneVision", _RUN, True),
         Gemma3Layout("gemma3", "Gemma 3", _IMAGES, False, f"{_WINDOWS}, and images from both sides"),
