@@ -57,14 +57,13 @@ def test_frame_mass(per_head):
         testing.assert_as_good_as(got, results[0].double(), results[0], atol=3e-6, name="mass")
 
 
-# The last key that rows see: of the first tile, of one between, one before the end; more tiles than a block looks at.
+# The last key that the second row sees: of the first tile, of others, one before the end; more tiles than a block has.
 @pytest.mark.parametrize(("last", "frame_keys"), [(63, 100), (163, 100), (198, 100), (4159, 4160)])
 def test_mass_where_rows_miss_the_end(last, frame_keys):
     """Whether a mask is needed is found from all tiles of a program's frames, here several or more than a block."""
     S = 2 * frame_keys
     ids = layouts.runs(S, (0, 0, frame_keys), (1, frame_keys, frame_keys))[None]
-    same = layouts.ints(torch.full((2,), last))
-    layout = layouts.Layout(ids, 2, None, same, None, 2)
+    layout = layouts.Layout(ids, 2, None, layouts.ints([S - 1, last]), None, 2)
     query, key, value = calls.tensors(layout, 1, 1, 32, torch.float16)
     _, lse, _ = calls.attention(layout, (query, key, value), "torch", scale=SCALE)
     results = []
