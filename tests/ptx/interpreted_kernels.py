@@ -40,6 +40,18 @@ def test_attention(dtype, head_dim, query_heads, key_heads):
     calls.compare(results[0], expected, results[1])
 
 
+def test_nothing_behind_a_head_is_read():
+    """A padded head size, whole tiles, no bounds: NaN behind each row must not come in with the padding."""
+    layout = layouts.everything_visible()
+    inputs = calls.tensors(layout, 2, 1, 40, torch.float32)
+    wide = [torch.full((*t.shape[:3], 48), float("nan")) for t in inputs]
+    spaced = [w[..., :40].copy_(t) for w, t in zip(wide, inputs, strict=True)]
+    grads = calls.upstream(layout, inputs)
+    expected = calls.expected_attention(layout, inputs, scale=SCALE, grads=grads)
+    results = [calls.attention(layout, spaced, backend, scale=SCALE, grads=grads) for backend in ("triton", "torch")]
+    calls.compare(results[0], expected, results[1])
+
+
 # The mass of each head, and its mean over heads: two ends of the kernel.
 @pytest.mark.parametrize("per_head", [False, True])
 def test_frame_mass(per_head):
