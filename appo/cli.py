@@ -1,5 +1,6 @@
 """The command line `appo`; commands with more to say are functions of the other cli_*.py."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,8 @@ def train(
     }
     records = load_records(settings.data, **source)
     held_out = load_records(settings.eval_data, **source) if settings.eval_data else []
-    for part in (records, held_out) if settings.on_broken == "stop" else ():
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that torchrun or accelerate started here
+    for part in (records, held_out) if first and settings.on_broken == "stop" else ():
         check_media(part)
     model, processor = load_model(settings)
     output = Trainer(model, processor, records, config=settings, eval_dataset=held_out).train()

@@ -11,8 +11,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("appo", "appo_kernels", "benchmarks", "cudasim", "examples", "gpu_rehearsal", "ptxsim", "tests")
 EDIT = re.compile(r"\bsys\.path(\[.*\])? *(\+?=[^=]|\.(append|insert|extend|pop|remove)\b)|\bsyspath_prepend\b")
-# Scripts of child processes: one is run as a file, whose folder must not be searched; one takes over its parent's path.
-CHILDREN = ("appo/data/math_worker.py", "appo/data/video.py")
+# A child process takes over its parent's path.
+CHILDREN = ("appo/data/worker.py",)
 
 
 # A method, an operator, a slice and an assignment.

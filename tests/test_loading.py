@@ -4,9 +4,6 @@ import gzip
 import json
 import logging
 import re
-import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -229,74 +226,6 @@ def test_tables(tmp_path: Path) -> None:
     assert (second.kind, second.answer, second.duration, second.id) == ("numerical", "3", None, "2")
     assert "expected 2 cells, as the header has, got 1" in refused(tmp_path, "question,answer\nx\n", "short.csv")
     assert "column names that differ" in refused(tmp_path, "a,a\n1,2\n", "twice.csv")
-
-
-def test_records_are_read_from_the_file_when_they_are_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from appo.data import span_rows
-
-    monkeypatch.setattr(span_rows, "LARGE", 0)
-    for name in ("r.json", "r.jsonl"):
-        path = write(
-            tmp_path,
-            *(CHOICE | {"problem_id": f"é{i}", "problem": "x" * (i * 37 % 4000 + 1)} for i in range(400)),
-            name=name,
-        )
-        records = load_records(path)
-        assert [record.id for record in records[::-7]] == [f"é{i}" for i in range(399, -1, -7)]
-        assert records[3:5] == list(records)[3:5]
-        path.write_text(path.read_text() + " ")
-        with pytest.raises(DataError, match="one that has changed"):
-            records[5]
-
-
-def test_a_large_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    from appo.data import load, span_rows
-
-    monkeypatch.setattr(span_rows, "LARGE", 0)
-    monkeypatch.setenv("APPO_CACHE", str(tmp_path / "cache"))
-    for name in ("r.json", "r.jsonl"):
-        path = write(tmp_path, *(CHOICE | {"problem_id": i // 2} for i in range(50)), name=name)
-        first = list(load_records(path))
-        with monkeypatch.context() as patch:
-            patch.setattr(load, "_scan", None)
-            caplog.clear()
-            again = load_records(path)
-            assert again == first and again[7:9] == first[7:9] and load_records(path, limit=3) == first[:3]
-            assert "25 ids are given to more than one record" in caplog.text
-            with pytest.raises(TypeError):
-                load_records(path, data_root=tmp_path.parent)  # checked again: paths are judged by the root
-        write(tmp_path, CHOICE | {"solution": "?"}, *(CHOICE for i in range(49)), name=name)
-        for _ in range(2):
-            with pytest.raises(DataError, match="record 0"):
-                load_records(path)
-
-
-def test_processes_that_load_a_large_file_together_check_it_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Threads in the place of processes: the lock is of a file either way."""
-    from appo.data import load, span_rows
-
-    monkeypatch.setattr(span_rows, "LARGE", 0)
-    monkeypatch.setenv("APPO_CACHE", str(tmp_path / "cache"))
-    path = write(tmp_path, *(CHOICE | {"problem_id": i} for i in range(50)), name="r.jsonl")
-    scan, scans, start = load._scan, [], threading.Barrier(4)
-
-    def slowly(*arguments: Any) -> Any:
-        scans.append(arguments)
-        time.sleep(0.2)
-        return scan(*arguments)
-
-    def read(_: int) -> Any:
-        start.wait()
-        return list(load_records(path))
-
-    monkeypatch.setattr(load, "_scan", slowly)
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(read, range(4)))
-    assert len(scans) == 1 and all(records == found[0] for records in found) and len(found[0]) == 50
 
 
 def test_equal_ids_are_reported_and_kept_apart(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,7 @@ import training
 from PIL import Image
 
 from appo.config import APPOConfig
-from appo.data.media import locate
+from appo.data.locate import locate
 from appo.data.messages import prompt_messages
 from appo.data.pictures import ImageError, read_image
 from appo.data.prompts import PromptBuilder, collate

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from appo.data import video
+from appo.data import worker as helper
 from appo.data.video import VideoError, read_video
 from appo.data.video_decoders import Source, decode_pyav
 from appo.data.video_pixels import fit_size
@@ -187,9 +188,9 @@ def worker(monkeypatch):
     monkeypatch.setattr(video, "_idle", [])
 
     def prepare(code):
-        head, _, main = video.WORKER.rpartition("; ")
+        head, _, main = helper.START.rpartition("; ")
         prelude = "import os, time, appo.data.video_worker as module"
-        monkeypatch.setattr(video, "WORKER", f"{head}\n{prelude}\n{code}\n{main}")
+        monkeypatch.setattr(helper, "START", f"{head}\n{prelude}\n{code}\n{main}")
         return started
 
     yield prepare

@@ -8,6 +8,7 @@ from typing import Any
 
 from appo.data.cache import cached
 from appo.data.records import DataError
+from appo.data.span_rows import LARGE
 
 _SHARD = re.compile(r"(?P<split>.+)-\d{5}-of-(?P<count>\d{5})(?:-[0-9a-f]+)?\.parquet")
 
@@ -29,6 +30,7 @@ class ArrowRows:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.table = self._open()
+        self.large = sum(part.stat().st_size for part in _parts(path)) > LARGE
 
     def _open(self) -> Any:
         pa = _pyarrow(self.path)
@@ -50,12 +52,24 @@ class ArrowRows:
     def read(self, row: int) -> Any:
         return self._row(self.table.slice(row, 1), row)
 
+    def find(self) -> bool:
+        return True
+
+    def places(self, begin: int, end: int) -> Any:
+        return begin, end
+
+    def told(self) -> str:
+        return repr([(str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in _parts(self.path)])
+
     def scan(self) -> Iterator[tuple[int, Any]]:
         """Rows with True in place of the bytes of files: a file of images is gone through without reading them."""
+        return self.scan_places((0, len(self)))
+
+    def scan_places(self, places: Any) -> Iterator[tuple[int, Any]]:
         pa = _pyarrow(self.path)
-        index = 0
+        index, end = places
         # A mapping of its own: pages that were gone through do not count as this process's memory afterwards.
-        for batch in self._open().to_batches(max_chunksize=1000):
+        for batch in self._open().slice(index, end - index).to_batches(max_chunksize=1000):
             light = {name: _without_bytes(pa, batch.column(name)) for name in batch.schema.names}
             yield from self._values(pa.table(light), index)
             index += batch.num_rows
@@ -165,10 +179,11 @@ def _table(pa: Any, path: Path) -> Any:
 def _write_arrow(pa: Any, path: Path, target: Path) -> None:
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(path)
+    file = pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # not a row group at a time
     with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, file.schema_arrow) as writer:
         for batch in file.iter_batches(batch_size=1000):
             writer.write_batch(batch)
+    pa.default_memory_pool().release_unused()
 
 
 def _pyarrow(path: Path) -> Any:

@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock
+
 
 def cache_path(source: Path, suffix: str) -> Path:
     """The place of a file made from ``source`` as it is now; ``suffix`` says what is made of it."""
@@ -20,16 +22,19 @@ def cache_path(source: Path, suffix: str) -> Path:
 
 
 def cached(source: Path, suffix: str, make: Callable[[Path], None]) -> Path:
-    """The file that ``make`` writes for ``source``; it appears whole or not at all."""
+    """The file that one process's ``make`` writes for ``source``; it appears whole or not at all."""
     path = cache_path(source, suffix)
     if path.is_file():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=path.stem, suffix=".partial", dir=path.parent)
-    os.close(handle)
-    try:
-        make(Path(partial))
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+    with FileLock(path.with_name(path.name + ".lock")):
+        if path.is_file():
+            return path
+        handle, partial = tempfile.mkstemp(prefix=path.stem, suffix=".partial", dir=path.parent)
+        os.close(handle)
+        try:
+            make(Path(partial))
+            os.replace(partial, path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
     return path

@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from appo.data.equal_ids import EqualIds
 from appo.data.fields import shown
-from appo.data.load import EqualIds, open_records
+from appo.data.locate import locate
 from appo.data.math_answers import reads
-from appo.data.media import check_spans, load_clip, load_image, locate
+from appo.data.media import check_spans, load_clip, load_image
 from appo.data.messages import prompt_messages
+from appo.data.opening import Source, open_records
 from appo.data.records import DataError, Media, Record
 
 KEPT = 1000  # messages of each sort; the rest are counted
@@ -95,7 +97,8 @@ def check_file(
     Raises:
         DataError: no such file, or one that cannot be read at all.
     """
-    rows, parse = open_records(path, data_root=data_root, seed=seed, allow_outside=allow_outside)
+    source = Source(Path(path), None if data_root is None else Path(data_root), seed, allow_outside)
+    rows, parse = open_records(source)
     found, ids, whole = Findings(), EqualIds(), array("q")
     for number, (index, raw) in enumerate(_rows(rows, found)):
         show("records", number + 1, None)

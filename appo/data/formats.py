@@ -13,6 +13,7 @@ from appo.data.overlooked import MEDIA_FIELDS
 from appo.data.records import KINDS, MEDIA_KINDS, DataError, Media, Record
 
 QUESTION_FIELDS = ("question", "problem", "prompt", "messages", "conversations")
+VIDEO_R1_KINDS = {kind: kind for kind in KINDS} | {"OCR": "ocr"}
 SEED_NEGATIVES = 3  # wrong options drawn for a SEED-Bench-R1 training record
 
 
@@ -72,8 +73,7 @@ def recognise(fields: Fields) -> Format:
 
 
 def _video_r1(fields: Fields, seed: int) -> Record:
-    kinds = {kind: kind for kind in KINDS} | {"OCR": "ocr"}
-    kind = kinds[fields.choice("problem_type", tuple(kinds))]
+    kind = VIDEO_R1_KINDS[fields.choice("problem_type", tuple(VIDEO_R1_KINDS))]
     # Other kinds have an empty list in the published files; a filled one is not shown there either.
     options = fields.options("options") if kind == "multiple choice" else ()
     if not options and fields.raw.get("options", []) != []:

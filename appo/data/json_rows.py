@@ -7,7 +7,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from appo.data import strict_json
+import numpy as np
+
+from appo.data import strict_json, structure
 from appo.data.records import DataError
 from appo.data.span_rows import LARGEST, SpanRows, or_error
 from appo.data.strict_json import JSONError
@@ -23,18 +25,41 @@ class LineRows(SpanRows):
     def place(self, index: int) -> str:
         return f"{self.path}: record {index} (line {index + 1})"
 
+    def find(self) -> bool:
+        starts, odd = structure.lines(self.source)
+        sizes = np.diff(starts)
+        if len(sizes) and sizes.max() > LARGEST:
+            return False
+        with self.source.open("rb") as file:
+            if _is_opening(file.readline(LARGEST)):
+                return False
+        self.put(starts[:-1], sizes, np.arange(len(sizes)))
+        blank = [row for row in odd.tolist() if _is_blank(self.line(row))]
+        kept = np.delete(np.arange(len(sizes)), blank)
+        self.put(starts[:-1][kept], sizes[kept], kept)
+        return True
+
     def scan(self) -> Iterator[tuple[int, Any]]:
         place = 0
         with self.source.open("rb") as file:
             for index, line in enumerate(iter(lambda: file.readline(LARGEST + 1), b"")):
-                if index == 0 and line.strip().removeprefix(codecs.BOM_UTF8) in (b"[", b"{"):
+                if index == 0 and _is_opening(line):
                     raise DataError(
                         f"{self.path}: expected a record a line, got JSON over several lines. Rename it to .json."
                     )
-                if line.strip() and line.strip() != codecs.BOM_UTF8:
+                if not _is_blank(line):
                     self.keep(index, place, len(line))
                     yield index, or_error(self.decode, line, index)
                 place += len(line)
+
+
+def _is_opening(line: bytes) -> bool:
+    """Whether a first line is that of JSON over several lines."""
+    return line.strip().removeprefix(codecs.BOM_UTF8) in (b"[", b"{")
+
+
+def _is_blank(line: bytes) -> bool:
+    return line.strip() in (b"", codecs.BOM_UTF8)
 
 
 class JSONRows(SpanRows):
@@ -49,6 +74,12 @@ class JSONRows(SpanRows):
 
     def __len__(self) -> int:
         return len(self.starts) if self.whole is None else len(self.whole)
+
+    def find(self) -> bool:
+        items = structure.list_items(self.source, LARGEST)
+        if items is not None:
+            self.put(*items, np.arange(len(items[0])))
+        return items is not None
 
     def index(self, row: int) -> int:
         return row

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, overload
 
 from appo.data import checked_index
+from appo.data.all_records import Missing, check_all
+from appo.data.equal_ids import EqualIds
 from appo.data.fields import shown
-from appo.data.formats import parse_record
-from appo.data.media import locate
+from appo.data.opening import Source, open_records
 from appo.data.records import DataError, Record
-from appo.data.rows import Rows, open_rows
+from appo.data.rows import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +23,8 @@ class Records(Sequence[Record]):
     It compares equal to any sequence of the same records.
     """
 
-    def __init__(self, rows: Rows, parse: Callable[[Any, int], Record], numbers: Sequence[int]) -> None:
-        self._rows, self._parse, self._numbers = rows, parse, numbers
+    def __init__(self, source: Source, rows: Rows, parse: Callable[[Any, int], Record], numbers: Sequence[int]) -> None:
+        self._source, self._rows, self._parse, self._numbers = source, rows, parse, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -36,12 +37,22 @@ class Records(Sequence[Record]):
 
     def __getitem__(self, index: int | slice) -> "Record | Records":
         if isinstance(index, slice):
-            return Records(self._rows, self._parse, self._numbers[index])
+            return Records(self._source, self._rows, self._parse, self._numbers[index])
         row = self._numbers[index]
         return self._parse(self._rows.read(row), self._rows.index(row))
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
+
+    def missing(self) -> Missing:
+        """The media that cannot be found."""
+        numbers = self._numbers
+        if isinstance(numbers, range) and numbers.step == 1 and self._rows.large:
+            found = check_all(self._source, self._rows, numbers, media=True)
+            if found.broken:  # since it was loaded
+                raise DataError(found.broken)
+            return found.missing
+        return missing_media(self)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
@@ -81,25 +92,36 @@ def load_records(
         DataError: no such file, unreadable JSON, no records, an unknown format, or a missing or wrong field. Media are
             looked for by ``check_media``.
     """
-    rows, parse = open_records(path, data_root=data_root, seed=seed, allow_outside=allow_outside)
     if limit is not None and limit < 1:
         raise DataError(f"load_records: `limit`: expected at least 1, got {limit}. Leave it out to read all records.")
     if on_broken not in ("stop", "skip"):
         raise DataError(f"load_records: `on_broken`: expected stop or skip, got {on_broken!r}.")
-    root = _root(Path(path), data_root)
-    with checked_index.one_process(rows, root, allow_outside):
-        notice = checked_index.restore(rows, root, allow_outside)
-        if notice is None:
-            numbers, notice = _scan(Path(path), rows, parse, limit, on_broken)
-            if len(numbers) == len(rows) and limit is None:
-                checked_index.keep(rows, root, allow_outside, notice)
+    source = Source(Path(path), None if data_root is None else Path(data_root), seed, allow_outside)
+    rows, parse = open_records(source)
+    numbers: Sequence[int]
+    with checked_index.one_process(source, rows):
+        notice = checked_index.restore(source, rows)
+        if notice is not None:
+            numbers = range(min(len(rows), limit or len(rows)))
+        elif rows.large and limit is None and on_broken == "stop" and rows.find():
+            numbers, notice = _check_all(source, rows, parse)
         else:
-            numbers = array("q", range(min(len(rows), limit or len(rows))))
+            numbers, notice = _scan(source.path, rows, parse, limit, on_broken)
+        if len(numbers) == len(rows) and limit is None:
+            checked_index.keep(source, rows, notice)
     if notice:
         logger.warning(notice)
     if not numbers:
         raise DataError(f"{path}: expected at least one record, got none. docs/data.md has the formats.")
-    return Records(rows, parse, numbers)
+    return Records(source, rows, parse, numbers)
+
+
+def _check_all(source: Source, rows: Rows, parse: Callable[[Any, int], Record]) -> tuple[range, str]:
+    """The numbers of all records, none of which is broken, and what there is to say of equal ids."""
+    found = check_all(source, rows, range(len(rows)))
+    if found.broken:
+        raise DataError(found.broken)
+    return range(len(rows)), _notice(source.path, rows, parse, EqualIds(found.hashes))
 
 
 def _scan(
@@ -123,55 +145,28 @@ def _scan(
             break
     if broken:
         logger.warning("%s: %d of %d records cannot be used and are left out", path, broken, broken + len(numbers))
+    return numbers, _notice(path, rows, parse, ids)
+
+
+def _notice(path: Path, rows: Rows, parse: Callable[[Any, int], Record], ids: EqualIds) -> str:
+    """What there is to say of ids that several records have."""
     equal = ids.groups()
     if not equal:
-        return numbers, ""
+        return ""
     first = [parse(rows.read(number), rows.index(number)) for number in equal[0][:2]]
     places = " and ".join(str(record.meta["index"]) for record in first)
-    return numbers, (
+    return (
         f"{path}: {len(equal)} ids are given to more than one record, such as {shown(first[0].id)} to records "
         f"{places}; they are kept apart by their place in the file"
     )
 
 
-def _root(path: Path, data_root: str | Path | None) -> Path:
-    return Path(data_root) if data_root is not None else path.parent
-
-
-def open_records(
-    path: str | Path, *, data_root: str | Path | None = None, seed: int = 0, allow_outside: bool = False
-) -> tuple[Rows, Callable[[Any, int], Record]]:
-    """The rows of a file and how one of them becomes a record, for those who go through it themselves."""
-    path = Path(path)
-    try:
-        exists = path.exists()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{shown(str(path))}: expected the path of a file of records: {error}.") from error
-    if not exists:
-        raise DataError(f"{path}: no such file. Pass the path of a .json or .jsonl file of records (docs/data.md).")
-    if data_root is not None and not Path(data_root).is_dir():
-        logger.warning("data_root: no such folder: %s", data_root)
-    root = _root(path, data_root)
-    try:
-        rows = open_rows(path)
-    except OSError as error:
-        raise DataError(f"{path}: expected a file that can be read: {error}.") from error
-
-    def parse(raw: Any, index: int) -> Record:
-        if isinstance(raw, DataError):
-            raise raw
-        return parse_record(
-            raw,
-            file=path,
-            index=index,
-            root=root,
-            seed=seed,
-            allow_outside=allow_outside,
-            text_only=rows.text,
-            tabular=rows.tabular,
-        )
-
-    return rows, parse
+def missing_media(records: Iterable[Record]) -> Missing:
+    """The media of ``records`` that cannot be found."""
+    missing = Missing()
+    for record in records:
+        missing.look(record)
+    return missing
 
 
 def check_media(records: Iterable[Record]) -> None:
@@ -180,41 +175,7 @@ def check_media(records: Iterable[Record]) -> None:
     Raises:
         DataError: the first record whose medium is not a file, or lies outside the data root; and how many others.
     """
-    first, others = None, 0
-    for record in records:
-        for medium in record.media:
-            try:
-                locate(medium, record)
-            except DataError as error:
-                first, others = (first or error), others + 1
-    if first is not None:
-        more = f" {others - 1} more media are missing." if others > 1 else ""
-        raise DataError(f"{first}{more}")
-
-
-class EqualIds:
-    """Finds ids that several records share, in 8 bytes a record."""
-
-    def __init__(self) -> None:
-        self._hashes, self._numbers = array("q"), array("q")
-
-    def add(self, record: Record, number: int) -> None:
-        # NExT-QA counts its questions within each video.
-        video = record.media[0].path.name if record.source.startswith("NExT") and record.media else ""
-        self._hashes.append(hash((record.id, video)))
-        self._numbers.append(number)
-
-    def groups(self) -> list[list[int]]:
-        """The numbers of the records of each id that is there more than once, in order."""
-        import numpy as np
-
-        hashes = np.frombuffer(self._hashes, np.int64) if self._hashes else np.empty(0, np.int64)
-        values, counts = np.unique(hashes, return_counts=True)
-        shared = values[counts > 1]
-        if not len(shared):
-            return []
-        places = np.flatnonzero(np.isin(hashes, shared))
-        found: dict[int, list[int]] = {}
-        for place in places.tolist():
-            found.setdefault(int(hashes[place]), []).append(self._numbers[place])
-        return list(found.values())
+    missing = records.missing() if isinstance(records, Records) else missing_media(records)
+    if missing.count:
+        more = f" {missing.count - 1} more media are missing." if missing.count > 1 else ""
+        raise DataError(f"{missing.first}{more}")

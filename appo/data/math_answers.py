@@ -7,7 +7,6 @@ import logging
 import math
 import re
 import unicodedata
-from pathlib import Path
 
 from appo.data.math_worker import WORD
 from appo.data.worker import Worker, WorkerError
@@ -17,7 +16,7 @@ logger = logging.getLogger(__name__)
 LONGEST = 2_000  # characters of an expression that math-verify is asked about
 SECONDS = 20.0  # that it may take; math-verify itself gives up after 5
 
-_worker = Worker(Path(__file__).with_name("math_worker.py"))
+_worker = Worker("appo.data.math_worker")
 
 _MINUS = dict.fromkeys(map(ord, "−﹣－‐‑‒–—"), "-")
 _SEPARATORS = {ord("٫"): ".", ord("٬"): ","}

@@ -6,11 +6,10 @@ expression was found in it, or (truth, answer), answered by whether they are equ
 """
 
 import logging
-import os
-import pickle
 import re
-import sys
 from typing import Any
+
+from appo.data.worker import serve
 
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2,}")  # not a LaTeX command
 
@@ -36,18 +35,9 @@ def respond(*texts: str) -> bool | None:
 
 
 def main() -> None:
-    sys.path.pop(0)  # the folder of this script: its modules are no packages
     logging.disable(logging.CRITICAL)
     limit_memory()
-    results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what sympy prints is no answer
-    while True:
-        try:
-            request = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pickle.dump(respond(*request), results)
-        results.flush()
+    serve(respond)
 
 
 def limit_memory(limit: int = 4 << 30) -> None:
@@ -57,7 +47,3 @@ def limit_memory(limit: int = 4 << 30) -> None:
     except ImportError:  # Windows
         return
     resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
-
-
-if __name__ == "__main__":
-    main()

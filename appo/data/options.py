@@ -1,5 +1,6 @@
 """The options of a multiple-choice question: their letters, and which of them a label names."""
 
+import functools
 import re
 import unicodedata
 
@@ -53,7 +54,7 @@ def label(answer: str, options: tuple[str, ...]) -> str:
     """
     allowed = LETTERS[: len(options)] if options else LETTERS
     expected = f"one of the letters {allowed[0]} to {allowed[-1]}" + (", or the text of an option" if options else "")
-    texts = [same_text(option[2:]) for option in options]
+    texts = [same_text(option[2:].strip()) for option in options]
     answer = answer.strip()
     by_text = [letter for letter, text in zip(allowed, texts, strict=False) if text == same_text(answer)]
     match = _LABEL.fullmatch(answer)
@@ -93,8 +94,11 @@ def split_options(text: str) -> tuple[str, tuple[str, ...]]:
     return text.strip(), ()
 
 
+@functools.lru_cache(64)  # a record's options are asked for when they are lettered, and when its answer is looked for
 def same_text(text: str) -> str:
     """``text`` as options are compared: without case, outer space and closing punctuation."""
+    if text.isascii():
+        return " ".join(text.lower().split()).strip(" .:;,)")
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .:;,)")
 
 

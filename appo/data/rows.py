@@ -24,6 +24,7 @@ class Rows(Protocol):
 
     text: bool  # every value is text (CSV)
     tabular: bool  # every row has every column: null says nothing
+    large: bool  # not kept in memory, and checked by several processes
 
     def scan(self) -> Iterator[tuple[int, Any]]:
         """(index, value) of each row; the index is its place in the file as errors name it.
@@ -31,8 +32,20 @@ class Rows(Protocol):
         The value is a DataError where a row cannot be read and the next ones can. Raises DataError for other files.
         """
 
+    def find(self) -> bool:
+        """Find where all rows are without decoding them; False where only `scan` can."""
+
+    def places(self, begin: int, end: int) -> Any:
+        """The places of rows that were found, for `scan_places` of another process."""
+
+    def scan_places(self, places: Any) -> Iterator[tuple[int, Any]]:
+        """(index, value) of the rows at ``places`` of the file, as those of ``scan``."""
+
+    def told(self) -> str:
+        """The file's state beyond the path, size and time of what was opened."""
+
     def __len__(self) -> int:
-        """The number of rows that have been scanned."""
+        """The number of rows that have been found."""
 
     def index(self, row: int) -> int:
         """The place in the file of row number ``row``."""

@@ -3,13 +3,16 @@
 import os
 import threading
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from appo.data import strict_json
 from appo.data.records import DataError
 from appo.data.strict_json import JSONError
+from appo.data.structure import Spans
 
 LARGEST = 64 << 20  # bytes of one record
 LARGE = 8 << 20  # bytes of a file that is not kept in memory
@@ -30,6 +33,25 @@ class SpanRows:
         # A small file is kept, so that it may be written again while its records are in use.
         self.large = self._state[0] > LARGE
         self._kept = None if self.large else self._file.read()
+
+    def find(self) -> bool:
+        return False
+
+    def put(self, starts: Spans, sizes: Spans, indices: Spans) -> None:
+        """The places of all rows."""
+        self.starts, self.sizes, self.indices = (
+            array("q", values.astype(np.int64).tobytes()) for values in (starts, sizes, indices)
+        )
+
+    def places(self, begin: int, end: int) -> Any:
+        return self._state, *(part[begin:end] for part in (self.starts, self.sizes, self.indices))
+
+    def scan_places(self, places: Any) -> Iterator[tuple[int, Any]]:
+        self._state, self.starts, self.sizes, self.indices = places
+        yield from ((index, self.read(row)) for row, index in enumerate(self.indices))
+
+    def told(self) -> str:
+        return ""
 
     def __len__(self) -> int:
         return len(self.starts)

@@ -6,13 +6,11 @@ and to crash on some files.
 """
 
 import atexit
-import json
 import logging
 import math
 import os
 import pickle
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -23,12 +21,11 @@ import torch
 from appo.data.clip import Clip as Clip
 from appo.data.video_cache import ClipCache
 from appo.data.video_timeline import Sampling
+from appo.data.worker import command
 
 logger = logging.getLogger(__name__)
 
 DECODERS = ("pyav", "decord")
-# The process imports what this one would, as processes that multiprocessing spawns do.
-WORKER = "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from appo.data.video_worker import main; main()"
 
 
 class VideoError(ValueError):
@@ -117,7 +114,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-u", "-c", WORKER, json.dumps(sys.path)],
+            command("appo.data.video_worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # FFmpeg's chatter; what matters comes back as an exception

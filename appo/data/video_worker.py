@@ -9,13 +9,11 @@ only, so it starts in a fraction of a second. Requests and results are pickles; 
     ("failed", "InvalidDataError: ...")   the decoder could not read the file
 """
 
-import os
-import pickle
-import sys
 from typing import Any
 
 from appo.data.video_decoders import DECODERS
 from appo.data.video_timeline import RefusedError, Sampling
+from appo.data.worker import serve
 
 
 def answer(decoder: str, path: str, sampling: Sampling) -> tuple[Any, ...]:
@@ -31,13 +29,4 @@ def answer(decoder: str, path: str, sampling: Sampling) -> tuple[Any, ...]:
 
 
 def main() -> None:
-    # Decoders print to stdout; results have a descriptor of their own.
-    results = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    while True:
-        try:
-            request = pickle.load(sys.stdin.buffer)
-        except EOFError:
-            return
-        pickle.dump(answer(*request), results, protocol=5)
-        results.flush()
+    serve(answer)
