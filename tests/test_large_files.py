@@ -229,12 +229,12 @@ def test_a_list_inside_an_object_is_loaded_again(tmp_path: Path) -> None:
     path.write_text(json.dumps({"data": [CHOICE | {"problem_id": i} for i in range(5)]}))
     assert [[record.id for record in load_records(path)] for _ in range(2)] == [["0", "1", "2", "3", "4"]] * 2
     check = load_records(path)
-    with pytest.raises(DataError, match="does not exist.* 4 more media are missing"):
+    with pytest.raises(DataError, match=r"does not exist.* 4 more media are missing"):
         check_media(check)
 
 
 def test_lines_that_are_json_over_several_lines_are_refused_as_such(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(json.dumps([CHOICE], indent=1))
-    with pytest.raises(DataError, match="JSON over several lines. Rename it to .json"):
+    with pytest.raises(DataError, match=r"JSON over several lines\. Rename it to \.json"):
         load_records(path)
