@@ -50,7 +50,7 @@ def restore(source: Source, rows: Rows) -> str | None:
 def keep(source: Source, rows: Rows, notice: str) -> None:
     """Keep that all records of a file are right, their places, and ``notice``, what there was to say of them."""
     place = _place(source, rows)
-    if place is None or (isinstance(rows, SpanRows) and len(rows.starts) < len(rows)):  # read whole, not by place
+    if place is None or (isinstance(rows, SpanRows) and not rows.placed):
         return
     names = ("starts", "sizes", "indices") if isinstance(rows, SpanRows) else ()
     parts: Any = {name: np.frombuffer(getattr(rows, name), np.int64) for name in names}

@@ -75,6 +75,10 @@ class JSONRows(SpanRows):
     def __len__(self) -> int:
         return len(self.starts) if self.whole is None else len(self.whole)
 
+    @property
+    def placed(self) -> bool:
+        return self.whole is None
+
     def find(self) -> bool:
         items = structure.list_items(self.source, LARGEST)
         if items is not None:

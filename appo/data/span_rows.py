@@ -34,6 +34,11 @@ class SpanRows:
         self.large = self._state[0] > LARGE
         self._kept = None if self.large else self._file.read()
 
+    @property
+    def placed(self) -> bool:
+        """Whether rows are read by their places in the file."""
+        return True
+
     def find(self) -> bool:
         return False
 
