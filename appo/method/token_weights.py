@@ -51,6 +51,7 @@ def token_weights(
     checks.rank(op, "slots", slots, 3, "(K, G, J)")
     checks.dtype(op, "slots", slots, checks.INTS)
     K, G, J = slots.shape
+    checks.tensor(op, "divergence", divergence)
     if divergence.ndim == 3:
         checks.shape(op, "divergence", divergence, (K, G, J), "(K, G, J)", "Pass slot_disagreement of the same slots.")
     else:
