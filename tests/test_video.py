@@ -178,13 +178,13 @@ def test_files_that_cannot_be_read_are_named(tmp_path, clip_path):
 def worker(monkeypatch):
     """Replaces the decoding process by one in which ``code`` ran before the first request; all workers it started."""
     started = []
-    real = video._Worker
+    real = video.Worker
 
-    def start():
-        started.append(real())
+    def start(module):
+        started.append(real(module))
         return started[-1]
 
-    monkeypatch.setattr(video, "_Worker", start)
+    monkeypatch.setattr(video, "Worker", start)
     monkeypatch.setattr(video, "_idle", [])
 
     def prepare(code):
@@ -195,7 +195,7 @@ def worker(monkeypatch):
 
     yield prepare
     for process in started:
-        process.close()
+        process.stop()
 
 
 def test_a_decoder_that_hangs_is_stopped(worker, clip_path):
@@ -252,11 +252,37 @@ def test_playlists_open_no_other_file(tmp_path, clip_path):
 def test_a_forked_process_starts_its_own_worker(monkeypatch, clip_path):
     read_video(clip_path, **READ)
     (before,) = video._idle[-1:]
-    monkeypatch.setattr(video, "_owner", -1)
-    monkeypatch.setattr(video, "_idle", [before])
-    read_video(clip_path, **READ)
-    assert before not in video._idle and before.alive()
-    before.close()
+    process = before._process
+    with monkeypatch.context() as forked:
+        forked.setattr("os.getpid", lambda: -1)
+        assert not before.alive()
+        before.stop()  # at the fork's end
+        assert process.poll() is None
+        read_video(clip_path, **READ)
+        others = [worker for worker in video._idle if worker.alive()]
+        assert others and process not in [worker._process for worker in others]
+        for worker in others:
+            worker.stop()
+    assert process.poll() is None
+    process.kill()
+    process.wait()
+
+
+def test_a_worker_that_died_unread_is_an_error_and_not_a_broken_pipe(clip_path):
+    """A pipe that nobody reads any more holds what is left of the request; its end is none of the caller's."""
+    worker = video.Worker("appo.data.video_worker")
+    read = ("pyav", str(clip_path), video.Sampling(2.0, 8, 2, 28 * 28, 28, None, None))
+    assert worker.ask(read, 60.0)[0] == "ok"
+    running = worker._process
+    worker.alive = lambda: running.poll() is None or True  # it dies behind this look
+    running.kill()
+    running.wait()
+    with pytest.raises(helper.WorkerError, match="crashed") as caught:
+        worker.ask(read, 60.0)
+    assert not caught.value.expired
+    del worker.alive
+    assert worker.ask(read, 60.0)[0] == "ok"
+    worker.stop()
 
 
 # One at a time: not positive, below a pair of frames, bounds that cross, another decoder.

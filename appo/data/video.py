@@ -9,8 +9,6 @@ import atexit
 import logging
 import math
 import os
-import pickle
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -21,7 +19,7 @@ import torch
 from appo.data.clip import Clip as Clip
 from appo.data.video_cache import ClipCache
 from appo.data.video_timeline import Sampling
-from appo.data.worker import command
+from appo.data.worker import Worker, WorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -109,87 +107,28 @@ def read_video(
     _fail(name, f"is not a video, or is broken ({'; '.join(reasons)})", "Fetch it again or re-encode it as H.264 mp4.")
 
 
-class _Worker:
-    """One decoding process. A request that runs over its time kills it."""
-
-    def __init__(self) -> None:
-        self.process = subprocess.Popen(
-            command("appo.data.video_worker"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # FFmpeg's chatter; what matters comes back as an exception
-        )
-
-    def ask(self, request: tuple[Any, ...], seconds: float) -> tuple[Any, ...]:
-        """The worker's answer, ("timeout", text) or ("failed", text). After the last two the worker is dead."""
-        expired = threading.Event()
-
-        def stop() -> None:
-            expired.set()
-            self.process.kill()
-
-        timer = threading.Timer(seconds, stop)
-        timer.daemon = True
-        timer.start()
-        try:
-            assert self.process.stdin is not None and self.process.stdout is not None
-            pickle.dump(request, self.process.stdin)
-            self.process.stdin.flush()
-            return pickle.load(self.process.stdout)
-        except (EOFError, OSError, pickle.UnpicklingError) as error:
-            self.process.kill()
-            code = self.process.wait()
-            if expired.is_set():
-                return "timeout", f"stopped after {seconds:.3g} s"
-            return "failed", f"the decoder crashed (exit status {code}, {type(error).__name__})"
-        finally:
-            timer.cancel()
-
-    def alive(self) -> bool:
-        return self.process.poll() is None
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-
-# Idle workers, one per thread that decodes at the same time. They belong to the process that started them:
-# after a fork the child starts its own.
-_idle: list[_Worker] = []
-_owner = os.getpid()
-_lock = threading.Lock()
+# Idle workers, one per thread that decodes at the same time.
+_idle: list[Worker] = []
 
 
 def _decode(decoder: str, path: str, seconds: float, sampling: Sampling) -> tuple[Any, ...]:
-    global _owner
-    with _lock:
-        if _owner != os.getpid():
-            _idle.clear()
-            _owner = os.getpid()
-        worker = _idle.pop() if _idle else None
-    if worker is None or not worker.alive():
-        worker = _Worker()
+    """The answer of a decoding process (``video_worker.py``), ("timeout", text) or ("failed", text)."""
     try:
-        result = worker.ask((decoder, path, sampling), seconds)
-    except BaseException:
-        worker.close()  # an interrupted exchange would leave its answer to the next request
-        raise
-    if worker.alive():
-        with _lock:
-            _idle.append(worker)
-    else:
-        worker.close()
+        worker = _idle.pop()
+    except IndexError:
+        worker = Worker("appo.data.video_worker")
+    try:
+        result: tuple[Any, ...] = worker.ask((decoder, path, sampling), seconds)
+    except WorkerError as error:
+        return ("timeout", str(error)) if error.expired else ("failed", f"the decoder {error}")
+    _idle.append(worker)
     return result
 
 
 @atexit.register
 def _close_workers() -> None:
-    with _lock:
-        while _idle and _owner == os.getpid():
-            _idle.pop().close()
+    while _idle:
+        _idle.pop().stop()
 
 
 def _check_arguments(

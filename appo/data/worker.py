@@ -36,7 +36,11 @@ def command(module: str) -> list[str]:
 
 
 class WorkerError(RuntimeError):
-    """The helper process crashed or was stopped at the time limit; the next request starts a new one."""
+    """The helper process crashed, or was stopped at the time limit (``expired``); the next request starts a new one."""
+
+    def __init__(self, text: str, *, expired: bool) -> None:
+        super().__init__(text)
+        self.expired = expired
 
 
 class Worker:
@@ -54,34 +58,38 @@ class Worker:
     def ask(self, request: Any, seconds: float) -> Any:
         """The answer to ``request``. Raises WorkerError after ``seconds``, or where the process dies of it."""
         with self._lock:
-            process = self._running()
-            assert process.stdin is not None and process.stdout is not None
-            timer = threading.Timer(seconds, process.kill)
+            process, expired = self._running(), threading.Event()
+
+            def expire() -> None:
+                expired.set()
+                process.kill()
+
+            timer = threading.Timer(seconds, expire)
             timer.daemon = True
             timer.start()
             try:
+                assert process.stdin is not None and process.stdout is not None
                 pickle.dump(request, process.stdin)
                 process.stdin.flush()
                 return pickle.load(process.stdout)
             except (EOFError, OSError, pickle.UnpicklingError) as error:
-                raise WorkerError(f"no answer within {seconds:g} s, or a crash ({type(error).__name__})") from error
+                process.kill()
+                crash = f"crashed (exit status {process.wait()}, {type(error).__name__})"
+                text = f"stopped after {seconds:.3g} s" if expired.is_set() else crash
+                raise WorkerError(text, expired=expired.is_set()) from error
             finally:
                 timer.cancel()
                 if sys.exc_info()[0] is not None:  # an interrupted exchange would leave its answer to the next one
                     self.stop()
 
-    def _running(self) -> "subprocess.Popen[bytes]":
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-            self._process = subprocess.Popen(
-                command(self.module), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-            )
-            self._owner = os.getpid()
-        return self._process
+    def alive(self) -> bool:
+        """Whether this process has started one that still runs."""
+        return self._process is not None and self._owner == os.getpid() and self._process.poll() is None
 
     def stop(self) -> None:
         """End the process; another request starts a new one."""
         process, self._process = self._process, None
-        if process is None:
+        if process is None or self._owner != os.getpid():  # that of a fork's parent is not the fork's
             return
         process.kill()
         process.wait()
@@ -89,3 +97,13 @@ class Worker:
             if pipe is not None:
                 with suppress(BrokenPipeError):  # what is left of a request that the process did not read
                     pipe.close()
+
+    def _running(self) -> "subprocess.Popen[bytes]":
+        process = self._process
+        if process is None or not self.alive():
+            self.stop()
+            process = self._process = subprocess.Popen(
+                command(self.module), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            )
+            self._owner = os.getpid()
+        return process
