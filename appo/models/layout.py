@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -67,6 +67,7 @@ class Layout(ABC):
     # In one clause, why vLLM cannot sample for it; "": it can
     why_not_vllm: ClassVar[str] = "what vLLM makes of its frames has not been compared with transformers"
     mixes_media: ClassVar[bool] = True  # images and videos can stand in one prompt
+    stacks_videos: ClassVar[bool] = False  # its processor takes videos of one length alone in a prompt
 
     # From a record to a prompt
 
@@ -82,6 +83,7 @@ class Layout(ABC):
         if images:
             options["images"] = list(images)
         if videos:
+            videos = of_one_length(videos) if self.stacks_videos else videos
             metadata = [video.metadata for video in videos]
             options["videos"] = [video.frames for video in videos]
             options["videos_kwargs"] = {"do_sample_frames": False, "video_metadata": metadata}
@@ -148,6 +150,13 @@ class Layout(ABC):
         """
 
 
+def of_one_length(videos: Sequence[Video]) -> list[Video]:
+    """Videos as long as the longest, their last frames repeated."""
+    longest = max((len(video.frames) for video in videos), default=0)
+    last = [video.frames[-1:].expand(longest - len(video.frames), -1, -1, -1) for video in videos]
+    return [replace(video, frames=torch.cat([video.frames, more])) for video, more in zip(videos, last, strict=True)]
+
+
 def text_arguments(processor: Any, text: str) -> dict[str, Any]:
     """Arguments for a chat that has the token of its beginning already: it would be put in front again."""
     begin = getattr(processor.tokenizer, "bos_token", None)
@@ -162,3 +171,13 @@ def repeat_order(counts: Sequence[int], repeats: Sequence[int], device: torch.de
         order += list(range(start, start + count)) * repeat
         start += count
     return torch.tensor(order, dtype=torch.int64, device=device)
+
+
+def repeat_features(features: Any, counts: Sequence[int], repeats: Sequence[int]) -> Any:
+    """``pooler_output`` (one tensor per video or image) and each level of ``deepstack_features``, repeated."""
+    order = repeat_order(counts, repeats).tolist()
+    features.pooler_output = [features.pooler_output[i] for i in order]
+    levels = getattr(features, "deepstack_features", None)
+    if levels is not None:
+        features.deepstack_features = [[level[i] for i in order] for level in levels]
+    return features

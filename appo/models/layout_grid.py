@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from appo.models.layout import Layout, Sizes, Video, repeat_order
+from appo.models.layout import Layout, Sizes, Video, repeat_features, repeat_order
 from appo.recording.frame_ids import FrameIds, frame_ids
 
 _PIXELS = {"video": "pixel_values_videos", "image": "pixel_values"}
@@ -45,7 +45,7 @@ class GridLayout(Layout):
             if name in inputs
         }
         outputs = {
-            kind: _repeated(self.encoded(base, kind, inputs), rows[f"{kind}_grid_thw"], repeats)
+            kind: repeat_features(self.encoded(base, kind, inputs), rows[f"{kind}_grid_thw"], repeats)
             for kind, pixels in _PIXELS.items()
             if pixels in inputs
         }
@@ -102,7 +102,6 @@ class ExaoneLayout(GridLayout):
     """EXAONE 4.5, whose positions count tokens."""
 
     token_types: ClassVar[str | None] = None
-    finds_positions: ClassVar[bool] = False
     why_not_vllm: ClassVar[str] = Layout.why_not_vllm
 
 
@@ -111,7 +110,6 @@ class VideoLlama3Layout(GridLayout):
     """VideoLLaMA 3: a frame has the tokens in which it differs from the one before, at least one."""
 
     token_types: ClassVar[str | None] = None
-    finds_positions: ClassVar[bool] = False
     why_not_vllm: ClassVar[str] = Layout.why_not_vllm
 
     def find_frames(self, input_ids: Tensor, config: Any, vision: Mapping[str, Tensor]) -> FrameIds:
@@ -124,13 +122,3 @@ class VideoLlama3Layout(GridLayout):
             parts = kept.split([len(part) for part in features.pooler_output])
             features.pooler_output = [part[own] for part, own in zip(features.pooler_output, parts, strict=True)]
         return features
-
-
-def _repeated(features: Any, counts: Sequence[int], repeats: Sequence[int]) -> Any:
-    """``pooler_output`` (one tensor per video or image) and each level of ``deepstack_features``, repeated."""
-    order = repeat_order(counts, repeats).tolist()
-    features.pooler_output = [features.pooler_output[i] for i in order]
-    levels = getattr(features, "deepstack_features", None)
-    if levels is not None:
-        features.deepstack_features = [[level[i] for i in order] for level in levels]
-    return features

@@ -2,13 +2,13 @@
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from appo.models.layout import Encoded, Layout, LayoutError, Sizes, Video, repeat_order
+from appo.models.layout import Encoded, Layout, LayoutError, Sizes, Video, repeat_features, repeat_order
 
 
 def square_sizes(reader: Any) -> Sizes:
@@ -16,13 +16,6 @@ def square_sizes(reader: Any) -> Sizes:
     picture is shorter than the side it becomes."""
     pixels = 2 * reader.size["height"] * reader.size["width"]
     return Sizes(1, 1, pixels, pixels)
-
-
-def of_one_length(videos: Sequence[Video]) -> list[Video]:
-    """Videos as long as the longest, their last frames repeated: for processors that stack the videos of a prompt."""
-    longest = max((len(video.frames) for video in videos), default=0)
-    last = [video.frames[-1:].expand(longest - len(video.frames), -1, -1, -1) for video in videos]
-    return [replace(video, frames=torch.cat([video.frames, more])) for video, more in zip(videos, last, strict=True)]
 
 
 def without_images(encoded: Encoded, runs: Sequence[bool], models: str) -> Encoded:
@@ -61,14 +54,10 @@ class InternVLLayout(ImagesLayout):
     """A frame is one tile, an image as many as fit it, all within the marks of one image."""
 
     token_types: ClassVar[str | None] = None
+    stacks_videos: ClassVar[bool] = True
 
     def sizes(self, processor: Any) -> Sizes:
         return square_sizes(processor.video_processor)
-
-    def media_arguments(
-        self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
-    ) -> dict[str, Any]:
-        return super().media_arguments(messages, images, of_one_length(videos))
 
     def encode(self, processor: Any, *arguments: Any) -> Encoded:
         encoded = super().encode(processor, *arguments)
@@ -89,7 +78,7 @@ class InternVLLayout(ImagesLayout):
 
 
 def _without_added(encoded: Encoded, runs: Sequence[bool], added: Sequence[bool], tile: int) -> Encoded:
-    """InternVL's prompt without the frames that `of_one_length` added.
+    """InternVL's prompt without the frames that `appo.models.layout.of_one_length` added.
 
     Of each goes "\\nFrame9: <img>...</img>", from behind the mark that ends the frame before. runs, added: of each run
     of image tokens, ``tile`` to a picture, whether it is a frame, and an added one.
@@ -199,6 +188,4 @@ class SmolVLMLayout(Layout):
         if "pixel_values" not in inputs:
             return {}
         features = base.get_image_features(inputs["pixel_values"], inputs["pixel_attention_mask"], return_dict=True)
-        order = repeat_order(rows["pixel_values"], repeats).tolist()
-        features.pooler_output = [features.pooler_output[index] for index in order]
-        return {"mm_encoder_outputs": {"image": features}}
+        return {"mm_encoder_outputs": {"image": repeat_features(features, rows["pixel_values"], repeats)}}

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from appo.models.layout import Encoded, Layout, Sizes, Video, repeat_order
-from appo.models.layout_images import numbered, of_one_length, square_sizes
+from appo.models.layout import Encoded, Layout, Sizes, Video, repeat_features, repeat_order
+from appo.models.layout_images import numbered, square_sizes
 
 
 @dataclass(frozen=True)
@@ -20,14 +20,10 @@ class LlavaOneVisionLayout(Layout):
     """
 
     token_types: ClassVar[str | None] = None
+    stacks_videos: ClassVar[bool] = True
 
     def sizes(self, processor: Any) -> Sizes:
         return square_sizes(processor.video_processor)
-
-    def media_arguments(
-        self, messages: list[dict[str, Any]], images: Sequence[Tensor], videos: Sequence[Video]
-    ) -> dict[str, Any]:
-        return super().media_arguments(messages, images, of_one_length(videos))
 
     def vision(self, encoded: Mapping[str, Any], videos: Sequence[Video], sizes: Sizes) -> dict[str, Tensor]:
         found = super().vision(encoded, videos, sizes)
@@ -73,9 +69,7 @@ class LlavaOneVisionLayout(Layout):
                 batch_num_images=inputs["batch_num_images"],
                 return_dict=True,
             )
-            order = repeat_order(rows["image_sizes"], repeats).tolist()
-            image.pooler_output = [image.pooler_output[index] for index in order]
-            outputs["image"] = image
+            outputs["image"] = repeat_features(image, rows["image_sizes"], repeats)
         return {"mm_encoder_outputs": outputs} if outputs else {}
 
 
@@ -94,12 +88,10 @@ class Gemma4Layout(Layout):
         outputs = {}
         if "pixel_values_videos" in inputs:
             of_videos = ("pixel_values_videos", "video_position_ids", "num_frames_per_video")
-            outputs["video"] = base.get_video_features(*(inputs[name] for name in of_videos), return_dict=True)
+            video = base.get_video_features(*(inputs[name] for name in of_videos), return_dict=True)
+            outputs["video"] = repeat_features(video, rows["num_frames_per_video"], repeats)
         if "pixel_values" in inputs:
             of_images = ("pixel_values", "image_position_ids")
-            outputs["image"] = base.get_image_features(*(inputs[name] for name in of_images), return_dict=True)
-        for kind, counted in (("video", "num_frames_per_video"), ("image", "pixel_values")):
-            if kind in outputs:
-                order = repeat_order(rows[counted], repeats).tolist()
-                outputs[kind].pooler_output = [outputs[kind].pooler_output[index] for index in order]
+            image = base.get_image_features(*(inputs[name] for name in of_images), return_dict=True)
+            outputs["image"] = repeat_features(image, rows["pixel_values"], repeats)
         return {"mm_encoder_outputs": outputs} if outputs else {}

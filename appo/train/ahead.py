@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from accelerate import Accelerator
 
 from appo.config import APPOConfig, ConfigError
-from appo.data.prompts import Prompt
+from appo.data.prompts import Prompt, PromptBuilder
 from appo.data.sampler import RecordSampler
 from appo.rollout.engine import Completion
 from appo.train.collective import together
@@ -24,6 +24,7 @@ class SamplingTrainer(Protocol):
     config: APPOConfig
     accelerator: Accelerator
     sampler: RecordSampler
+    build_prompt: PromptBuilder
     meter: Meter
     broken: list[dict[str, Any]]  # records skipped
     version: int  # of the weights
@@ -134,6 +135,10 @@ def next_groups(trainer: SamplingTrainer, number: int) -> list[Group]:
     trainer.broken += found.broken
     if trainer.config.asynchronous and number < trainer.config.max_steps:
         trainer.ahead = Ahead(trainer, trainer.version)
+    else:  # decode while the step computes
+        trainer.build_prompt.prefetch(record for _, record in trainer.sampler.peek(len(found.groups)))
+    for index, group in enumerate(found.groups):
+        group.place = index * trainer.accelerator.num_processes + trainer.accelerator.process_index
     return found.groups
 
 

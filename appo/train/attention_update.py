@@ -1,6 +1,7 @@
 """Policy gradient on attention inside an update: mass with its gradient out of the training forward (RAL)."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,8 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from appo.config import APPOConfig
-from appo.recording.hooks import last_layers
-from appo.recording.recorder import record_frame_mass
+from appo.recording.recorder import FrameMassRecorder
 from appo.train.groups import Part, ResponseBatch, known
 from appo.train.packing import Sequences
 from appo.train.policy import Policy
@@ -19,36 +19,23 @@ from appo_kernels import SurrogateOutput
 AttentionLoss = Callable[..., tuple[Tensor, Tensor]]
 
 
+@dataclass
 class AttentionUpdate:
     """Records the mass of one forward and adds its loss to the surrogate's."""
 
-    def __init__(
-        self,
-        parts: Sequence[Part],
-        batch: ResponseBatch,
-        sequences: Sequences,
-        policy: Policy,
-        config: APPOConfig,
-        attention_loss: AttentionLoss,
-    ) -> None:
-        self.sequences, self.batch, self.coefficient = sequences, batch, config.attention_coef
-        self.attention_loss = attention_loss
-        self.recorder: Any = record_frame_mass(
-            policy.model,
-            sequences.frame_ids,
-            rows=sequences.rows,
-            layers=last_layers(policy.model, config.layers),
-            reduction=config.mass_reduction,
-            gradient=True,
-        )
-        self.old_mass = _old_mass(parts, batch.prompts.num_frames).to(batch.mask.device)
+    recorder: FrameMassRecorder
+    old_mass: Tensor  # (B, N, F) as scored
+    sequences: Sequences
+    mask: Tensor  # (B, N) bool
+    coefficient: float
+    attention_loss: AttentionLoss
 
     def added(self, result: SurrogateOutput, loss_arguments: dict[str, Any]) -> SurrogateOutput:
         """``result`` with this loss, inside the recorded forward; metric ``attention_divergence``."""
         names = ("advantages", "aggregation", "num_items", "max_length")
         arguments = {name: loss_arguments[name] for name in names}
         mass = self.sequences.per_response(self.recorder.mass)
-        loss, divergence = self.attention_loss(mass, self.old_mass, mask=self.batch.mask, **arguments)
+        loss, divergence = self.attention_loss(mass, self.old_mass, mask=self.mask, **arguments)
         metrics = result.metrics | {"attention_divergence": divergence}
         return SurrogateOutput(result.loss + self.coefficient * loss, metrics)
 
@@ -61,10 +48,13 @@ def attention_update(
     config: APPOConfig,
     attention_loss: AttentionLoss,
 ) -> AttentionUpdate | None:
-    """None where the settings do not ask for it, and for responses without frames or tokens."""
+    """An update's part of attention; None where the settings do not ask for it, and for responses without frames or
+    tokens."""
     if config.attention_coef == 0 or batch.prompts.num_frames == 0 or not sequences.rows.numel():
         return None
-    return AttentionUpdate(parts, batch, sequences, policy, config, attention_loss)
+    recorder = policy.recorder(sequences, config, gradient=True)
+    old_mass = _old_mass(parts, batch.prompts.num_frames).to(batch.mask.device)
+    return AttentionUpdate(recorder, old_mass, sequences, batch.mask, config.attention_coef, attention_loss)
 
 
 def _old_mass(parts: Sequence[Part], num_frames: int) -> Tensor:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from appo.config import APPOConfig
 from appo.recording.heads import record_head_mass
-from appo.recording.hooks import last_layers
-from appo.recording.recorder import record_frame_mass
 from appo.train.groups import Group, batch_parts, whole_groups
 from appo.train.logs import Meter
 from appo.train.policy import Policy
@@ -123,14 +121,7 @@ def record_mass(
         return
     batch = batch_parts(whole_groups(groups), pad_id, device)
     sequences = policy.sequences(batch)
-    recorder = record_frame_mass(
-        policy.model,
-        sequences.frame_ids,
-        rows=sequences.rows,
-        layers=last_layers(policy.model, config.layers),
-        reduction="sum",
-    )
-    with recorder:
+    with policy.recorder(sequences, config, reduction="sum") as recorder:
         wrapped(batch, _nothing, sequences)
     mass = batch.split(sequences.per_response(recorder.mass).cpu())
     for group, own in zip(groups, mass, strict=True):

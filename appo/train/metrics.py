@@ -36,6 +36,14 @@ def measure_groups(meter: Meter, groups: Sequence[Group]) -> None:
             measure_frames(meter, group)
 
 
+def measure_rewards(meter: Meter, groups: Sequence[Group]) -> None:
+    """The shares of groups whose rewards say nothing, and of responses that a reward could not read."""
+    for group in groups:
+        meter.add("groups/no_signal", float(not group.informative))
+        for name, unreadable in group.unreadable.items():
+            meter.add(f"reward/{name}/unreadable", float(unreadable.float().mean()))
+
+
 def measure_frames(meter: Meter, group: Group) -> None:
     """The number of frames picked, and the share of them that decide the question (where that is known).
 

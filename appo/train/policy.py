@@ -16,6 +16,8 @@ from appo.config import APPOConfig, ConfigError
 from appo.models.layouts import layout_of
 from appo.models.loaded import refuse_dense_mask, unwrapped
 from appo.models.packed_attention import cannot_pack, use_packed_attention
+from appo.recording.hooks import last_layers
+from appo.recording.recorder import FrameMassRecorder, record_frame_mass
 from appo.train.groups import ResponseBatch
 from appo.train.packing import Sequences, packed, separate
 
@@ -102,6 +104,19 @@ class Policy(nn.Module):
             return packed(batch, self.causal)
         # Models whose positions depend on media find them, from the mask as well; others would count padding.
         return separate(batch, counted=not hasattr(self.causal.base_model, "get_rope_index"))
+
+    def recorder(
+        self, sequences: Sequences, config: APPOConfig, *, reduction: str | None = None, gradient: bool = False
+    ) -> FrameMassRecorder:
+        """A recorder of the responses' tokens in the layers of ``config``. reduction: None: that of ``config``."""
+        return record_frame_mass(
+            self.model,
+            sequences.frame_ids,
+            rows=sequences.rows,
+            layers=last_layers(self.model, config.layers),
+            reduction=reduction or config.mass_reduction,
+            gradient=gradient,
+        )
 
     def _hidden(self, batch: ResponseBatch, sequences: Sequences) -> Tensor:
         base, arguments = self.causal.base_model, dict[str, Any]()

@@ -12,7 +12,6 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from appo.config import ConfigError
-from appo.data.prompts import PromptBuilder
 from appo.data.records import Record
 from appo.rollout.engine import Rollout
 from appo.train import checkpoints
@@ -42,7 +41,6 @@ class SteppingTrainer(SamplingTrainer, Protocol):
     processor: Any
     engine: Rollout
     eval_splits: dict[str, Sequence[Record]]
-    build_prompt: PromptBuilder
     model: Any
     policy: nn.Module
     unwrapped: Policy

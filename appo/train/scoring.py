@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from appo.config import APPOConfig
 from appo.method.token_filters import off_policy_sequences, top_entropy_tokens
-from appo.recording.hooks import last_layers
-from appo.recording.recorder import record_frame_mass
 from appo.train.groups import Group, Part, ResponseBatch, known, stack_tokens, token_weights_of
 from appo.train.policy import Policy
 from appo.train.rules import WeighTokens
@@ -29,13 +27,7 @@ def score_parts(
     recorder: Any = None
     recorded = config.records_mass and batch.prompts.num_frames > 0
     if recorded and sequences.rows.numel():  # responses that are all empty have no row to record
-        recorder = record_frame_mass(
-            policy.model,
-            sequences.frame_ids,
-            rows=sequences.rows,
-            layers=last_layers(policy.model, config.layers),
-            reduction=config.mass_reduction,
-        )
+        recorder = policy.recorder(sequences, config)
 
     # A function that the policy calls, because its head's weight may be in shards, and is whole inside a forward only.
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:

@@ -28,7 +28,7 @@ from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
 from appo.train.groups import Group, Part, batch_parts, loss_operands, portion, whole_groups
 from appo.train.logs import Meter, peak_memory_gib
-from appo.train.metrics import measure_groups, measure_loss, measure_padding, speed
+from appo.train.metrics import measure_groups, measure_loss, measure_padding, measure_rewards, speed
 from appo.train.micro_batches import micro_batches
 from appo.train.policy import Policy
 from appo.train.rules import ChooseFrames, WeighTokens, choose_frames, weigh_tokens
@@ -133,10 +133,6 @@ class Trainer:
         self.policy.eval()
         groups = next_groups(self, number)
         version = self.version  # of the weights that score
-        for index, group in enumerate(groups):
-            group.place = index * self.accelerator.num_processes + self.accelerator.process_index
-        if self.ahead is None:  # decode while this step computes
-            self.build_prompt.prefetch(record for _, record in self.sampler.peek(len(groups)))
         # Groups that cannot move the model count in the loss's denominator, and cost no forward.
         groups.sort(key=self.has_gradient, reverse=True)
         with self.timed("score"):
@@ -183,10 +179,7 @@ class Trainer:
             grade(prompt, completions, self.processor.tokenizer, self.reward_weights, self.config)
             for prompt, completions in sampled
         ]
-        for group in groups:
-            self.meter.add("groups/no_signal", float(not group.informative))
-            for name, unreadable in group.unreadable.items():
-                self.meter.add(f"reward/{name}/unreadable", float(unreadable.float().mean()))
+        measure_rewards(self.meter, groups)
         return groups
 
     def score(self, parts: Sequence[Part]) -> None:
