@@ -94,7 +94,7 @@ def test_launch_files_are_those_of_accelerate(name, processes):
 def test_the_slurm_script_starts_a_process_a_gpu_on_each_node(tmp_path):
     """With commands in the place of Slurm's and torchrun, which say what they are called with."""
     for name, text in (
-        ("scontrol", 'echo first-node; echo second-node'),
+        ("scontrol", 'echo first-node; seq 100000'),  # more than a pipe holds: all is read, or it is killed
         ("srun", 'shift; SLURM_NODEID=1 "$@"'),
         ("torchrun", 'printf "%s\\n" "$@"'),
     ):  # fmt: skip

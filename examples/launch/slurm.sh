@@ -10,8 +10,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --signal=TERM@300
 set -euo pipefail
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER=$first
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER=${hosts%%$'\n'*}
 # TERM, five minutes before the end, makes the run save a checkpoint and stop.
 srun --kill-on-bad-exit=1 bash -c 'exec torchrun --nnodes "$SLURM_NNODES" --node_rank "$SLURM_NODEID" \
     --nproc_per_node 8 --master_addr "$MASTER" --master_port 29500 -m appo train "$@"' appo "$@"
