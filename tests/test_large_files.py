@@ -200,6 +200,16 @@ def test_a_large_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.Monkey
                 load_records(path)
 
 
+@pytest.mark.parametrize("name", CONTAINERS)  # each keeps what it has found in a way of its own
+def test_what_is_known_of_a_large_file_is_not_written_again(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path, CHOICE, CHOICE | {"problem_id": 18}, name=name)
+    load_records(path)
+    (kept,) = (tmp_path / "cache").rglob("*.npz")
+    before = kept.stat()
+    assert [record.id for record in load_records(path)] == ["17", "18"]
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_processes_that_load_a_large_file_together_check_it_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -3,6 +3,7 @@
 The entry in the cache belongs to the file as it is, to the data root and to this version of the code that checks.
 """
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,7 +63,12 @@ def keep(source: Source, rows: Rows, notice: str) -> None:
 def _place(source: Source, rows: Rows) -> Path | None:
     if rows.text or not rows.large:
         return None
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(CODE.glob("*.py")))).hexdigest()[:16]
     told = f"{source.root.resolve()}\0{source.allow_outside}\0{rows.told()}"
     where = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:16]
-    return cache_path(source.path, f"-{code}-{where}.npz")
+    return cache_path(source.path, f"-{_code()}-{where}.npz")
+
+
+@functools.cache
+def _code() -> str:
+    """The state of the code that reads and checks records."""
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(CODE.glob("*.py")))).hexdigest()[:16]

@@ -103,12 +103,13 @@ def load_records(
         notice = checked_index.restore(source, rows)
         if notice is not None:
             numbers = range(min(len(rows), limit or len(rows)))
-        elif rows.large and limit is None and on_broken == "stop" and rows.find():
-            numbers, notice = _check_all(source, rows, parse)
         else:
-            numbers, notice = _scan(source.path, rows, parse, limit, on_broken)
-        if len(numbers) == len(rows) and limit is None:
-            checked_index.keep(source, rows, notice)
+            if rows.large and limit is None and on_broken == "stop" and rows.find():
+                numbers, notice = _check_all(source, rows, parse)
+            else:
+                numbers, notice = _scan(source.path, rows, parse, limit, on_broken)
+            if len(numbers) == len(rows) and limit is None:
+                checked_index.keep(source, rows, notice)
     if notice:
         logger.warning(notice)
     if not numbers:
