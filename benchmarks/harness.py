@@ -227,12 +227,17 @@ def save(name: str, rows: Sequence[Any], *, device: str, **more: Any) -> Path:
     content = {"environment": environment(device, torch.get_num_threads()), **more, "rows": plain}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
-    columns = list(dict.fromkeys(key for row in plain for key in row))
-    with path.with_suffix(".csv").open("w", newline="") as file:
+    write_csv(path.with_suffix(".csv"), plain)
+    return path
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A column for every key of any row; empty where a row has none."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(plain)
-    return path
+        writer.writerows(rows)
 
 
 def merged(old: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str, Any]]:

@@ -29,9 +29,9 @@ from appo.tasks.thoughts import telling_spans
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
 from benchmarks import harness
+from benchmarks.credit.results import REGISTERED, SEEDS
 
 VERBOSE = [name for name in TASKS if name.startswith("verbose")]
-SEEDS = (300, 301, 302)
 CLIPS = {"warmup": 512, "train": 1536}
 MOST_LACKING = 0.02  # share of responses without the telling sentence
 CHECKED = 64  # prompts
@@ -105,20 +105,21 @@ def measure(folders: dict[int, Path], trainers: dict[int, Trainer], groups: int,
         print(f"{counts} groups; the last unit took {unit.totals['cpu']:.0f} s of CPU", flush=True)
 
 
+def passed_on(folder: Path, kept: list[Unit]) -> Iterator[Unit]:
+    """The units of a warm start; ``kept`` has them without sketches, of which a thousand groups' take a gigabyte."""
+    for unit in units_of(folder):
+        yield unit
+        unit.sketches = torch.empty(0)
+        kept.append(unit)
+
+
 def write(folders: dict[int, Path], task: str, groups: int, name: str) -> None:
     """results/NAME.npz and .json of all units that are there."""
     kept: dict[str, list[Unit]] = {}
     models = {}
     for seed, folder in folders.items():
-        units = kept[str(seed)] = []
-
-        def light(folder: Path = folder, units: list[Unit] = units) -> Iterator[Unit]:
-            for unit in units_of(folder):
-                yield unit
-                unit.sketches = torch.empty(0)  # a thousand groups' would take a gigabyte
-                units.append(unit)
-
-        models[str(seed)] = blocks(light(), whole=True)
+        kept[str(seed)] = []
+        models[str(seed)] = blocks(passed_on(folder, kept[str(seed)]), whole=True)
     path = harness.RESULTS / f"{name}.npz"
     save_blocks(path, models)
     content = {
@@ -136,7 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=VERBOSE, default="verbose-48x4")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of clips, model and warm start")
-    parser.add_argument("--groups", type=int, default=1000, help="with rewards that differ, of each warm start")
+    parser.add_argument("--groups", type=int, default=REGISTERED, help="with rewards that differ, of each warm start")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no unit after this time")
     parser.add_argument("--work", type=Path, default=Path("runs/credit"))
     parser.add_argument("--name", help="of the result files (default: credit-TASK)")

@@ -6,7 +6,7 @@ from typing import Any
 
 from appo.tasks.named import TASKS
 from benchmarks import harness
-from benchmarks.credit.results import PRIMARY, REGISTERED
+from benchmarks.credit.results import PRIMARY, REGISTERED, SEEDS
 
 COMMAND = "python -m benchmarks.credit.measure"
 
@@ -33,7 +33,7 @@ def groups(content: dict[str, Any]) -> dict[str, int]:
 
 def finished(content: dict[str, Any]) -> bool:
     """Whether the stopping rule of the pre-registration was reached."""
-    return all(count >= REGISTERED for count in groups(content).values()) and len(content["totals"]) >= 3
+    return all(count >= REGISTERED for count in groups(content).values()) and len(content["totals"]) >= len(SEEDS)
 
 
 def task_lines(task: str) -> list[str]:
@@ -50,7 +50,8 @@ def task_lines(task: str) -> list[str]:
     )  # fmt: skip
     if not finished(content):
         state = (
-            f"**Preliminary: the registered {REGISTERED} groups of each of 3 warm starts were not reached.** {state}"
+            f"**Preliminary: the registered {REGISTERED} groups of each of {len(SEEDS)} warm starts were not reached.**"
+            f" {state}"
         )
     lines = [
         f"### {task}", "", state, "",
@@ -88,7 +89,7 @@ def sentence(task: str = "verbose-48x4") -> str:
     counts = groups(content)
     done = f"{sum(counts.values())} groups of {len(counts)} warm starts"
     if not finished(content):
-        done += f", preliminary: {3 * REGISTERED:,} of 3 are registered"
+        done += f", preliminary: {len(SEEDS) * REGISTERED:,} of {len(SEEDS)} are registered"
     return (
         "**Does looking help?** With 48 words that do not matter around what was seen, weight 2.7 on the words that "
         f"tell it is worth {gain('oracle')} times the samples of W = 1 for these words' gradient; APPO on the frames "

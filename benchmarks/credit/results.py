@@ -6,9 +6,7 @@ is that of benchmarks/credit/PREREGISTRATION.md.
 """
 
 import argparse
-import csv
 import json
-from pathlib import Path
 from typing import Any
 
 from appo.credit import report
@@ -17,7 +15,8 @@ from appo.credit.weightings import BASE
 from benchmarks import harness
 
 DRAWS = 10_000
-REGISTERED = 1000  # groups of each warm start
+SEEDS = (300, 301, 302)  # of the registered warm starts
+REGISTERED = 1000  # groups of each
 # The registered hypotheses of the primary outcome: number -> (row, row that it is compared with).
 HYPOTHESES = {
     "0": ("oracle", BASE),
@@ -61,12 +60,9 @@ def tests_of(result: dict[str, Any]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+def rounded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """To five digits, for a table that is committed."""
+    return [{k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows]
 
 
 def main() -> None:
@@ -80,8 +76,8 @@ def main() -> None:
     models = load_blocks(path)
     found = analyse(list(models.values()), options.draws)
     rows, tests = rows_of(found, content["hits"]), tests_of(found[PRIMARY])
-    write_csv(path.with_suffix(".csv"), rows)
-    write_csv(path.with_name(f"{path.stem}-tests.csv"), tests)
+    harness.write_csv(path.with_suffix(".csv"), rounded(rows))
+    harness.write_csv(path.with_name(f"{path.stem}-tests.csv"), rounded(tests))
     counts = {seed: int(model.sizes.sum()) for seed, model in models.items()}
     print(f"groups: {counts}; registered: {REGISTERED} each", *report.table(found[PRIMARY], content["hits"]), sep="\n")
     for test in tests:
