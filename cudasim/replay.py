@@ -8,6 +8,7 @@ import ctypes
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -86,7 +87,8 @@ def play(
     timeout: int = 240,
 ) -> Outcome:
     """Play ``calls`` back in a new process, once per seed, the regular schedule first. A kernel that touches memory
-    beyond a buffer ends it. ``preload``: "libasan.so" or "libtsan.so", which then say what was touched."""
+    beyond a buffer, or beyond an array of its own, ends it. ``preload``: "libasan.so" or "libtsan.so", which then say
+    what was touched."""
     file = folder / "calls.pickle"
     file.write_bytes(pickle.dumps([vars(c) for c in calls]))
     environment = dict(os.environ, ASAN_OPTIONS="detect_leaks=0", TSAN_OPTIONS="exitcode=66 history_size=4")
@@ -96,19 +98,13 @@ def play(
             [os.environ.get("CXX", "g++"), f"-print-file-name={preload}"], capture_output=True, text=True, check=True
         )
         environment["LD_PRELOAD"] = found.stdout.strip()
-    command = [
-        sys.executable,
-        "-S",
-        str(PLAYER),
-        str(library),
-        str(file),
-        "malloc" if preload else "pages",
-        *map(str, seeds),
-    ]
+    memory = "malloc" if preload else "pages"
+    command = [sys.executable, "-S", str(PLAYER), str(library), str(file), memory, *map(str, seeds)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
     told = json.loads(lines[-1]) if lines else {"failures": {}, "counters": {}}
     failures = {int(seed): text for seed, text in told["failures"].items()}
     if result.returncode < 0 and not preload:
-        failures = {seeds[0]: f"ended by signal {-result.returncode}: memory outside of all buffers was touched"}
+        name = signal.Signals(-result.returncode).name
+        failures = {seeds[0]: f"ended by {name}: memory outside of all buffers, or of an array, was touched"}
     return Outcome(result.returncode, failures, told["counters"], result.stdout + result.stderr)

@@ -28,7 +28,7 @@ def mutants(file: str, source: str) -> Iterator[Mutant]:
     for function in ast.parse(source).body:
         if not isinstance(function, ast.FunctionDef) or not _is_kernel(function):
             continue
-        changes = _Changes(source, place, {a.arg for a in function.args.args})
+        changes = _Changes(source, {a.arg for a in function.args.args})
         for statement in function.body:
             changes.visit(statement)
         for operator, node, replacement in changes.found:
@@ -49,7 +49,7 @@ def _is_kernel(function: ast.FunctionDef) -> bool:
 class _Changes(ast.NodeVisitor):
     """(operator, node, text that it becomes), for all nodes of a kernel's body."""
 
-    def __init__(self, source: str, place: object, arguments: set[str]) -> None:
+    def __init__(self, source: str, arguments: set[str]) -> None:
         self.source = source
         self.strides = sorted(a for a in arguments if a.startswith("stride_") and len(a) == len("stride_xy"))
         self.found: list[tuple[str, ast.expr | ast.stmt, str]] = []
