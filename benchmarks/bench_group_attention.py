@@ -61,14 +61,13 @@ def case(shape: GroupShape, dtype: torch.dtype, device: str) -> Case:
     if grouper is None:
         skipped["PrefixGrouper, sdpa"] = "the package prefix-grouper is not installed"
     else:
-        contestants.append(Contestant("PrefixGrouper, sdpa", "peer", partial(both, grouper, packed, upstream)))
+        checked["PrefixGrouper"] = partial(both, grouper, packed, upstream)
+        contestants.append(Contestant("PrefixGrouper, sdpa", "peer", checked["PrefixGrouper"]))
     if flex is None:
         skipped["FlexAttention, block mask"] = reason
     else:
         contestants.append(Contestant("FlexAttention, block mask", "peer", partial(both, flex, packed, upstream)))
     contestants.append(Contestant("bound: flash, as many pairs", "bound", partial(both, full, limit)))
-    if grouper is not None:
-        checked = checked | {"PrefixGrouper": partial(both, grouper, packed, upstream)}
     verify = partial(check, shape, dtype, layout, checked, packed, upstream, dense)
     return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, contestants, skipped)
 

@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *OTHERS], default=list(VARIANTS))
     parser.add_argument("--base", choices=[*VARIANTS, *OTHERS], default="grpo", help="what differences are taken to")
     parser.add_argument("--run", type=int, metavar="SEED", help="the variants of one seed, in this process")
-    parser.add_argument("--name", help="of the result files (default: learning, or learning-cue); '-': none")
+    parser.add_argument("--name", help="of the result files (default: learning, or learning-TASK); '-': none")
     parser.add_argument("--prepare", type=int, metavar="NUMBER", help="one warm start, in this process")
     options = parser.parse_args()
     options.name = options.name or ("learning" if options.task == "moment" else f"learning-{options.task}")

@@ -21,10 +21,9 @@ from benchmarks.peer_cases import TEMPERATURE, Batch, Case, batch_of
 
 # float32: sums in another order. float64: the same formula, to the last digits.
 ALLOWED = {torch.float32: 2e-6, torch.float64: 1e-12}
-FORMS = {"": "from log-probabilities", "logits": "from logits", "hidden": "from hidden states"}
-MEASURES = [
-    f"{measure}{', ' * bool(form)}{FORMS[form] * bool(form)}" for form in FORMS for measure in ("loss", "gradient")
-]
+# From log-probabilities, and from what they are made of.
+FORMS = {"logprobs": "", "logits": ", from logits", "hidden": ", from hidden states"}
+MEASURES = [f"{measure}{suffix}" for suffix in FORMS.values() for measure in ("loss", "gradient")]
 
 
 def compare(cases: Iterable[Case], dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -71,13 +70,13 @@ def differences(case: Case, batch: Batch) -> dict[str, float]:
         ),
     }
     if bonus == 0:
-        results[""] = (weighted_surrogate(leaf, *positional[1:], **shared).loss, (leaf,), expected[:1])
+        results["logprobs"] = (weighted_surrogate(leaf, *positional[1:], **shared).loss, (leaf,), expected[:1])
     found = {}
     for form, (loss, leaves, wanted) in results.items():
-        suffix = f", {FORMS[form]}" if form else ""
-        found[f"loss{suffix}"] = abs(float((scale * loss - theirs).detach())) / max(1.0, abs(float(theirs.detach())))
+        off = abs(float((scale * loss - theirs).detach()))
+        found[f"loss{FORMS[form]}"] = off / max(1.0, abs(float(theirs.detach())))
         gradients = torch.autograd.grad(scale * loss, leaves)
-        found[f"gradient{suffix}"] = max(_relative(g, w) for g, w in zip(gradients, wanted, strict=True))
+        found[f"gradient{FORMS[form]}"] = max(_relative(g, w) for g, w in zip(gradients, wanted, strict=True))
     return found
 
 
