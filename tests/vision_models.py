@@ -21,6 +21,26 @@ HYBRID = {
 }  # fmt: skip
 
 
+# Of a vision tower, as most configs name them.
+TOWER = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+
+
+def _qwen2_readers(tokenizer: Any, patch: int) -> dict[str, Any]:
+    """The parts of a processor that reads images and videos as Qwen2-VL's does."""
+    size = tiny.pixels(patch)
+    return {
+        "image_processor": hf.Qwen2VLImageProcessor(patch_size=patch, size=size),
+        "tokenizer": tokenizer,
+        "video_processor": hf.Qwen2VLVideoProcessor(patch_size=patch, size=size, cap_pixels_per_frame=False),
+        "chat_template": tiny.CHAT_TEMPLATE,
+    }
+
+
+def _pad_ids(tokenizer: Any) -> dict[str, Any]:
+    """Ids of the tokens in place of media, for configs that name none around them."""
+    return {name: value for name, value in tiny.special_ids(tokenizer).items() if not name.startswith("vision")}
+
+
 def _qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
     patch = 7
     tower = {"depth": 2, "embed_dim": 64, "num_heads": 2, "mlp_ratio": 2, "hidden_size": 128}
@@ -29,13 +49,7 @@ def _qwen2_vl(tokenizer: Any) -> tuple[Any, Any]:
         vision_config=tower | tiny.patches(patch),
         **tiny.special_ids(tokenizer),
     )
-    size = tiny.pixels(patch)
-    processor = hf.Qwen2VLProcessor(
-        image_processor=hf.Qwen2VLImageProcessor(patch_size=patch, size=size),
-        tokenizer=tokenizer,
-        video_processor=hf.Qwen2VLVideoProcessor(patch_size=patch, size=size, cap_pixels_per_frame=False),
-        chat_template=tiny.CHAT_TEMPLATE,
-    )
+    processor = hf.Qwen2VLProcessor(**_qwen2_readers(tokenizer, patch))
     return hf.Qwen2VLForConditionalGeneration(config), processor
 
 
@@ -72,13 +86,12 @@ def _glm(config: Any, model: Any, readers: str, text: dict[str, Any]) -> Callabl
         patch = 8
         tokenizer.add_special_tokens({"extra_special_tokens": list(MARKS)}, replace_extra_special_tokens=False)
         video_start, video_end, image_start, image_end = tokenizer.convert_tokens_to_ids(list(MARKS))
-        ids = {name: value for name, value in tiny.special_ids(tokenizer).items() if not name.startswith("vision")}
         rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "partial_rotary_factor": 1.0}
         made = config(
             text_config={**tiny.text_settings(tokenizer, rope, {}), "head_dim": 32, **text},
             vision_config={**VISION, **tiny.patches(patch), "image_size": 64},
             video_start_token_id=video_start, video_end_token_id=video_end, image_start_token_id=image_start,
-            image_end_token_id=image_end, **ids,
+            image_end_token_id=image_end, **_pad_ids(tokenizer),
         )  # fmt: skip
         size = tiny.pixels(patch)
         template = tiny.CHAT_TEMPLATE
@@ -99,6 +112,7 @@ def _glm(config: Any, model: Any, readers: str, text: dict[str, Any]) -> Callabl
 
 def _with_named(tokenizer: Any, names: dict[str, str]) -> Any:
     """The tokenizer with further tokens that it knows by name, as ``tokenizer.NAME`` and ``tokenizer.NAME_id``."""
+    tokenizer.add_special_tokens({"extra_special_tokens": list(names.values())}, replace_extra_special_tokens=False)
     known = {name: getattr(tokenizer, name) for name in ("unk_token", "eos_token", "pad_token", "padding_side")}
     named = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>", **names}
     return hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, extra_special_tokens=named, **known)
@@ -112,7 +126,6 @@ def _omni(name: str, first: bool, text: dict[str, Any], **vision: Any) -> Callab
         patch = 7 if first else 8
         marks = {"audio_token": "<|AUDIO|>", "audio_bos_token": "<|audio_bos|>", "audio_eos_token": "<|audio_eos|>"}
         marks |= {"vision_bos_token": "<|vision_start|>", "vision_eos_token": "<|vision_end|>"}
-        tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
         tokenizer = _with_named(tokenizer, marks)
         audio = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
         audio |= {"output_dim": 128, "num_mel_bins": 16}
@@ -128,13 +141,8 @@ def _omni(name: str, first: bool, text: dict[str, Any], **vision: Any) -> Callab
             position_id_per_seconds=2,
             **tiny.special_ids(tokenizer),
         )
-        size = tiny.pixels(patch)
         return made(config), getattr(hf, f"{name}Processor")(
-            image_processor=hf.Qwen2VLImageProcessor(patch_size=patch, size=size),
-            tokenizer=tokenizer,
-            video_processor=hf.Qwen2VLVideoProcessor(patch_size=patch, size=size, cap_pixels_per_frame=False),
-            feature_extractor=hf.WhisperFeatureExtractor(feature_size=16),
-            chat_template=tiny.CHAT_TEMPLATE,
+            feature_extractor=hf.WhisperFeatureExtractor(feature_size=16), **_qwen2_readers(tokenizer, patch)
         )
 
     return build_one
@@ -161,13 +169,11 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any]:
     """A frame is 4 x 4 patches, shuffled to 4 tokens; an image up to 4 tiles of that size."""
     marks = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<IMG_CONTEXT>"}
     marks |= {"video_token": "<video>"}
-    tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
     tokenizer = _with_named(tokenizer, marks)
     config = hf.InternVLConfig(
         text_config=_full_text(tokenizer, "qwen2"),
         vision_config={
-            "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
-            "image_size": [28, 28], "patch_size": [7, 7], "use_absolute_position_embeddings": True,
+            **TOWER, "image_size": [28, 28], "patch_size": [7, 7], "use_absolute_position_embeddings": True,
         },
         image_token_id=tokenizer.context_image_token_id, image_seq_length=4,
     )  # fmt: skip
@@ -184,14 +190,12 @@ def _internvl(tokenizer: Any) -> tuple[Any, Any]:
 
 def _siglip(**changes: Any) -> dict[str, Any]:
     """A tower of pictures of 28 x 28 pixels, 16 patches."""
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
-    return {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 7, **sizes, **changes}
+    return {"model_type": "siglip_vision_model", "image_size": 28, "patch_size": 7, **TOWER, **changes}
 
 
 def _llava_onevision(tokenizer: Any) -> tuple[Any, Any]:
     """A frame is 16 patches, pooled to 4 tokens; an image itself and its tiles."""
     marks = {"image_token": "<image>", "video_token": "<video>"}
-    tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
     tokenizer = _with_named(tokenizer, marks)
     tiles = [[28, 28], [28, 56], [56, 28], [56, 56]]
     config = hf.LlavaOnevisionConfig(
@@ -221,8 +225,7 @@ def _gemma_text(tokenizer: Any, **changes: Any) -> dict[str, Any]:
 
 def _gemma_tokenizer(tokenizer: Any, marks: dict[str, str]) -> Any:
     """A tokenizer that puts a token in front of all, as the chat template does too."""
-    added = ["<bos>", *marks.values()]
-    tokenizer.add_special_tokens({"extra_special_tokens": added}, replace_extra_special_tokens=False)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<bos>"]}, replace_extra_special_tokens=False)
     begin = tokenizer.convert_tokens_to_ids("<bos>")
     tokenizer = _with_named(tokenizer, marks)
     tokenizer.bos_token = "<bos>"
@@ -262,12 +265,10 @@ def _smolvlm(tokenizer: Any) -> tuple[Any, Any]:
     pytest.importorskip("num2words", reason="SmolVLM's processor counts frames in words")
     marks = {"image_token": "<image>", "video_token": "<video>", "fake_image_token": "<fake_token_around_image>"}
     marks |= {"global_image_token": "<global-img>", "end_of_utterance_token": "<end_of_utterance>"}
-    tokenizer.add_special_tokens({"extra_special_tokens": list(marks.values())}, replace_extra_special_tokens=False)
     tokenizer = _with_named(tokenizer, marks)
-    tower = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
     config = hf.SmolVLMConfig(
         text_config=_full_text(tokenizer, "llama"),
-        vision_config={"image_size": 28, "patch_size": 7, **tower},
+        vision_config={"image_size": 28, "patch_size": 7, **TOWER},
         image_token_id=tokenizer.image_token_id,
         tie_word_embeddings=False,
     )
@@ -316,10 +317,8 @@ def _gemma4(tokenizer: Any) -> tuple[Any, Any]:
 def _video_llama(tokenizer: Any) -> tuple[Any, Any]:
     """Frames of up to four tokens, of which those that stay the same are left out."""
     patch = 7
-    ids = {name: value for name, value in tiny.special_ids(tokenizer).items() if not name.startswith("vision")}
-    tower = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text = tiny.text_settings(tokenizer, {"rope_type": "default"}, {"model_type": "qwen2"})
-    config = hf.VideoLlama3Config(text_config=text, vision_config={**tower, "patch_size": patch}, **ids)
+    text = _full_text(tokenizer, "qwen2")
+    config = hf.VideoLlama3Config(text_config=text, vision_config=TOWER | {"patch_size": patch}, **_pad_ids(tokenizer))
     size = tiny.pixels(patch)
     processor = hf.VideoLlama3Processor(
         image_processor=hf.VideoLlama3ImageProcessor(patch_size=patch, size=size),
@@ -334,18 +333,9 @@ def _exaone(tokenizer: Any) -> tuple[Any, Any]:
     """Three layers of a sliding window of eight tokens, then one without."""
     patch = 7
     tower = {**VISION, **tiny.patches(patch), "num_key_value_heads": 1, "window_size": 28, "fullatt_block_indexes": [1]}
-    text = {**tiny.text_settings(tokenizer, {"rope_type": "default"}, {}), "head_dim": 32, "sliding_window": 8}
-    ids = {name: value for name, value in tiny.special_ids(tokenizer).items() if not name.startswith("vision")}
-    config = hf.Exaone4_5_Config(
-        text_config={**text, "model_type": "exaone4", "sliding_window_pattern": 4}, vision_config=tower, **ids
-    )
-    size = tiny.pixels(patch)
-    processor = hf.Exaone4_5_Processor(
-        image_processor=hf.Qwen2VLImageProcessor(patch_size=patch, size=size),
-        tokenizer=tokenizer,
-        video_processor=hf.Qwen2VLVideoProcessor(patch_size=patch, size=size, cap_pixels_per_frame=False),
-        chat_template=tiny.CHAT_TEMPLATE,
-    )
+    text = _full_text(tokenizer, "exaone4", head_dim=32, sliding_window=8, sliding_window_pattern=4)
+    config = hf.Exaone4_5_Config(text_config=text, vision_config=tower, **_pad_ids(tokenizer))
+    processor = hf.Exaone4_5_Processor(**_qwen2_readers(tokenizer, patch))
     return hf.Exaone4_5_ForConditionalGeneration(config), processor
 
 
