@@ -16,6 +16,29 @@ def tiny(request):
     return build(request.param)
 
 
+SAMPLING = Sampling(group_size=8, max_new_tokens=60, temperature=20.0)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny):
+    """Groups sampled in one batch, each prompt repeated for each of its responses; some of them end early."""
+    model, processor, inputs = tiny
+    groups = TransformersRollout(model, processor).generate(as_prompts(inputs), SAMPLING, [1, 2, 3])
+    assert sum(completion.finish_reason == "stop" for group in groups for completion in group) > 3, "some end early"
+    return groups
+
+
+def assert_as_whole(whole, tiny, budget):
+    """The same responses in the same order, sampled in batches of a budget."""
+    model, processor, inputs = tiny
+    engine = TransformersRollout(model, processor, batch_tokens=budget)
+    found = engine.generate(as_prompts(inputs), SAMPLING, [1, 2, 3])
+    for first, second in zip(whole, found, strict=True):
+        for a, b in zip(first, second, strict=True):
+            assert torch.equal(a.ids, b.ids) and a.finish_reason == b.finish_reason
+            torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+
+
 # Budgets in tokens of two prompts of 5 and 4 tokens, groups of 3 responses of at most 3: all in one batch; a group a
 # batch; a group in parts; less than a row.
 @pytest.mark.parametrize(
@@ -32,18 +55,10 @@ def test_prompts_are_sampled_in_batches_of_tokens(budget, expected):
     assert [[(index, rows.start, rows.stop) for index, rows in batch] for batch in found] == expected
 
 
-def test_samples_do_not_depend_on_how_they_are_batched(tiny):
+def test_samples_do_not_depend_on_how_they_are_batched(whole, tiny):
     """Split groups, prompts by themselves, and rows that leave when they have ended: the same responses, in order."""
-    model, processor, inputs = tiny
-    sampling, prompts = Sampling(group_size=8, max_new_tokens=60, temperature=20.0), as_prompts(inputs)
-    whole = TransformersRollout(model, processor).generate(prompts, sampling, [1, 2, 3])
-    assert sum(completion.finish_reason == "stop" for group in whole for completion in group) > 3, "some end early"
-    for budget in (1, 5 * (len(prompts[0]) + 60)):
-        parts = TransformersRollout(model, processor, batch_tokens=budget).generate(prompts, sampling, [1, 2, 3])
-        for first, second in zip(whole, parts, strict=True):
-            for a, b in zip(first, second, strict=True):
-                assert torch.equal(a.ids, b.ids) and a.finish_reason == b.finish_reason
-                torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+    for budget in (1, 5 * (len(as_prompts(tiny[2])[0]) + SAMPLING.max_new_tokens)):
+        assert_as_whole(whole, tiny, budget)
 
 
 @pytest.fixture
@@ -56,17 +71,8 @@ def sharing(tiny):
 
 # All in one batch; groups in parts; rows that leave when they have ended are in all of them.
 @pytest.mark.parametrize("budget", [262_144, 400, 1])
-def test_samples_of_shared_prompts_are_those_of_repeated_ones(tiny, budget, request):
-    model, processor, inputs = tiny
-    sampling, prompts = Sampling(group_size=8, max_new_tokens=60, temperature=20.0), as_prompts(inputs)
-    expected = TransformersRollout(model, processor).generate(prompts, sampling, [1, 2, 3])
-    assert sum(completion.finish_reason == "stop" for group in expected for completion in group) > 3, "some end early"
-    request.getfixturevalue("sharing")
-    found = TransformersRollout(model, processor, batch_tokens=budget).generate(prompts, sampling, [1, 2, 3])
-    for first, second in zip(expected, found, strict=True):
-        for a, b in zip(first, second, strict=True):
-            assert torch.equal(a.ids, b.ids) and a.finish_reason == b.finish_reason
-            torch.testing.assert_close(a.logprobs, b.logprobs, rtol=0, atol=1e-4)
+def test_samples_of_shared_prompts_are_those_of_repeated_ones(whole, sharing, budget):
+    assert_as_whole(whole, sharing, budget)
 
 
 def test_under_autocast_shared_prompts_are_as_good_as_repeated_ones(tiny, request):
