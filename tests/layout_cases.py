@@ -33,6 +33,13 @@ def logits_of(policy: Policy) -> Any:
     return head
 
 
+def plain_logits(model: Any, group: Any, row: int, processor: Any, layout: Layout) -> Tensor:
+    """(N, V) of one response, by a plain forward of the model."""
+    with torch.no_grad():
+        logits: Tensor = model(**plain_inputs(group, row, processor, layout)).logits
+    return logits[0, len(group.prompt) - 1 : -1]
+
+
 def plain_inputs(group: Any, row: int, processor: Any, layout: Layout) -> dict[str, Tensor]:
     """A plain forward's inputs, as transformers' processor makes them: one response behind its prompt, nothing else in
     the batch."""

@@ -12,7 +12,7 @@ import torch
 import training
 import transformers as hf
 import vision_models
-from layout_cases import logits_of, plain_inputs, settings
+from layout_cases import logits_of, plain_inputs, plain_logits, settings
 from PIL import Image
 from test_policy import make_groups
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
@@ -48,16 +48,16 @@ def test_hidden_states_and_mass_are_those_of_each_response_alone(model_type: str
         frames = (group.prompt.frame_ids[:, None] == torch.arange(group.prompt.num_frames)).double()
         for row in range(2):
             model.set_attn_implementation("sdpa")
+            alone.append(plain_logits(model, group, row, processor, layout))
+            model.set_attn_implementation("eager")
             with torch.no_grad():
-                alone.append(model(**plain_inputs(group, row, processor, layout)).logits[0, len(group.prompt) - 1 : -1])
-                model.set_attn_implementation("eager")
                 attentions = model(**plain_inputs(group, row, processor, layout), output_attentions=True).attentions
             layers = [layer for layer in attentions if layer is not None]
             rows = torch.stack([layer[0, :, len(group.prompt) - 1 : -1, : len(group.prompt)] for layer in layers])
             eager.append(rows.double().mean((0, 1)) @ frames)
     model.set_attn_implementation("sdpa")
     attending = sorted(attention_modules(model.get_decoder()))  # windowed ones too
-    for share in ("on", "off") if LAYOUTS[model_type].shares_prompt else ("auto",):
+    for share in ("on", "off") if layout.shares_prompt else ("auto",):
         policy = Policy(model, share)
         assert policy.share_prompt == (share == "on")
         sequences = policy.sequences(batch)
@@ -103,10 +103,9 @@ def test_tokens_that_are_as_in_the_frame_before_are_left_out(tmp_path: Path, mon
     policy = Policy(model, "on")
     with torch.no_grad():
         logits = policy(batch, logits_of(policy))
-        for index in range(4):
-            group, row = groups[index // 2], index % 2
-            alone = model(**plain_inputs(group, row, processor, layout)).logits[0, len(group.prompt) - 1 : -1]
-            torch.testing.assert_close(logits[index][batch.mask[index]], alone, rtol=1e-4, atol=1e-4)
+    for index in range(4):
+        alone = plain_logits(model, groups[index // 2], index % 2, processor, layout)
+        torch.testing.assert_close(logits[index][batch.mask[index]], alone, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model_type", LAYOUTS)
