@@ -22,12 +22,14 @@ def nothing(slots):
     raise AssertionError("the divergence is not needed")
 
 
+def entropy_of(logits):
+    return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+
+
 def random_group(G=5, N=7, V=11, scale=3.0):
     generator = torch.Generator().manual_seed(3)
     logits = scale * torch.randn(G, N, V, generator=generator, dtype=torch.float64)
-    lse = logits.logsumexp(-1)
-    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
-    return logits, lse, entropy
+    return logits, logits.logsumexp(-1), entropy_of(logits)
 
 
 def test_entropy_is_each_members_own() -> None:
@@ -60,7 +62,7 @@ def test_a_fork_has_entropy_and_a_copy_divergence() -> None:
     logits[:, 0, :2] = 0.0
     logits[0, 1, 0] = logits[1, 1, 1] = logits[:, 2, 3] = 0.0
     lse = logits.logsumexp(-1)
-    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    entropy = entropy_of(logits)
     slots = torch.arange(3).expand(1, 2, 3)
     of = partial(group_divergence_from_logits, logits, lse)
     fork, copy, same = slot_disagreement("divergence", slots, of)[0].tolist()
@@ -108,10 +110,8 @@ def test_refusals_name_the_argument() -> None:
 @pytest.mark.parametrize("kind", ["divergence", "entropy", "mixture"])
 def test_other_trainers_get_the_same_weights(kind: str) -> None:
     """group_weights of two groups against the three functions, one group after the other."""
-    logits, _, _ = random_group(G=6, N=9, V=13)
-    hidden, weight = logits.float(), torch.eye(13)
-    logits = logits.float()
-    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    logits = random_group(G=6, N=9, V=13)[0].float()
+    hidden, weight, entropy = logits, torch.eye(13), entropy_of(logits)
     generator = torch.Generator().manual_seed(5)
     mass, targets = torch.rand(6, 9, 4, generator=generator), torch.randint(13, (6, 9), generator=generator)
     mask = torch.arange(9) < torch.tensor([9, 5, 7, 1, 9, 3])[:, None]

@@ -32,15 +32,18 @@ def inputs() -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def rule(method: str, folder: Path) -> APPOConfig:
-    if method != "own":
-        return (
-            APPOConfig.preset(method) if method != "appo" else APPOConfig(strategy="all", top_tokens=2, slot_tokens=3)
-        )
-    (folder / "mine.py").write_text(
-        "def weigh(group, divergence, config):\n    return group.mass.amax(-1) * group.entropy\n"
-    )
+def own_rule(folder: Path, returned: str) -> APPOConfig:
+    """A rule of a file, which returns an expression."""
+    (folder / "mine.py").write_text(f"def weigh(group, divergence, config):\n    return {returned}\n")
     return APPOConfig(method=f"{folder}/mine.py:weigh")
+
+
+def rule(method: str, folder: Path) -> APPOConfig:
+    if method == "own":
+        return own_rule(folder, "group.mass.amax(-1) * group.entropy")
+    if method == "appo":
+        return APPOConfig(strategy="all", top_tokens=2, slot_tokens=3)
+    return APPOConfig.preset(method)
 
 
 def test_every_method_has_a_rule() -> None:
@@ -105,17 +108,14 @@ def test_groups_without_frames_or_method_have_weights_of_one(method: str, tmp_pa
     [("group.mask[0]", "shape"), ("-group.entropy", ">= 0"), ("group.mask / 0 * float('nan')", "finite")],
 )
 def test_a_rule_that_returns_other_things_is_named(returned: str, named: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(f"def weigh(group, divergence, config):\n    return {returned}\n")
-    config = APPOConfig(method=f"{tmp_path}/mine.py:weigh")
+    config = own_rule(tmp_path, returned)
     with pytest.raises(ValueError, match=rf"method .*mine\.py:weigh: `weights`: expected .*{named}"):
         group_weights(**inputs(), config=config, group_size=G)
 
 
 def test_what_is_masked_may_be_anything(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        "def weigh(group, divergence, config):\n    return group.entropy.masked_fill(~group.mask, float('nan'))\n"
-    )
-    found = group_weights(**inputs(), config=APPOConfig(method=f"{tmp_path}/mine.py:weigh"), group_size=G)
+    config = own_rule(tmp_path, "group.entropy.masked_fill(~group.mask, float('nan'))")
+    found = group_weights(**inputs(), config=config, group_size=G)
     assert bool((found.weights[~inputs()["mask"]] == 1).all()) and bool(found.weights.isfinite().all())
 
 

@@ -39,11 +39,10 @@ def written(folder: Path, code: str) -> Path:
     return path
 
 
-def trainer(cls: type[Trainer], folder: Path, **options: Any) -> Trainer:
+def trainer(cls: type[Trainer], folder: Path, attention_loss: Any = attention_loss, **options: Any) -> Trainer:
     model, processor = training.tiny()
-    functions = {name: options.pop(name) for name in ("attention_loss",) if name in options}
     config = training.config(folder / "run", **options)
-    return cls(model, processor, training.records(), config=config, **functions)
+    return cls(model, processor, training.records(), config=config, attention_loss=attention_loss)
 
 
 def test_every_block_is_in_a_section_that_is_tested() -> None:

@@ -53,7 +53,6 @@ def group(model: Any, processor: Any, index: int, frames: int) -> list[Sample]:
     return samples
 
 
-# Frames in one run of tokens, and frames apart by timestamps.
 def test_what_cannot_be_recorded_or_served_is_refused_before_anything_is_scored() -> None:
     model, _ = build_tiny(0)
     with pytest.raises(ValueError, match="`layers`: expected 1 to 4"):
@@ -62,7 +61,7 @@ def test_what_cannot_be_recorded_or_served_is_refused_before_anything_is_scored(
         GroupScorer(model, APPOConfig.preset("top-entropy"))
 
 
-# Two families: their attention, positions and frames differ.
+# Two families, whose attention and positions differ: frames in one run of tokens, and frames apart by timestamps.
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
 def test_weights_of_a_group_are_those_of_eager_attention(family: str) -> None:
     model, processor = build_tiny(0, family=family)
