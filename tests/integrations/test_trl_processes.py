@@ -1,10 +1,6 @@
 """TRL's trainer with ours in two gloo processes on a CPU: the same losses, one model, no group that is split."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +12,7 @@ pytest.importorskip("trl", reason="TRL is not installed: `make test-integrations
 pytest.importorskip("datasets", reason="TRL needs datasets: `make test-integrations`")
 
 from trl import GRPOTrainer
+from two_processes import run_two
 
 from appo.integrations.trl import APPOTrainer
 
@@ -60,21 +57,7 @@ CLASSES = {"both": BothLosses, "appo": APPOTrainer, "trl": GRPOTrainer}
 
 def processes(folder: Path, name: str, kind: str, **changes: Any) -> list[tuple[int, str]]:
     """Exit status and output of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(folder), name, kind, json.dumps(changes)],
-            env=os.environ | shared | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, cwd=Path(__file__).parents[2],
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=280)[0] for process in started]
-    return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
+    return run_two("-c", SCRIPT, str(folder), name, kind, json.dumps(changes), timeout=280)
 
 
 def trained(folder: Path, name: str, kind: str, **changes: Any) -> list[Any]:

@@ -1,8 +1,5 @@
 """verl's FSDP2 engine with ours in two gloo processes on a CPU, a group in each: weights, and the gradient of all."""
 
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ pytest.importorskip("transfer_queue", reason="verl's trainer needs it: `make tes
 
 import test_verl as shared
 import verl_cpu
+from two_processes import run_two
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import ActorConfig
 from verl.workers.utils.losses import ppo_loss
@@ -97,17 +95,8 @@ def test_two_processes_weigh_and_train_as_one(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     script = (
-        "import pathlib, sys, test_verl_processes as own; own.one_process(pathlib.Path(sys.argv[1]), int(sys.argv[2]))"
+        "import os, pathlib, sys, test_verl_processes as own\n"
+        "own.one_process(pathlib.Path(sys.argv[1]), int(os.environ['RANK']))"
     )
-    here = Path(__file__).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here}:{here.parents[1]}", "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", script, str(tmp_path), rank],
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=250)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    ends = run_two("-W", "ignore", "-c", script, str(tmp_path), timeout=250)
+    assert [status for status, _ in ends] == [0, 0], ends
