@@ -10,20 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from test_loading import CHOICE
+from test_loading import write as write_json
 
 from appo.data import all_records, arrow_rows, json_rows, load, span_rows, structure
 from appo.data.load import check_media, load_records
 from appo.data.records import DataError
 
-CHOICE = {
-    "problem_id": 17,
-    "problem": "Which object?",
-    "data_type": "video",
-    "problem_type": "multiple choice",
-    "options": ["A. The cup.", "B. The book."],
-    "solution": "<answer>B</answer>",
-    "path": "a/1.mp4",
-}
 # What a file of records may be: lines, a list, a table of columns.
 CONTAINERS = ("r.jsonl", "r.json", "r.parquet")
 
@@ -52,15 +45,12 @@ def three_processes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def write(folder: Path, *records: Any, name: str = "records.json") -> Path:
-    path = folder / name
-    if name.endswith("parquet"):
-        arrow = pytest.importorskip("pyarrow")
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(arrow.Table.from_pylist(list(records)), path)
-    else:
-        path.write_text("\n".join(map(json.dumps, records)) if name.endswith("l") else json.dumps(list(records)))
-    return path
+    if not name.endswith("parquet"):
+        return write_json(folder, *records, name=name)
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist(list(records)), folder / name)
+    return folder / name
 
 
 @pytest.mark.parametrize("name", CONTAINERS)

@@ -306,6 +306,13 @@ number = 3
 """
 
 
+@pytest.fixture
+def users(tmp_path: Path) -> str:
+    """The file of a user's functions."""
+    (tmp_path / "my.py").write_text(USERS)
+    return f"{tmp_path}/my.py"
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -315,26 +322,23 @@ number = 3
         ("absent", "expected a function of that name in the file, got None"),
     ],
 )
-def test_a_users_function_is_looked_at_before_it_is_called(name: str, says: str, tmp_path: Path) -> None:
-    (tmp_path / "my.py").write_text(USERS)
+def test_a_users_function_is_looked_at_before_it_is_called(name: str, says: str, users: str) -> None:
     with pytest.raises(UserCodeError, match=rf"reward .*my\.py:{name}: {says}"):
-        check_user_code([f"{tmp_path}/my.py:{name}"], "appo")
+        check_user_code([f"{users}:{name}"], "appo")
 
 
 @pytest.mark.parametrize(
     ("name", "says"), [("words", "expected a number or None, got '1.0'"), ("boom", "AttributeError")]
 )
-def test_a_users_function_that_fails_names_the_record(name: str, says: str, tmp_path: Path) -> None:
-    (tmp_path / "my.py").write_text(USERS)
+def test_a_users_function_that_fails_names_the_record(name: str, says: str, users: str) -> None:
     with pytest.raises(UserCodeError, match=rf"reward .*my\.py:{name}: .*record.*{says}"):
-        combine({f"{tmp_path}/my.py:{name}": 1.0}, ["x"], [CHOICE])
+        combine({f"{users}:{name}": 1.0}, ["x"], [CHOICE])
 
 
-def test_a_users_file_that_does_not_load_and_a_method_of_other_arguments(tmp_path: Path) -> None:
+def test_a_users_file_that_does_not_load_and_a_method_of_other_arguments(users: str, tmp_path: Path) -> None:
     (tmp_path / "broken.py").write_text("import no_such_package_of_mine")
     with pytest.raises(UserCodeError, match="cannot be loaded: ModuleNotFoundError"):
         check_user_code([f"{tmp_path}/broken.py:x"], "appo")
-    (tmp_path / "my.py").write_text(USERS)
     with pytest.raises(UserCodeError, match=r"expected a function of \(group, divergence, config\)"):
-        check_user_code(["accuracy"], f"{tmp_path}/my.py:right")
-    check_user_code([f"{tmp_path}/my.py:right", "accuracy"], "appo")
+        check_user_code(["accuracy"], f"{users}:right")
+    check_user_code([f"{users}:right", "accuracy"], "appo")
