@@ -99,6 +99,7 @@ def test_what_is_missing_is_named(shape: str, name: str, tmp_path: Path) -> None
 PLAIN = {"question": "What falls?", "answer": "a cup"}
 
 
+# Media and options under names that are nearly known, null, nested, or told of by other fields alone.
 @pytest.mark.parametrize(
     ("extra", "field"),
     [
@@ -131,6 +132,7 @@ def test_text_alone_is_still_text(extra: dict[str, Any], tmp_path: Path) -> None
     assert parsed(PLAIN | extra, tmp_path).media == ()
 
 
+# By letter in an object, as Python writes a list, a field for each, and within the question.
 @pytest.mark.parametrize(
     "extra",
     [
@@ -154,6 +156,7 @@ LINE = json.dumps(PLAIN)
 CSV = "question,answer\nWhat falls?,a cup\n"
 
 
+# Compression that is cut or none; a list called lines; other encodings; other separators; a number that is none.
 @pytest.mark.parametrize(
     ("name", "data", "says"),
     [
@@ -208,6 +211,7 @@ def test_tables_that_do_not_hold_text_or_not_one_split(tmp_path: Path) -> None:
             load_records(folder)
 
 
+# No JSON, no object, no files; files without a name, and no objects.
 @pytest.mark.parametrize("state", ["{", "[]", "{}", '{"_data_files": [{"name": "x"}]}', '{"_data_files": ["x"]}'])
 def test_folders_of_datasets_that_are_damaged(state: str, tmp_path: Path) -> None:
     pytest.importorskip("pyarrow")

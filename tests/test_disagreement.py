@@ -107,6 +107,7 @@ def test_refusals_name_the_argument() -> None:
         APPOConfig(method="tw-grpo", disagreement="entropy").check()
 
 
+# All kinds: one comes from the operator, one from entropies, one from both.
 @pytest.mark.parametrize("kind", ["divergence", "entropy", "mixture"])
 def test_other_trainers_get_the_same_weights(kind: str) -> None:
     """group_weights of two groups against the three functions, one group after the other."""

@@ -119,6 +119,7 @@ def test_what_is_masked_may_be_anything(tmp_path: Path) -> None:
     assert bool((found.weights[~inputs()["mask"]] == 1).all()) and bool(found.weights.isfinite().all())
 
 
+# A name that is none, one that is nearly a method's, a file that is not there.
 @pytest.mark.parametrize(
     ("settings", "named"),
     [

@@ -126,6 +126,7 @@ def test_videos_of_several_lengths(model_type: str, tmp_path: Path) -> None:
     assert together.input_ids.tolist() == plain[:begin] + [i for ids in whole for i in ids[begin:-rest]] + plain[begin:]
 
 
+# Those whose tokenizer puts a token in front of all.
 @pytest.mark.parametrize("model_type", ["gemma3", "gemma4"])
 def test_the_first_token_stands_once(model_type: str, tmp_path: Path) -> None:
     """The template writes it, and the tokenizer would again: transformers' own way of asking is the reference."""

@@ -174,6 +174,7 @@ def test_an_endpoint_is_asked_again_and_then_named(server, monkeypatch) -> None:
         endpoint("http://127.0.0.1:9/v1").say([record], ["Why?"], look=False)
 
 
+# No choice to read a text in; no counts of tokens, where tokens have a price.
 @pytest.mark.parametrize(
     ("changes", "says"),
     [({"choices": []}, "with a choice and its message"), ({"usage": None}, "by which costs are counted")],

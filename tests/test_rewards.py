@@ -313,6 +313,7 @@ def users(tmp_path: Path) -> str:
     return f"{tmp_path}/my.py"
 
 
+# Too few arguments, too many, no function, nothing of that name.
 @pytest.mark.parametrize(
     ("name", "says"),
     [
@@ -327,6 +328,7 @@ def test_a_users_function_is_looked_at_before_it_is_called(name: str, says: str,
         check_user_code([f"{users}:{name}"], "appo")
 
 
+# Text in the place of a number, and an error of its own.
 @pytest.mark.parametrize(
     ("name", "says"), [("words", "expected a number or None, got '1.0'"), ("boom", "AttributeError")]
 )
