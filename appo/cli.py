@@ -174,8 +174,9 @@ def plan(
     """
     from appo.config import APPOConfig, ConfigError
     from appo.models.architectures import find_architecture
-    from appo.plan import GIB, Machine, Plan, Workload, planned
-    from appo.plan import fit as find_fit
+    from appo.planning.fit import fit as find_fit
+    from appo.planning.plan import GIB, Plan, planned
+    from appo.planning.workload import Machine, Workload
 
     machine = Machine(memory, rate, bandwidth)
     if config is not None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from appo.models.architectures import ARCHITECTURES
-from appo.plan import GIB, Plan, Workload
+from appo.planning.plan import GIB, Plan
+from appo.planning.workload import Workload
 from benchmarks import harness
 from benchmarks.credit import page as credit
 

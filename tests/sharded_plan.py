@@ -15,7 +15,8 @@ import training
 from published_models import build, small
 
 from appo.models.architectures import Architecture
-from appo.plan import Plan, Workload
+from appo.planning.plan import Plan
+from appo.planning.workload import Workload
 from appo.train.policy import Policy
 from appo.train.setup import autocast, build_optimizer, prepare_model
 from appo.train.sharding import gathered, own, place, processes

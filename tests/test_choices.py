@@ -13,11 +13,11 @@ from appo.method.advantages import SCALES
 from appo.method.disagreement import DISAGREEMENTS
 from appo.method.selection import SCORES, STRATEGIES
 from appo.method.token_weights import AVERAGES
+from appo.planning.workload import STATE_BYTES
 from appo.reports import story
 from appo.rollout import weight_transfer
 from appo.settings_together import METHODS
 from appo.train import model_card, rules, setup
-from appo.workload import STATE_BYTES
 from appo_kernels.attention.arguments import REDUCTIONS
 from appo_kernels.ops.group_divergence.op import KINDS as DIVERGENCES
 from appo_kernels.ops.weighted_surrogate import triton

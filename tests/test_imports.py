@@ -13,7 +13,7 @@ FLOORS = (
     ("data",),
     ("rollout", "tasks"),
     ("train",),
-    ("evaluation", "credit", "integrations"),
+    ("evaluation", "credit", "integrations", "planning"),
     ("reports",),
 )
 

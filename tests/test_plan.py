@@ -14,7 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from appo.config import ConfigError
 from appo.models.architectures import ARCHITECTURES
-from appo.plan import GIB, Machine, Plan, Workload, fit
+from appo.planning.fit import fit
+from appo.planning.plan import GIB, Plan
+from appo.planning.workload import Machine, Workload
 from appo.train.micro_batches import micro_batches
 from appo_kernels import GroupLayout, frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
 from appo_kernels.ops.frame_mass import op as frame_mass_op

@@ -11,7 +11,8 @@ from sharded_run import run_together
 
 from appo.config import APPOConfig, ConfigError
 from appo.models.architectures import ARCHITECTURES
-from appo.plan import GIB, Plan, Workload, planned
+from appo.planning.plan import GIB, Plan, planned
+from appo.planning.workload import Workload
 
 WITHIN = 0.10
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -12,7 +12,8 @@ import torch
 from published_models import BOTH, adapted, build, medium, small
 from torch import Tensor
 
-from appo.plan import Plan, Workload
+from appo.planning.plan import Plan
+from appo.planning.workload import Workload
 
 WITHIN = 0.10
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from appo.models.architectures import Architecture
-from appo.workload import Workload
+from appo.planning.workload import Workload
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Memory and work of a training step, planned before anything is loaded: `appo plan`."""
