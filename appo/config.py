@@ -8,7 +8,7 @@ from typing import Any
 from appo.constraints import ConfigError as ConfigError
 from appo.constraints import Constraint, annotations, check_fields, setting, shown, suggestion
 from appo.given_values import given_values
-from appo.presets import SETTINGS, preset_settings
+from appo.presets import PRESETS, preset_settings
 from appo.settings_together import check_together
 from appo.yaml_files import dump_yaml, read_yaml
 
@@ -225,9 +225,9 @@ class APPOConfig:
     def preset(cls, name: str, **overrides: Any) -> "APPOConfig":
         """The settings of a preset by its name: paper, released, grpo, dapo, or another method's, tw-grpo, top-entropy,
         vppo, pgpo or ral (docs/own_method.md)."""
-        if not isinstance(name, str) or name not in SETTINGS:
-            hint = suggestion(name, SETTINGS)
-            raise ConfigError(f"`preset`: expected one of {', '.join(SETTINGS)}, got {shown(name)}.{hint}")
+        if not isinstance(name, str) or name not in PRESETS:
+            hint = suggestion(name, PRESETS)
+            raise ConfigError(f"`preset`: expected one of {', '.join(PRESETS)}, got {shown(name)}.{hint}")
         return cls(**preset_settings(name, overrides, longest=cls.max_new_tokens))
 
     @classmethod

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from appo.config import APPOConfig
-from appo.credit.told import find_told
-from appo.credit.weightings import TOGETHER
-from appo.presets import PRESETS
+from appo.credit.evidence import find_evidence
+from appo.credit.weightings import TOGETHER, shuffled_within_responses, sorted_by_entropy
+from appo.presets import OTHER_METHODS
 from appo.tasks.thoughts import telling_spans
 from appo.tasks.tiny import build_tokenizer
 from appo.train.groups import Group
@@ -19,22 +19,12 @@ from appo.train.rules import Divergence, weigh_tokens
 
 def shuffled_weights(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
     """APPO's weights, each response's at random places: what is left when only their sizes matter."""
-    weights = weigh_tokens(group, divergence, config)
-    generator = torch.Generator().manual_seed(int(group.completion_ids.sum()))
-    for row, valid in zip(weights, group.mask, strict=True):
-        places = valid.nonzero().flatten()
-        row[places] = row[places[torch.randperm(len(places), generator=generator)]]
-    return weights
+    return shuffled_within_responses(weigh_tokens(group, divergence, config), group)
 
 
 def entropy_weights(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
     """APPO's weights, each response's largest at its most uncertain tokens: no attention, no other response."""
-    weights = weigh_tokens(group, divergence, config)
-    assert group.entropy is not None
-    for row, entropy, valid in zip(weights, group.entropy, group.mask, strict=True):
-        places = valid.nonzero().flatten()
-        row[places[entropy[places].argsort(stable=True)]] = row[places].sort().values
-    return weights
+    return sorted_by_entropy(weigh_tokens(group, divergence, config), group)
 
 
 def true_frames(group: Group, config: APPOConfig) -> Tensor:
@@ -42,10 +32,10 @@ def true_frames(group: Group, config: APPOConfig) -> Tensor:
     return torch.tensor(group.prompt.crucial_frames(), dtype=torch.int64)
 
 
-# DAPO without resampling: every method then trains on the same number of sampled responses.
 # Name -> functions given to the trainer, and settings.
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "grpo": ({}, {"preset": "grpo"}),
+    # Without resampling: every method then trains on the same number of sampled responses.
     "dapo": ({}, {"preset": "dapo", "dynamic_sampling": False}),
     "appo-hard": ({}, {"strategy": "hard"}),
     "appo-soft": ({}, {"strategy": "soft"}),
@@ -60,8 +50,8 @@ tokenizer = cache(build_tokenizer)
 
 
 def oracle_weights(group: Group, divergence: Divergence, config: APPOConfig) -> Tensor:
-    """1 + alpha on the words that tell what was seen, by their places in the tiny model's text; 1 elsewhere."""
-    return 1 + config.alpha * find_told(group, tokenizer(), telling_spans).told.float()
+    """1 + alpha on the evidence tokens, by their places in the tiny model's text; 1 elsewhere."""
+    return 1 + config.alpha * find_evidence(group, tokenizer(), telling_spans).tokens.float()
 
 
 # Run when they are named (--variants). "w1": W = 1 with APPO's loss, what weights alone are to be compared with
@@ -70,5 +60,5 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "w1": ({}, {"method": "grpo"}),
     "oracle": ({"weigh_tokens": oracle_weights}, {"strategy": "all"}),
     "together": ({}, TOGETHER),
-    **{name: ({}, {"preset": name}) for name in PRESETS},
+    **{name: ({}, {"preset": name}) for name in OTHER_METHODS},
 }

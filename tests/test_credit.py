@@ -12,10 +12,10 @@ from appo.config import ConfigError
 from appo.credit import command
 from appo.credit.blocks import blocks, gradients, load_blocks, save_blocks
 from appo.credit.collect import Collector, load_unit, save_unit
-from appo.credit.gradients import group_gradients, hit_counts, ranks, trained
+from appo.credit.evidence import find_evidence, token_places
+from appo.credit.gradients import HitCounts, evidence_aucs, group_gradients, hit_counts, trained_parameters
 from appo.credit.report import compare, hits, noise, totals
 from appo.credit.sketch import CountSketch
-from appo.credit.told import find_told, token_places
 from appo.credit.u_statistics import batch_cosine
 from appo.credit.weightings import BASE, WEIGHTINGS
 from appo.data.records import DataError
@@ -59,7 +59,7 @@ def test_gradients_are_those_of_plain_autograd(trainer):
     group = scored_group(trainer)
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(group.mask.shape, generator=generator)
-    sketch = CountSketch(trained(trainer), size=1024)
+    sketch = CountSketch(trained_parameters(trainer), size=1024)
     rows = {"one": torch.ones_like(weights), "w": weights, "both": 1 + 2 * weights, "none": torch.zeros_like(weights)}
     found = group_gradients(trainer, group, rows, sketch)
     batch = batch_parts(whole_groups([group]), trainer.pad_id, "cpu")
@@ -73,17 +73,17 @@ def test_gradients_are_those_of_plain_autograd(trainer):
         for t in valid.nonzero().flatten().tolist():
             token = int(group.completion_ids[i, t])
             total = total + float(weights[i, t]) * float(group.advantages[i]) * logprobs[i, t, token]
-    expected = sketch(torch.autograd.grad(total / len(group.mask), trained(trainer), allow_unused=True))
+    expected = sketch(torch.autograd.grad(total / len(group.mask), trained_parameters(trainer), allow_unused=True))
     torch.testing.assert_close(found["w"], expected, atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(found["both"], found["one"] + 2 * found["w"], atol=1e-4, rtol=1e-3)
     assert not found["none"].any() and found["one"].any()
-    assert all(parameter.grad is None for parameter in trained(trainer))
+    assert all(parameter.grad is None for parameter in trained_parameters(trainer))
 
 
 def test_weights_are_those_that_training_uses(trainer, collector):
     group = scored_group(trainer)
     copy = replace(group)
-    found = collector.weights(copy, find_told(group, trainer.processor.tokenizer, first_word))
+    found = collector.weights(copy, find_evidence(group, trainer.processor.tokenizer, first_word))
     trainer.select([group])
     trainer.weigh([group])  # the run's strategy is "all"
     torch.testing.assert_close(found["all"], group.weights * group.mask)
@@ -98,7 +98,7 @@ def test_weights_are_those_that_training_uses(trainer, collector):
     assert set(fifth.tolist()) <= {0.0, 1.0} and fifth.mean() == pytest.approx(0.2, abs=0.1)
 
 
-def test_told_tokens_overlap_their_places(trainer):
+def test_evidence_tokens_overlap_their_places(trainer):
     tokenizer, group = trainer.processor.tokenizer, scored_group(trainer)
     text = "<think> look i see red at step two so the colour is red there</think><answer>A</answer>"
     ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -112,22 +112,22 @@ def test_told_tokens_overlap_their_places(trainer):
     colour = next(record for record in records() if record.meta["task"] == "colour")
     changed = replace(group, completion_ids=padded, mask=mask, texts=[text, text, "", text])
     changed = replace(changed, prompt=replace(group.prompt, record=colour))
-    told = find_told(changed, tokenizer, telling_spans)
-    assert told.tells.tolist() == [True, True, False, True]
-    assert [words[t] for t in told.told[0].nonzero().flatten().tolist()] == ["red", "red", "A"]
-    assert [words[t] for t in told.places["when"][1].nonzero().flatten().tolist()] == ["two"]
-    assert int(told.sentence[0].sum()) == 12 and not told.told[2].any()
+    evidence = find_evidence(changed, tokenizer, telling_spans)
+    assert evidence.present.tolist() == [True, True, False, True]
+    assert [words[t] for t in evidence.tokens[0].nonzero().flatten().tolist()] == ["red", "red", "A"]
+    assert [words[t] for t in evidence.places["when"][1].nonzero().flatten().tolist()] == ["two"]
+    assert int(evidence.sentence[0].sum()) == 12 and not evidence.tokens[2].any()
     with pytest.raises(DataError, match="`seen`: expected a place within"):
-        find_told(changed, tokenizer, lambda text, record: {"seen": (3, 999)})
+        find_evidence(changed, tokenizer, lambda text, record: {"seen": (3, 999)})
 
 
-def test_hits_and_ranks_by_hand():
+def test_hits_and_aucs_by_hand():
     weights = torch.tensor([[1.0, 3.0, 1.0, 9.0], [2.0, 1.0, 1.0, 1.0]])
     mask = torch.tensor([[True, True, True, False], [True, True, True, True]])
-    told = torch.tensor([[False, True, False, False], [False, True, False, False]])
-    assert hit_counts(weights, mask, told) == [2.0, 3.0, 1.0, 2.0]
-    assert ranks(weights, mask, told, torch.tensor([True, True])) == pytest.approx([1.0, (0 + 0.5 + 0.5) / 3])
-    assert ranks(weights, mask, told, torch.tensor([False, False])) == []
+    evidence = torch.tensor([[False, True, False, False], [False, True, False, False]])
+    assert hit_counts(weights, mask, evidence) == HitCounts(evidence_bonus=2.0, bonus=3.0, above_mean=1.0, evidence=2.0)
+    assert evidence_aucs(weights, mask, evidence) == pytest.approx([1.0, (0 + 0.5 + 0.5) / 3])
+    assert evidence_aucs(weights, mask, evidence & False) == []
 
 
 def test_units_are_the_same_whenever_they_are_measured(collector, units, tmp_path):
@@ -188,7 +188,7 @@ def test_equal_weights_take_one_backward(trainer):
             return super().__call__(values)
 
     rows = {"a": ones, "b": ones + torch.where(group.mask, 0.0, 5.0), "c": 2 * ones, "d": 2 * ones}
-    found = group_gradients(trainer, group, rows, Counting(trained(trainer), size=64))
+    found = group_gradients(trainer, group, rows, Counting(trained_parameters(trainer), size=64))
     assert len(calls) == 2 and torch.equal(found["a"], found["b"]) and torch.equal(found["c"], found["d"])
     torch.testing.assert_close(found["c"], 2 * found["a"])
 

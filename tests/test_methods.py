@@ -14,7 +14,7 @@ from appo.config import APPOConfig, ConfigError
 from appo.method.attention_policy import attention_divergence, attention_loss
 from appo.method.visual_dependence import filtered_weights, gated_weights, position_slots, top_tokens
 from appo.models.loaded import disable_checkpointing
-from appo.presets import PRESETS, SETTINGS
+from appo.presets import OTHER_METHODS, PRESETS
 from appo.train.groups import Group, batch_parts, whole_groups
 from appo.train.rules import weigh_tokens
 from appo.train.scoring import filter_tokens
@@ -205,7 +205,7 @@ def test_settings_that_cannot_stand_together_are_named(settings: dict[str, objec
 
 
 def test_presets_by_name() -> None:
-    for name, settings in SETTINGS.items():
+    for name, settings in PRESETS.items():
         config = APPOConfig.from_dict({"preset": name}, ["learning_rate=2e-6"])
         assert config == APPOConfig.preset(name, learning_rate=2e-6)
         assert all(getattr(config, field) == value for field, value in settings.items())
@@ -223,7 +223,7 @@ def trained(tmp_path: Path, **settings: object) -> tuple[Trainer, list[dict[str,
 
 
 # Those of other papers: the paper's own are trained throughout these tests.
-@pytest.mark.parametrize("preset", list(PRESETS))
+@pytest.mark.parametrize("preset", list(OTHER_METHODS))
 def test_each_preset_trains(preset: str, tmp_path: Path) -> None:
     trainer, steps = trained(tmp_path, preset=preset)
     assert all(math.isfinite(value) for step in steps for name, value in step.items() if name.startswith("loss"))

@@ -22,13 +22,13 @@ REFERENCES = ("only-told", BASE, "sentence")
 class Blocks:
     """The blocks of one model.
 
-    sizes: (m,) groups of each. pairs: inner products (m, m) of the blocks' sums, by (row, other row); same: (m,), the
-    sum over the groups of a block of the inner product of the two rows' gradients.
+    sizes: (m,) groups of each. pairs: inner products (m, m) of the blocks' sums, by (row, other row). self_products:
+    (m,), the sum over the groups of a block of the inner product of the two rows' gradients.
     """
 
     sizes: Array
     pairs: dict[tuple[str, str], Array]
-    same: dict[tuple[str, str], Array]
+    self_products: dict[tuple[str, str], Array]
 
     @property
     def names(self) -> list[str]:
@@ -41,7 +41,7 @@ class Blocks:
             raise ValueError(f"blocks: `reference`: expected one of {', '.join(there)}, got {reference!r}.")
         places = ((name, name), (name, reference), (reference, reference))
         gg, gr, rr = (self.pairs[place] for place in places)
-        return Products(gg, gr, rr, self.sizes, tuple(self.same[place] for place in places))
+        return Products(gg, gr, rr, self.sizes, tuple(self.self_products[place] for place in places))
 
 
 def gradients(units: Sequence[Unit], weightings: Mapping[str, Weighting] = WEIGHTINGS) -> dict[str, Array]:
@@ -67,7 +67,7 @@ def blocks(
     """
     sizes: list[float] = []
     sums: dict[str, list[Array]] = {}
-    same: dict[tuple[str, str], list[Array]] = {}
+    self_products: dict[tuple[str, str], list[Array]] = {}
     for unit in units:
         if not unit.records:
             continue
@@ -78,12 +78,13 @@ def blocks(
             sums.setdefault(name, []).append(each.sum(0, keepdims=True) if whole else each)
             for other in dict.fromkeys([name, *known]):
                 products = (each * found[other]).sum(1)
-                same.setdefault((name, other), []).append(products.sum(keepdims=True) if whole else products)
+                own = self_products.setdefault((name, other), [])
+                own.append(products.sum(keepdims=True) if whole else products)
     if not sizes:
         raise ValueError("blocks: `units`: expected at least one group with rewards that differ, got none.")
     stacked = {name: np.concatenate(values) for name, values in sums.items()}
-    pairs = {(name, other): stacked[name] @ stacked[other].T for name, other in same}
-    return Blocks(np.array(sizes), pairs, {place: np.concatenate(values) for place, values in same.items()})
+    pairs = {(name, other): stacked[name] @ stacked[other].T for name, other in self_products}
+    return Blocks(np.array(sizes), pairs, {place: np.concatenate(each) for place, each in self_products.items()})
 
 
 def save_blocks(path: Path, models: Mapping[str, Blocks]) -> None:
@@ -93,7 +94,7 @@ def save_blocks(path: Path, models: Mapping[str, Blocks]) -> None:
         arrays[f"{model}|sizes"] = each.sizes
         for (name, other), value in each.pairs.items():
             arrays[f"{model}|{name}|{other}|pairs"] = value.astype(np.float32)
-            arrays[f"{model}|{name}|{other}|same"] = each.same[name, other]
+            arrays[f"{model}|{name}|{other}|same"] = each.self_products[name, other]
     partial = path.with_suffix(".partial.npz")
     np.savez_compressed(partial, **arrays)
     partial.rename(path)
@@ -111,5 +112,5 @@ def load_blocks(path: Path) -> dict[str, Blocks]:
                 each.sizes = value
             else:
                 name, other, kind = rest
-                (each.pairs if kind == "pairs" else each.same)[name, other] = value
+                (each.pairs if kind == "pairs" else each.self_products)[name, other] = value
     return models

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from appo.config import APPOConfig, ConfigError
-from appo.credit.gradients import group_gradients, hit_counts, ranks, trained
+from appo.credit.evidence import Evidence, FindSpans, find_evidence
+from appo.credit.gradients import HitCounts, evidence_aucs, group_gradients, hit_counts, trained_parameters
 from appo.credit.sketch import CountSketch
-from appo.credit.told import FindSpans, Told, find_told
-from appo.credit.weightings import WEIGHTINGS, Divergences, Scored, Weighting
+from appo.credit.weightings import WEIGHTINGS, Divergences, ScoredGroup, Weighting
 from appo.train.groups import Group, whole_groups
 from appo.train.rules import Divergence
 from appo.train.trainer import Trainer
@@ -27,8 +27,9 @@ class Unit:
     """What was measured on one batch of prompts, of whose groups n have rewards that differ.
 
     sketches: (n, rows, size) fp32, of the weightings in ``names``. records: ids of the n. key: what has to be equal for
-    units to be of one measurement. hits: for each weighting that has one, `hit_counts` summed over groups and the
-    AUCs. totals: "groups", "responses", "telling", "accuracy" (sum over responses), "tokens", and "cpu" in seconds.
+    units to be of one measurement. hits, aucs: by weighting, the numbers of `HitCounts` summed over
+    groups, and the AUCs. totals: "groups", "responses", "telling" (with evidence), "accuracy" (sum over responses),
+    "tokens", and "cpu" in seconds.
     """
 
     names: list[str]
@@ -45,7 +46,7 @@ class Collector:
 
     Args:
         trainer: of the run; nothing of it is trained. One process, weights whole.
-        find: places in a response's text that tell what was seen; None: not known, and no row needs them.
+        find: the places of the evidence in a response's text; None: not known, and no row needs them.
         weightings: rows of the comparison.
         size: of the sketches.
     """
@@ -62,8 +63,8 @@ class Collector:
         if trainer.accelerator.num_processes > 1:
             raise ConfigError("credit: expected one process, got several. Run it without a launcher, on one GPU.")
         self.trainer, self.find, self.size = trainer, find, size
-        self.weightings = {name: row for name, row in weightings.items() if find is not None or not row.told}
-        self.sketch = CountSketch(trained(trainer), size=size)
+        self.weightings = {name: row for name, row in weightings.items() if find is not None or not row.evidence}
+        self.sketch = CountSketch(trained_parameters(trainer), size=size)
         self.key = {"version": VERSION, "size": size, "rows": list(self.weightings)} | dict(identity or {})
 
     def unit(self, number: int) -> Unit:
@@ -77,50 +78,51 @@ class Collector:
         found.totals = dict.fromkeys(("groups", "responses", "telling", "accuracy", "tokens"), 0.0)
         sketches = []
         for group in groups:
-            told = None if self.find is None else find_told(group, trainer.processor.tokenizer, self.find)
+            evidence = None if self.find is None else find_evidence(group, trainer.processor.tokenizer, self.find)
             found.totals["groups"] += 1
             found.totals["responses"] += len(group.mask)
             found.totals["accuracy"] += float(group.accuracy.sum())
             found.totals["tokens"] += group.tokens
-            found.totals["telling"] += 0 if told is None else float(told.tells.sum())
+            found.totals["telling"] += 0 if evidence is None else float(evidence.present.sum())
             if group.informative:
                 found.records.append(group.prompt.record.id)
-                sketches.append(self._measure(group, told, found))
+                sketches.append(self._measure(group, evidence, found))
         rows = len(found.names)
         found.sketches = torch.stack(sketches) if sketches else torch.empty(0, rows, self.size)
         found.totals["cpu"] = time.process_time() - started
         return found
 
-    def _measure(self, group: Group, told: Told | None, found: Unit) -> Tensor:
+    def _measure(self, group: Group, evidence: Evidence | None, found: Unit) -> Tensor:
         trainer = self.trainer
         trainer.score(whole_groups([group]))
         if not group.scored:
             raise ConfigError(f"credit: {group.prompt.record.place}: log-probabilities that are not finite.")
         trainer.advantage([group])
-        weights = self.weights(group, told)
+        weights = self.weights(group, evidence)
         for name, weight in weights.items():
-            if told is not None and bool((weight[group.mask] != weight[group.mask][0]).any()):
-                hits = hit_counts(weight, group.mask, told.told)
-                found.hits[name] = [a + b for a, b in zip(found.hits.get(name, [0.0] * 4), hits, strict=True)]
-                found.aucs.setdefault(name, []).extend(ranks(weight, group.mask, told.told, told.tells))
+            if evidence is not None and bool((weight[group.mask] != weight[group.mask][0]).any()):
+                hits = hit_counts(weight, group.mask, evidence.tokens)
+                before = found.hits.get(name, [0.0] * len(HitCounts._fields))
+                found.hits[name] = [a + b for a, b in zip(before, hits, strict=True)]
+                found.aucs.setdefault(name, []).extend(evidence_aucs(weight, group.mask, evidence.tokens))
         return torch.stack([*group_gradients(trainer, group, weights, self.sketch).values()])
 
     @torch.no_grad()
-    def weights(self, group: Group, told: Told | None) -> dict[str, Tensor]:
+    def weights(self, group: Group, evidence: Evidence | None) -> dict[str, Tensor]:
         """name: weights (G, N) fp32, 0 at padding, of every row that has its own.
 
-        As in training, W = 1 where a row has nothing to go by: no video, or no key frames that are known.
+        As in training, W = 1 where a row has nothing to go by: no video, or no labelled frames.
         """
         trainer, found = self.trainer, {}
         hidden, lse = group.hidden, group.lse
 
         def make() -> None:
             weight, bias = trainer.unwrapped.output_head(torch.float32 if hidden is None else hidden.dtype)
-            scored = Scored(group, _divergences(hidden, lse, weight, bias, trainer), trainer.config, told)
+            scored = ScoredGroup(group, _divergences(hidden, lse, weight, bias, trainer), trainer.config, evidence)
             for name, row in self.weightings.items():
                 if row.make is None:
                     continue
-                known = (hidden is not None or not row.looks) and (scored.key_frames or not row.frames)
+                known = (hidden is not None or not row.looks) and (scored.labelled_frames or not row.labels)
                 made = row.make(scored) if known else torch.ones(group.mask.shape)
                 found[name] = made.float() * group.mask
 

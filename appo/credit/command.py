@@ -10,7 +10,7 @@ from appo.config import APPOConfig, ConfigError
 from appo.credit import report
 from appo.credit.blocks import blocks
 from appo.credit.collect import Collector, Unit, load_unit, save_unit, unit_path
-from appo.credit.told import FindSpans
+from appo.credit.evidence import FindSpans
 from appo.credit.weightings import BASE
 from appo.data.load import check_media, load_records
 from appo.data.records import Record
@@ -116,7 +116,7 @@ def fingerprint(config: APPOConfig) -> str:
 
 
 def find_function(told: str, records: Sequence[Record]) -> FindSpans | None:
-    """What finds the telling places; see `measure_run`."""
+    """The function that finds the evidence of a response; see `measure_run`."""
     if told == "none":
         return None
     if told == "auto":

@@ -1,6 +1,7 @@
 """The policy gradient of one group of responses under many ways of weighting its tokens, as count sketches."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from appo.train.trainer import Trainer
 from appo_kernels import token_logprobs
 
 
-def trained(trainer: Trainer) -> list[Tensor]:
+def trained_parameters(trainer: Trainer) -> list[Tensor]:
     """The parameters that a run would train, in a fixed order."""
     return [parameter for parameter in trainer.unwrapped.parameters() if parameter.requires_grad]
 
@@ -35,7 +36,7 @@ def group_gradients(
 
     with trainer.autocast():
         logprobs = trainer.policy(batch, head)
-    parameters = trained(trainer)
+    parameters = trained_parameters(trainer)
     found: dict[str, Tensor] = {}
     factor = known(group.advantages)[:, None] / len(group.mask)
     last = list(weights)[-1]
@@ -64,23 +65,32 @@ def _first_equals(weights: Mapping[str, Tensor], mask: Tensor) -> dict[str, str]
     return found
 
 
-def hit_counts(weights: Tensor, mask: Tensor, told: Tensor) -> list[float]:
-    """How much of a weighting's bonus is on telling tokens of a group.
+class HitCounts(NamedTuple):
+    """How much of a weighting's bonus is on the evidence tokens of a group, or of several.
 
-    [bonus on them, bonus in all, telling tokens that weigh more than their response's mean, telling tokens]. The bonus
-    of a token is its weight above the least of the group.
+    The bonus of a token is its weight above the least of its group. evidence_bonus: of evidence tokens; bonus: of all.
+    above_mean: evidence tokens that weigh more than their response's mean; evidence: all of them.
     """
+
+    evidence_bonus: float
+    bonus: float
+    above_mean: float
+    evidence: float
+
+
+def hit_counts(weights: Tensor, mask: Tensor, evidence: Tensor) -> HitCounts:
+    """Of a group's weights, mask and evidence tokens, (G, N) each."""
     bonus = (weights - weights[mask].min()).masked_fill(~mask, 0)
     mean = (weights * mask).sum(1, keepdim=True) / mask.sum(1, keepdim=True).clamp(min=1)
     # More by rounding is not more.
-    above = told & (weights > mean + 1e-4 * mean.abs())
-    return [float(bonus[told].sum()), float(bonus.sum()), float(above.sum()), float(told.sum())]
+    above = evidence & (weights > mean + 1e-4 * mean.abs())
+    return HitCounts(float(bonus[evidence].sum()), float(bonus.sum()), float(above.sum()), float(evidence.sum()))
 
 
-def ranks(weights: Tensor, mask: Tensor, told: Tensor, tells: Tensor) -> Sequence[float]:
-    """The ROC AUC of the weights for telling tokens, in each response that tells; 0.5 is chance. Ties count half."""
+def evidence_aucs(weights: Tensor, mask: Tensor, evidence: Tensor) -> list[float]:
+    """The ROC AUC of the weights for evidence tokens, in each response with such and others; ties count half."""
     found = []
-    for row, valid, labels in zip(weights[tells], mask[tells], told[tells], strict=True):
+    for row, valid, labels in zip(weights, mask, evidence, strict=True):
         right, wrong = row[valid & labels], row[valid & ~labels]
         if len(right) and len(wrong):
             difference = right[:, None] - wrong[None]

@@ -7,6 +7,7 @@ import numpy as np
 
 from appo.credit.blocks import Blocks
 from appo.credit.collect import Unit
+from appo.credit.gradients import HitCounts
 from appo.credit.u_statistics import (
     Array,
     batch_cosine,
@@ -74,7 +75,7 @@ def noise(models: Sequence[Blocks]) -> dict[str, dict[str, float]]:
     for name in models[0].names:
         values = []
         for model in models:
-            square, own = model.pairs[name, name], model.same[name, name]
+            square, own = model.pairs[name, name], model.self_products[name, name]
             signal = float(pair_means(square, np.ones((1, len(square))), model.sizes, own)[0])
             values.append((signal, float(own.sum() / model.sizes.sum()) - signal))
         found[name] = dict(zip(("signal", "noise"), np.mean(values, 0).tolist(), strict=True))
@@ -82,21 +83,21 @@ def noise(models: Sequence[Blocks]) -> dict[str, dict[str, float]]:
 
 
 def hits(models: Sequence[Sequence[Unit]]) -> dict[str, dict[str, float]]:
-    """For each row with weights of its own: precision (bonus on telling tokens over all bonus), recall (telling tokens
-    that weigh more than their response's mean) and AUC, over all groups of all models."""
+    """For each row with weights of its own: precision (bonus on evidence tokens over all bonus), recall (evidence
+    tokens that weigh more than their response's mean) and AUC, over all groups of all models."""
     counts: dict[str, Array] = {}
     aucs: dict[str, list[float]] = {}
     for unit in (unit for units in models for unit in units):
         for name, values in unit.hits.items():
-            counts[name] = counts.get(name, np.zeros(4)) + np.array(values)
+            counts[name] = counts.get(name, np.zeros(len(HitCounts._fields))) + np.array(values)
             aucs.setdefault(name, []).extend(unit.aucs.get(name, []))
     return {
         name: {
-            "precision": float(on / total) if total else float("nan"),
-            "recall": float(above / told) if told else float("nan"),
+            "precision": float(count.evidence_bonus / count.bonus) if count.bonus else float("nan"),
+            "recall": float(count.above_mean / count.evidence) if count.evidence else float("nan"),
             "auc": float(np.mean(aucs[name])) if aucs[name] else float("nan"),
         }
-        for name, (on, total, above, told) in counts.items()
+        for name, count in ((name, HitCounts(*values)) for name, values in counts.items())
     }
 
 

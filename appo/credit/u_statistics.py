@@ -21,15 +21,15 @@ Array = NDArray[np.float64]
 class Products(NamedTuple):
     """Inner products of the groups' gradients of one warm start, (n, n) each: of a method g and the reference r.
 
-    Or of the sums over n blocks of groups. sizes: (n,) groups of each block; same: for each of the three, (n,), the sum
-    over a block's groups of the product of a group with itself. None: every block is a group.
+    Or of the sums over n blocks of groups. sizes: (n,) groups of each block. self_products: for each of the three, (n,),
+    the sum over a block's groups of the product of a group with itself. None: every block is a group.
     """
 
     gg: Array
     gr: Array
     rr: Array
     sizes: Array | None = None
-    same: tuple[Array, ...] | None = None
+    self_products: tuple[Array, ...] | None = None
 
 
 class Estimate(NamedTuple):
@@ -48,15 +48,16 @@ class Estimate(NamedTuple):
         return (self.low > 0 or self.high < 0) and self.undefined <= 0.05
 
 
-def pair_means(products: Array, counts: Array, sizes: Array | None = None, same: Array | None = None) -> Array:
+def pair_means(products: Array, counts: Array, sizes: Array | None = None, self_products: Array | None = None) -> Array:
     """(D,) means of ``products`` (n, n) over pairs of different groups, groups counting as in ``counts`` (D, n).
 
-    A group that counts twice makes no pair with itself either. sizes, same: of blocks, see `Products`. NaN where a draw
-    has fewer than two groups.
+    A group that counts twice makes no pair with itself either. sizes, self_products: of blocks, see `Products`. NaN
+    where a draw has fewer than two groups.
     """
     sizes = np.ones(len(products)) if sizes is None else sizes
     squares = counts**2
-    total = ((counts @ products) * counts).sum(1) - squares @ (np.diag(products) if same is None else same)
+    own = np.diag(products) if self_products is None else self_products
+    total = ((counts @ products) * counts).sum(1) - squares @ own
     pairs = (counts @ sizes) ** 2 - squares @ sizes
     return np.divide(total, pairs, out=np.full(len(total), np.nan), where=pairs > 0)
 
@@ -70,12 +71,12 @@ def resamples(sizes: Sequence[int], draws: int, seed: int = 0) -> list[Array]:
 def moments(strata: Sequence[Products], counts: Sequence[Array]) -> tuple[Array, Array, Array, Array]:
     """<E g, E r>, |E r|^2, |E g|^2 and E |g|^2, (draws,) each, averaged over strata that count alike."""
     found = []
-    for (gg, gr, rr, sizes, same), w in zip(strata, counts, strict=True):
+    for (gg, gr, rr, sizes, self_products), w in zip(strata, counts, strict=True):
         sizes = np.ones(len(gg)) if sizes is None else sizes
-        gg_same, gr_same, rr_same = same or (np.diag(gg), np.diag(gr), np.diag(rr))
-        own = (w @ gg_same) / (w @ sizes)
-        means = [pair_means(p, w, sizes, s) for p, s in ((gr, gr_same), (rr, rr_same), (gg, gg_same))]
-        found.append((*means, own))
+        gg_self, gr_self, rr_self = self_products or (np.diag(gg), np.diag(gr), np.diag(rr))
+        square = (w @ gg_self) / (w @ sizes)
+        means = [pair_means(p, w, sizes, s) for p, s in ((gr, gr_self), (rr, rr_self), (gg, gg_self))]
+        found.append((*means, square))
     signal, reference, mean, square = np.mean(found, axis=0)
     return signal, reference, mean, square
 

@@ -55,9 +55,9 @@ def task_lines(task: str) -> list[str]:
         )
     lines = [
         f"### {task}", "", state, "",
-        "*Cosine*: of the gradient of 16 groups with the mean gradient of the telling words, less that of W = 1; the "
-        "next column with the mean gradient under W = 1 as reference. *Samples x*: how many times the samples W = 1 "
-        "needs for the same cosine. *Precision*: share of the bonus on telling words; *recall*: share of these that "
+        "*Cosine*: of the gradient of 16 groups with the mean gradient of the evidence tokens (the words that tell what "
+        "was seen), less that of W = 1; the next column with the mean gradient under W = 1 as reference. *Samples x*: how many times the samples W = 1 "
+        "needs for the same cosine. *Precision*: share of the bonus on evidence tokens; *recall*: share of these that "
         "weigh more than their response's mean; *AUC*: 0.5 is chance. 95 % bootstrap intervals over units.", "",
         "| weights | cosine | less W = 1's | the same, reference W = 1 | samples x | precision | recall | AUC |",
         "|---|---|---|---|---|---|---|---|",
@@ -91,10 +91,11 @@ def sentence(task: str = "verbose-48x4") -> str:
     if not finished(content):
         done += f", preliminary: {len(SEEDS) * REGISTERED:,} of {len(SEEDS)} are registered"
     return (
-        "**Does looking help?** With 48 words that do not matter around what was seen, weight 2.7 on the words that "
-        f"tell it is worth {gain('oracle')} times the samples of W = 1 for these words' gradient; APPO on the frames "
-        f"of all responses {gain('all')}, our rule {gain('together')}, our rule with the key frames given "
-        f"{gain('together-true-frames')} ({done}; 95 % intervals; `python -m benchmarks.credit.results`, "
+        "**Does looking help?** A weight W of each token multiplies its term of the loss; W = 1 is GRPO. Where 48 "
+        "filler words surround those that tell what was seen, how many times the samples does W = 1 need for as good a "
+        f"gradient of these? W = 2.7 on exactly these: {gain('oracle')}; APPO's weights, frames of all responses: "
+        f"{gain('all')}; our variant: {gain('together')} (below 1: worse than W = 1); the same, given the frames that "
+        f"decide: {gain('together-true-frames')} ({done}; 95 % intervals; `python -m benchmarks.credit.results`, "
         "[docs/credit.md](docs/credit.md))."
     )
 

@@ -1,4 +1,4 @@
-"""Which tokens of a response tell what was seen: from places in its text to masks of its tokens."""
+"""Evidence tokens, those of a response that tell what was seen: from places in its text to masks of its tokens."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,41 +10,41 @@ from torch import Tensor
 from appo.data.records import DataError, Record
 from appo.train.groups import Group
 
-# Places of what a response tells, by what it is: (start, end) in characters of its text; None: it tells nothing.
-# "sentence", if there, is what the told words stand in, and is not told itself.
+# Places of a response's evidence, by what it is: (start, end) in characters of its text; None: it tells nothing.
+# "sentence", if there, is what these words stand in; "when", the moment. Neither is evidence itself.
 Spans = Mapping[str, tuple[int, int]]
 FindSpans = Callable[[str, Record], Spans | None]
 SENTENCE = "sentence"
-NOT_TOLD = (SENTENCE, "when")
+NOT_EVIDENCE = (SENTENCE, "when")
 
 
 @dataclass(frozen=True)
-class Told:
-    """Masks (G, N) bool of a group's tokens.
+class Evidence:
+    """The evidence tokens of a group.
 
-    places: one for each kind of place. told: all places that tell what was seen. sentence: those and all around them.
-    tells: (G,) bool, the responses in which something was found.
+    present: (G,) bool, the responses in which something was found. Masks (G, N) bool: tokens, the evidence; sentence,
+    evidence and all around it; places, one for each kind of place.
     """
 
-    tells: Tensor
-    told: Tensor
+    present: Tensor
+    tokens: Tensor
     sentence: Tensor
     places: dict[str, Tensor] = field(default_factory=dict)
 
 
-def find_told(group: Group, tokenizer: Any, find: FindSpans) -> Told:
+def find_evidence(group: Group, tokenizer: Any, find: FindSpans) -> Evidence:
     """The tokens of a group's responses that overlap the places that ``find`` names.
 
     Raises DataError for a place outside the text, naming the record.
     """
     shape = group.mask.shape
     places: dict[str, Tensor] = {}
-    tells = torch.zeros(shape[0], dtype=torch.bool)
+    present = torch.zeros(shape[0], dtype=torch.bool)
     for row, (text, ids, valid) in enumerate(zip(group.texts, group.completion_ids, group.mask, strict=True)):
         spans = find(text, group.prompt.record)
         if spans is None:
             continue
-        tells[row] = True
+        present[row] = True
         starts, ends = token_places(ids[valid].tolist(), tokenizer)
         for name, (start, end) in spans.items():
             if not 0 <= start < end <= len(text):
@@ -55,9 +55,9 @@ def find_told(group: Group, tokenizer: Any, find: FindSpans) -> Told:
             mask = places.setdefault(name, torch.zeros(shape, dtype=torch.bool))
             mask[row, valid.nonzero().flatten()[(starts < end) & (ends > start)]] = True
     blank = torch.zeros(shape, dtype=torch.bool)
-    told = sum((mask for name, mask in places.items() if name not in NOT_TOLD), blank)
+    tokens = sum((mask for name, mask in places.items() if name not in NOT_EVIDENCE), blank)
     sentence = sum(places.values(), blank)
-    return Told(tells, told.bool(), sentence.bool(), places)
+    return Evidence(present, tokens.bool(), sentence.bool(), places)
 
 
 def token_places(ids: list[int], tokenizer: Any) -> tuple[Tensor, Tensor]:
