@@ -21,7 +21,7 @@ Array = NDArray[np.float64]
 class Products(NamedTuple):
     """Inner products of the groups' gradients of one warm start, (n, n) each: of a method g and the reference r.
 
-    Or of the sums over n blocks of groups. sizes: (n,) groups of each block. self_products: for each of the three, (n,),
+    Or of the sums over n blocks of groups. sizes: (n,) groups of each block. self_products: (n,) for each of the three,
     the sum over a block's groups of the product of a group with itself. None: every block is a group.
     """
 
