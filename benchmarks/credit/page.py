@@ -56,9 +56,10 @@ def task_lines(task: str) -> list[str]:
     lines = [
         f"### {task}", "", state, "",
         "*Cosine*: of the gradient of 16 groups with the mean gradient of the evidence tokens (words that tell what "
-        "was seen), less that of W = 1; the next column with the mean gradient under W = 1 as reference. *Samples x*: how "
-        "many times the samples W = 1 needs for the same cosine. *Precision*: share of the bonus on evidence tokens; *recall*: share of these that "
-        "weigh more than their response's mean; *AUC*: 0.5 is chance. 95 % bootstrap intervals over units.", "",
+        "was seen), less that of W = 1; the next column with the mean gradient under W = 1 as reference. *Samples "
+        "x*: how many times the samples W = 1 needs for the same cosine. *Precision*: share of the bonus on "
+        "evidence tokens; *recall*: share of these that weigh more than their response's mean; *AUC*: 0.5 is "
+        "chance. 95 % bootstrap intervals over units.", "",
         "| weights | cosine | less W = 1's | the same, reference W = 1 | samples x | precision | recall | AUC |",
         "|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
