@@ -46,7 +46,7 @@ def main() -> None:
         parser.error(f"no benchmark of {', '.join(sorted(unknown))}; there are {', '.join(OPERATORS)}")
     torch.set_num_threads(options.threads)
     name = options.name or f"operators-{options.device}"
-    old = harness.load(name) if options.append else None
+    old = harness.resumed(name) if options.append else None
     rows, skipped = [], {}
     for operator in options.operators or OPERATORS:
         module = importlib.import_module(f"benchmarks.{OPERATORS[operator]}")

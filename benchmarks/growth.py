@@ -160,6 +160,7 @@ def measure(sweep: Sweep, device: str, rounds: int) -> list[dict[str, Any]]:
             "value": value,
             "seconds": min(times[value][1:]),
             "extra_bytes": harness.memory(run, device),
+            "commit": harness.commit(),
         }
         for value, run in runs.items()
     ]
@@ -211,7 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     name = f"growth-{options.device}"
-    old = (options.only and harness.load(name)) or {"rows": [], "fits": []}
+    old = (options.only and harness.resumed(name)) or {"rows": [], "fits": []}
     rows, fits = ([row for row in old[part] if row["op"] != options.only] for part in ("rows", "fits"))
     for sweep in (sweep for sweep in sweeps(options.device) if options.only in (None, sweep.op)):
         found = measure(sweep, options.device, options.rounds)

@@ -70,7 +70,8 @@ class Case:
 
 @dataclass
 class Row:
-    """Times in seconds: median and quartiles over rounds. ratio: to the bound; to_ours: to our own time."""
+    """Times in seconds: median and quartiles over rounds. ratio: to the bound; to_ours: to our own time. commit: of the
+    code that was measured."""
 
     op: str
     shape: str
@@ -85,6 +86,7 @@ class Row:
     ratio: float | None
     to_ours: float | None
     extra_bytes: int
+    commit: str = field(default_factory=lambda: commit())
 
 
 def measure(case: Case, *, seconds: float = 20.0, least: int = 3, most: int = 25) -> list[Row]:
@@ -221,10 +223,17 @@ def commit() -> str:
 
 
 def save(name: str, rows: Sequence[Any], *, device: str, **more: Any) -> Path:
-    """results/<name>.json with the environment, and results/<name>.csv; rows are dataclasses or dictionaries."""
+    """results/<name>.json with the environment, and results/<name>.csv; rows are dataclasses or dictionaries.
+
+    Rows of other commits, which `resumed` gave, keep the environment that the file had for them, as "earlier".
+    """
     RESULTS.mkdir(exist_ok=True)
     plain = [row if isinstance(row, dict) else asdict(row) for row in rows]
-    content = {"environment": environment(device, torch.get_num_threads()), **more, "rows": plain}
+    now, old = environment(device, torch.get_num_threads()), load(name)
+    others = {row["commit"] for row in plain if "commit" in row} - {now["commit"]}
+    known = [*old.get("earlier", ()), old["environment"]] if old else []
+    earlier = [each for each in known if each["commit"] in others]
+    content = {"environment": now, **({"earlier": earlier} if earlier else {}), **more, "rows": plain}
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n")
     write_csv(path.with_suffix(".csv"), plain)
@@ -249,6 +258,14 @@ def merged(old: Sequence[dict[str, Any]], rows: Sequence[Row]) -> list[dict[str,
 def load(name: str) -> dict[str, Any] | None:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.is_file() else None
+
+
+def resumed(name: str) -> dict[str, Any] | None:
+    """What `load` gives, every row with the commit that it was measured at, for results that others are added to."""
+    content = load(name)
+    for row in content["rows"] if content else ():
+        row.setdefault("commit", content["environment"]["commit"])
+    return content
 
 
 def table(rows: Sequence[Row]) -> str:

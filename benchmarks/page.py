@@ -64,12 +64,24 @@ of the GPU. Tests compare parameters (exactly), FLOPs, activations and peak memo
 
 
 def environment(content: dict[str, Any]) -> str:
-    e = content["environment"]
+    """A line; and one for each other commit whose rows are among those of ``content``."""
+    lines = [f"*{described(content['environment'])}*"]
+    lines += [f"*Where commit {each['commit']} is named: {described(each)}*" for each in content.get("earlier", ())]
+    return "\n\n".join(lines)
+
+
+def described(e: dict[str, Any]) -> str:
     threads = "1 thread" if e["threads"] == 1 else f"{e['threads']} threads"
     hardware = f"{e['gpu']}, {e['gpu_memory_gib']} GiB" if "gpu" in e else f"{e['cpu']}, {threads}"
     versions = ", ".join(f"{name} {version}" for name, version in e["versions"].items())
     load = f"; load average before: {e['load_average'][0]}" if "gpu" not in e else ""
-    return f"*{hardware}; Python {e['python']}, {versions}; commit {e['commit']}, {e['date']}{load}*"
+    return f"{hardware}; Python {e['python']}, {versions}; commit {e['commit']}, {e['date']}{load}"
+
+
+def other_commit(content: dict[str, Any], row: dict[str, Any]) -> str:
+    """ ", commit X" of a row that was not measured with the latest ones of its file."""
+    latest = content["environment"]["commit"]
+    return "" if row.get("commit", latest) == latest else f", commit {row['commit']}"
 
 
 def contest(content: dict[str, Any]) -> list[str]:
@@ -80,7 +92,7 @@ def contest(content: dict[str, Any]) -> list[str]:
         if title not in titles:
             titles.append(title)
             lines += [
-                "", f"**{row['op']}, {row['shape']}, {row['dtype']}**: {row['work']}", "",
+                "", f"**{', '.join(title)}**: {row['work']}{other_commit(content, row)}", "",
                 "| | median | quartiles | x bound | x ours | extra memory |", "|---|---|---|---|---|---|",
             ]  # fmt: skip
         numbers = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("ratio", "to_ours")]
@@ -136,8 +148,8 @@ def growth(content: dict[str, Any]) -> list[str]:
         rows = [row for row in content["rows"] if (row["op"], row["axis"]) == (fit["op"], fit["axis"])]
         most = max(row["extra_bytes"] for row in rows) / 2**20
         lines.append(
-            f"| {fit['op']} | {fit['axis']} | {fit['fixed']} | {fit['seconds']:.2f} | {fit['extra_bytes']:.2f} "
-            f"| {most:.1f} MiB |"
+            f"| {fit['op']} | {fit['axis']} | {fit['fixed']}{other_commit(content, rows[0])} | {fit['seconds']:.2f} "
+            f"| {fit['extra_bytes']:.2f} | {most:.1f} MiB |"
         )
     return lines
 

@@ -177,7 +177,7 @@ def main() -> None:
         del one
     if options.name != "-":
         name = options.name or f"whole-model-{options.device}"
-        old = harness.load(name) or {"rows": []}
+        old = harness.resumed(name) or {"rows": []}
         print(f"\nwritten: {harness.save(name, harness.merged(old['rows'], rows), device=options.device)}")
 
 

@@ -1,7 +1,9 @@
 """The benchmarks but for their times: the guard's verdicts, statistics, fits, shapes, the page of results."""
 
 import argparse
+import json
 import statistics
+import sys
 from dataclasses import asdict
 
 import pytest
@@ -231,6 +233,48 @@ def test_a_case_measured_again_replaces_itself_only(tmp_path, monkeypatch):
     content = harness.load("operators-cpu")
     assert [(row["op"], row["median"]) for row in content["rows"]] == [("a", 1.0), ("b", 3.0)]
     assert content["skipped"] == {"a": {"peer": "why"}, "b": {}}
+
+
+# Measured by this code's commit, and found in a file without commits of rows, as older ones are.
+@pytest.mark.parametrize("stamped", [True, False])
+def test_rows_keep_the_commit_and_environment_of_their_measurement(tmp_path, monkeypatch, stamped):
+    """Of cases that are not run again: contests, and growth with --only."""
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+
+    def rows(ops: tuple[str, ...]) -> list[harness.Row]:
+        return [
+            harness.Row(op, "small", "float32", "work", "ours", "ours", 1.0, 1.0, 1.0, 3, None, 1.0, 0) for op in ops
+        ]
+
+    for commit, threads, ops in (("first", 7, ("a", "b", "c")), ("second", 8, ("b",)), ("third", 9, ("c",))):
+        monkeypatch.setattr(harness, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        old = harness.resumed("operators-cpu") or {"rows": []}
+        path = harness.save("operators-cpu", harness.merged(old["rows"], rows(ops)), device="cpu")
+        if not stamped and commit == "first":
+            content = json.loads(path.read_text())
+            for row in content["rows"]:
+                del row["commit"]
+            path.write_text(json.dumps(content))
+    content = harness.load("operators-cpu")
+    assert {row["op"]: row["commit"] for row in content["rows"]} == {"a": "first", "b": "second", "c": "third"}
+    assert [each["threads"] for each in (*content["earlier"], content["environment"])] == [7, 8, 9]
+    text = page.text()
+    assert "**a, small, float32**: work, commit first" in text and "**c, small, float32**: work\n" in text
+    assert "*Where commit first is named: " in text and "commit first, " in text
+
+    def sweeps(device: str) -> list[growth.Sweep]:
+        return [growth.Sweep(op, "keys", (1, 2), lambda value: lambda: None, "") for op in ("a", "b")]
+
+    monkeypatch.setattr(growth, "sweeps", sweeps)
+    for commit, arguments in (("first", []), ("second", ["--only", "b"])):
+        monkeypatch.setattr(harness, "commit", lambda commit=commit: commit)
+        monkeypatch.setattr(sys, "argv", ["growth", "--device", "cpu", "--rounds", "1", "--threads", "1", *arguments])
+        growth.main()
+    content = harness.load("growth-cpu")
+    assert [(row["op"], row["commit"]) for row in content["rows"]] == [("a", "first")] * 2 + [("b", "second")] * 2
+    assert [each["commit"] for each in content["earlier"]] == ["first"]
+    assert "| a | keys | , commit first |" in page.text()
 
 
 def test_the_page_is_that_of_the_results():
