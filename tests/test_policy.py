@@ -10,6 +10,7 @@ from appo.recording.recorder import record_frame_mass
 from appo.train.groups import Group, batch_parts, whole_groups
 from appo.train.policy import Policy
 from appo.train.scoring import score_parts
+from appo.train.setup import prepare_model
 
 
 def make_groups(builder, count, size, lengths, vocab):
@@ -53,6 +54,26 @@ def test_hidden_states_give_the_logits_of_each_response_alone(family, share_prom
                     )
                 alone = model(**inputs).logits[0, len(group.prompt) - 1 : -1]
                 torch.testing.assert_close(logits[index * 2 + row, :count], alone, rtol=1e-4, atol=1e-4)
+
+
+# Adapters and checkpointing, by which transformers lets the output of every embedding require a gradient, that of
+# patches as well; neither; and a tower that is trained.
+@pytest.mark.parametrize(
+    "settings",
+    [{"lora_rank": 2}, {"gradient_checkpointing": True}, {}, {"freeze_vision": False, "gradient_checkpointing": True}],
+)
+def test_a_frozen_tower_keeps_nothing_for_a_backward(settings, tmp_path):
+    model, processor = training.tiny()
+    config = training.config(tmp_path, **({"freeze_vision": True} | settings))
+    builder = PromptBuilder(processor, model.config, config)
+    batch = batch_parts(whole_groups(make_groups(builder, 2, 2, [3, 4], 50)), processor.tokenizer.pad_token_id, "cpu")
+    policy, seen = Policy(prepare_model(model, config)).train(), []
+    policy.causal.base_model.visual.register_forward_hook(lambda module, args, out: seen.append(out.pooler_output))
+    policy(batch, lambda hidden, weight, bias: (hidden @ weight.T).logsumexp(-1).mean()).backward()
+    assert [features.requires_grad for features in seen] == [not config.freeze_vision]
+    reached = {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert any("visual" in name for name in reached) == (not config.freeze_vision)
+    assert any("q_proj" in name for name in reached)
 
 
 # Groups in one packed row, and padded sequences.

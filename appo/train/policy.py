@@ -80,9 +80,12 @@ class Policy(nn.Module):
     def _no_pixels(self, hidden: Tensor) -> Tensor:
         """0, with a gradient of 0 for what is trained beside text model and head (the vision tower), which a batch
         without pixels leaves out: processes reduce their gradients together, and wait for those of every one."""
-        reached = {*self.causal.get_decoder().parameters(), *self.causal.get_output_embeddings().parameters()}
-        others = [p.flatten()[:0].sum() for p in self.parameters() if p.requires_grad and p not in reached]
-        return sum(others, hidden.new_zeros(()))
+        return sum((p.flatten()[:0].sum() for p in self._trained_vision()), hidden.new_zeros(()))
+
+    def _trained_vision(self) -> list[nn.Parameter]:
+        """What is trained beside text model and head."""
+        text = {*self.causal.get_decoder().parameters(), *self.causal.get_output_embeddings().parameters()}
+        return [p for p in self.parameters() if p.requires_grad and p not in text]
 
     def run(self, function: Callable[[], T]) -> T:
         """``function()`` as a forward: a wrapper that shards parameters has the policy's own ones whole meanwhile."""
@@ -128,13 +131,18 @@ class Policy(nn.Module):
             arguments["group_layout"] = sequences.layout
         else:
             refuse_dense_mask(self.causal, sequences.attention_mask)
+        inputs, rows = batch.prompts.inputs, batch.prompts.rows
+        # Adapters and checkpointing make every embedding's output require a gradient, that of a frozen tower as well,
+        # which would then keep its activations and have a backward.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(self._trained_vision())):
+            features = self.layout.features(base, inputs, rows, sequences.media_repeats)
         outputs = base(
             input_ids=sequences.input_ids,
             attention_mask=sequences.attention_mask,
             use_cache=False,
             **arguments,
-            **self.layout.features(base, batch.prompts.inputs, batch.prompts.rows, sequences.media_repeats),
+            **features,
         )
         hidden = outputs.last_hidden_state  # (S, L, D)
-        rows = sequences.rows[..., None].expand(-1, -1, hidden.shape[-1])
-        return sequences.per_response(hidden.gather(1, rows))
+        places = sequences.rows[..., None].expand(-1, -1, hidden.shape[-1])
+        return sequences.per_response(hidden.gather(1, places))
