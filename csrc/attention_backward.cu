@@ -1,6 +1,6 @@
 // C interface of the backward of frame_attention and frame_mass: appo_attention_backward.
-#include "attention_backward.cuh"
-
+#include "attention_backward_keys.cuh"
+#include "attention_backward_rows.cuh"
 #include "head_dims.h"
 #include "launch.h"
 

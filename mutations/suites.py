@@ -48,7 +48,8 @@ SURROGATES = _interpreted("surrogate or scaled or second_backward")
 SUITES: dict[str, tuple[Suite, ...]] = {
     "csrc/attention_tiles.cuh": (EMULATED, PLANTED),
     "csrc/attention_forward.cuh": (EMULATED, PLANTED),
-    "csrc/attention_backward.cuh": (EMULATED, PLANTED),
+    "csrc/attention_backward_rows.cuh": (EMULATED, PLANTED),
+    "csrc/attention_backward_keys.cuh": (EMULATED, PLANTED),
     "csrc/attention_backward.cu": (EMULATED,),
     "csrc/frame_mass.cuh": (EMULATED, PLANTED),
     "csrc/frame_mass.cu": (EMULATED,),
@@ -60,6 +61,7 @@ SUITES: dict[str, tuple[Suite, ...]] = {
     "csrc/weighted_surrogate.cuh": (_cuda("logits_weighted_surrogate", "zero_rows", "surrogate_kinds"), PLANTED),
     "appo_kernels/attention/triton_device.py": (_interpreted("attention or mass"), ATTENTION, HOPPER),
     "appo_kernels/attention/triton_forward.py": (_interpreted("attention or mass"), ATTENTION, HOPPER),
+    "appo_kernels/attention/triton_delta.py": (_interpreted("test_attention"), ATTENTION),
     "appo_kernels/attention/triton_backward.py": (_interpreted("test_attention"), ATTENTION),
     "appo_kernels/attention/triton_mass.py": (_interpreted("frame_mass"), ATTENTION),
     "appo_kernels/attention/triton_plan.py": (_interpreted("block_mask"), ATTENTION),

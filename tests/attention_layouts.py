@@ -59,7 +59,7 @@ def bounds(kind: str, batch: int, rows: int, keys: int) -> dict[str, Tensor]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class LayoutCase:
     frame_ids: torch.Tensor  # (B, S) int32
     num_frames: int
     first_key: torch.Tensor | None  # (B, R) int32
@@ -71,9 +71,9 @@ class Layout:
     def bounds(self):
         return self.first_key, self.last_key, self.prefix_keys
 
-    def operands(self, scale: float, weights: torch.Tensor | None = None) -> arguments.Layout:
+    def operands(self, scale: float, weights: torch.Tensor | None = None) -> arguments.AttentionLayout:
         """As backends take it."""
-        return arguments.Layout(self.frame_ids, *self.bounds, weights, scale)
+        return arguments.AttentionLayout(self.frame_ids, *self.bounds, weights, scale)
 
 
 def runs(keys: int, *spans: tuple[int, int, int]) -> torch.Tensor:
@@ -88,7 +88,7 @@ def ints(*rows: list[int] | torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.as_tensor(row) for row in rows]).int()
 
 
-def hostile() -> Layout:
+def hostile() -> LayoutCase:
     """Two sequences with different layouts, 41 rows.
 
     First: a frame of exactly one tile, one that leaves a remainder, one split in two by text, three small ones that
@@ -108,10 +108,10 @@ def hostile() -> Layout:
     prefix = ints(torch.zeros(R), torch.full((R,), 77))
     prefix[1, 5], first_key[1, 5], last_key[1, 5] = 0, 1, 0
     prefix[1, 6], first_key[1, 6], last_key[1, 6] = 160, 140, 202  # prefix and interval overlap
-    return Layout(torch.stack([first, second]), 6, first_key, last_key, prefix, R)
+    return LayoutCase(torch.stack([first, second]), 6, first_key, last_key, prefix, R)
 
 
-def everything_visible() -> Layout:
+def everything_visible() -> LayoutCase:
     """No bounds at all: rows see every key, and there is a frame for every key."""
     S = 130
-    return Layout(runs(S, (0, 0, 70), (1, 70, 60))[None], 2, None, None, None, 19)
+    return LayoutCase(runs(S, (0, 0, 70), (1, 70, 60))[None], 2, None, None, None, 19)

@@ -3,14 +3,14 @@
 import math
 
 import torch
-from attention_layouts import Layout
+from attention_layouts import LayoutCase
 
 from appo_kernels import dispatch, testing
 from appo_kernels.attention import arguments
 from appo_kernels.ops.frame_attention import reference
 
 
-def tensors(layout: Layout, query_heads: int, key_heads: int, head_dim: int, dtype: torch.dtype):
+def tensors(layout: LayoutCase, query_heads: int, key_heads: int, head_dim: int, dtype: torch.dtype):
     """query, key, value, not contiguous: (B, S, heads, d) in memory, as projections leave them."""
     generator = torch.Generator().manual_seed(head_dim)
     B, S = layout.frame_ids.shape
@@ -21,7 +21,7 @@ def tensors(layout: Layout, query_heads: int, key_heads: int, head_dim: int, dty
     return make(layout.rows, query_heads), make(S, key_heads), make(S, key_heads)
 
 
-def attention(layout: Layout, inputs, backend: str, *, scale: float, grads=None, weights=None):
+def attention(layout: LayoutCase, inputs, backend: str, *, scale: float, grads=None, weights=None):
     """out, lse, mass and, for upstream gradients, those of query, key, value; by the backend's own functions.
 
     All buffers that the operators allocate come filled with NaN.
@@ -44,7 +44,7 @@ def attention(layout: Layout, inputs, backend: str, *, scale: float, grads=None,
     return out, lse, mass, *gradients
 
 
-def expected_attention(layout: Layout, inputs, *, scale: float, grads, weights=None):
+def expected_attention(layout: LayoutCase, inputs, *, scale: float, grads, weights=None):
     """The same by the reference in fp64 and ordinary autograd."""
     leaves = [t.detach().double().requires_grad_() for t in inputs]
     bounds = dict(zip(("first_key", "last_key", "prefix_keys"), layout.bounds, strict=True))
@@ -55,7 +55,7 @@ def expected_attention(layout: Layout, inputs, *, scale: float, grads, weights=N
     return result.out, result.lse, mass, *torch.autograd.grad(total, leaves)
 
 
-def upstream(layout: Layout, inputs) -> tuple[torch.Tensor, ...]:
+def upstream(layout: LayoutCase, inputs) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(1)
     query, dtype = inputs[0], inputs[0].dtype
     out = torch.randn(query.shape, generator=generator).to(dtype).double()  # exact in the dtype under test

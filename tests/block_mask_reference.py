@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from appo_kernels.attention.triton_block_mask import FULL, SHORT, SKIP, BlockMask
+from appo_kernels.attention.triton_block_mask import BlockMask
+from appo_kernels.attention.triton_device import FULL, SHORT, SKIP
 
 
 @dataclass(frozen=True)

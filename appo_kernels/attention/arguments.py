@@ -16,7 +16,7 @@ from appo_kernels.dtypes import compute_dtype
 REDUCTIONS = ("sum", "mean")
 
 
-class Layout(NamedTuple):
+class AttentionLayout(NamedTuple):
     """Frames, visibility and scale as the attention backends take them: validated; whole numbers are int32 or int64.
 
     Tensors may have any strides. None stands for the default of a bound (0, S - 1, 0) and for weights of 1.
@@ -33,10 +33,10 @@ class Layout(NamedTuple):
     def bounds(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.first_key, self.last_key, self.prefix_keys
 
-    def narrowed(self) -> "Layout":
+    def narrowed(self) -> "AttentionLayout":
         """With whole numbers as int32, for backends that compute with them."""
         first, last, prefix = (None if bound is None else checks.narrowed(bound) for bound in self.bounds)
-        return Layout(checks.narrowed(self.frame_ids), first, last, prefix, self.frame_weights, self.scale)
+        return AttentionLayout(checks.narrowed(self.frame_ids), first, last, prefix, self.frame_weights, self.scale)
 
 
 class Upstream(NamedTuple):
@@ -67,8 +67,8 @@ def prepare(
     prefix_keys: Tensor | None,
     scale: float | None,
     reduction: str,
-) -> Layout:
-    """The ``Layout`` of the arguments that all operators on attention have, after their checks.
+) -> AttentionLayout:
+    """The ``AttentionLayout`` of the arguments that all operators on attention have, after their checks.
 
     Raises:
         ValueError: a wrong type, shape, dtype or device, a number out of its range. Values of tensors are left to
@@ -104,7 +104,7 @@ def prepare(
     if scale is None:
         scale = 1.0 / math.sqrt(dispatch.constant(head_dim))
     dtype = compute_dtype(query.dtype)
-    return Layout(
+    return AttentionLayout(
         frame_ids,
         first_key,
         last_key,
@@ -119,7 +119,7 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def check_values(op: str, keys: int, num_frames: int, layout: Layout, lse: Tensor | None = None) -> None:
+def check_values(op: str, keys: int, num_frames: int, layout: AttentionLayout, lse: Tensor | None = None) -> None:
     """ValueError unless frame ids, ``last_key`` and ``prefix_keys`` are in range, and a given ``lse`` (B, Hq, R) is
     finite in rows that see keys; with one synchronisation.
 
@@ -144,7 +144,7 @@ def check_values(op: str, keys: int, num_frames: int, layout: Layout, lse: Tenso
         checks.fail(op, "lse", "finite numbers in rows that see keys", f"{value} at {(sequence, head, row)}", remedy)
 
 
-def _ranges(keys: int, num_frames: int, layout: Layout) -> list[tuple[str, Tensor, int | None, int, str]]:
+def _ranges(keys: int, num_frames: int, layout: AttentionLayout) -> list[tuple[str, Tensor, int | None, int, str]]:
     """(argument, its values, least, most, remedy) of those that are there."""
     ranges = (
         ("frame_ids", layout.frame_ids, -1, num_frames - 1, "Raise `num_frames`, or mark keys of no frame with -1."),
@@ -167,7 +167,7 @@ def _wrong_lse(lse: Tensor, sees: Tensor | bool) -> Tensor:
     return wrong
 
 
-def sees_any(keys: int, layout: Layout) -> Tensor | bool:
+def sees_any(keys: int, layout: AttentionLayout) -> Tensor | bool:
     """Rows (B, R) that see at least one of ``keys`` keys; a plain bool where that is the same for all rows."""
     low = 0 if layout.first_key is None else layout.first_key.clamp(min=0)
     high = keys - 1 if layout.last_key is None else layout.last_key

@@ -8,15 +8,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import AttentionLayout, Gradients, Upstream
 from appo_kernels.attention.group_layout import Group, GroupLayout, bounds
 
 
-def _visibility(group: Group, device: torch.device, scale: float) -> Layout:
+def _visibility(group: Group, device: torch.device, scale: float) -> AttentionLayout:
     """Of a pass without frames."""
     seen = bounds(group, device)
     none = torch.full_like(seen.last_key, -1)
-    return Layout(none, seen.first_key, seen.last_key, seen.prefix_keys, None, scale)
+    return AttentionLayout(none, seen.first_key, seen.last_key, seen.prefix_keys, None, scale)
 
 
 def forward(

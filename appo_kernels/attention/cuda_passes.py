@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels import checks, cuda_library
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import AttentionLayout, Gradients, Upstream
 from appo_kernels.cuda_constants import ELEMENTS, FRAME_TILE, GRAD_HEAD_DIMS, HEAD_DIMS, KEY_TILE, ROW_PADDING
 from appo_kernels.dispatch import Problem
 from appo_kernels.dtypes import HALVES
@@ -136,7 +136,7 @@ def stride_fields(name: str, dimensions: str, tensor: Tensor | None) -> dict[str
     return {f"{name}_stride_{d}": s for d, s in zip(dimensions, values, strict=False)}
 
 
-def operands(query: Tensor, key: Tensor, layout: Layout, frame_count: int) -> Operands:
+def operands(query: Tensor, key: Tensor, layout: AttentionLayout, frame_count: int) -> Operands:
     """Query and key (B, H, R or S, d) as the kernels load them, frames padded to whole tiles, and the range of each."""
     keys, scale = key.shape[2], layout.scale
     padding = -keys % KEY_TILE
@@ -165,7 +165,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    layout: Layout,
+    layout: AttentionLayout,
     out: Tensor | None,
     lse: Tensor,
     mass: Tensor,
@@ -221,7 +221,7 @@ def attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    layout: Layout,
+    layout: AttentionLayout,
     out: Tensor | None,
     lse: Tensor,
     upstream: Upstream,

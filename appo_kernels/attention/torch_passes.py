@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import AttentionLayout, Gradients, Upstream
 from appo_kernels.attention.torch_tiles import KeyTile, Rows, mask_, row_tiles, tiles_of
 from appo_kernels.dtypes import LOG2_E, compute_dtype
 
@@ -35,7 +35,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    layout: Layout,
+    layout: AttentionLayout,
     out: Tensor | None,
     lse: Tensor,
     mass: Tensor,
@@ -51,12 +51,12 @@ def attend(
     """
     max_keys, tile_scores, layout = max_keys or MAX_KEYS, tile_scores or TILE_SCORES, layout.narrowed()
     batch, heads, rows, head_dim = query.shape
-    num_frames, group = mass.shape[-1], heads // key.shape[1]
+    num_frames, heads_per_kv = mass.shape[-1], heads // key.shape[1]
     factor, log2_e = base_two(layout.scale, lse.dtype)
     most_rows = STATE_NUMBERS // (heads * (num_frames + head_dim + 3))
     for b in range(batch):
         tiles = tiles_of(layout.frame_ids, b, num_frames, max_keys, frames_only=False)
-        size = min(most_rows, tile_scores // (group * max([len(tile) for tile in tiles], default=1)))
+        size = min(most_rows, tile_scores // (heads_per_kv * max([len(tile) for tile in tiles], default=1)))
         for part in row_tiles(b, rows, max(16, size), layout.bounds):
             here = slice(part.start, part.stop)
             one_value = None if value is None else value[b]
@@ -92,17 +92,17 @@ def _online_softmax(
     rows, d), and row_max (Hq, rows).
     """
     heads, rows, head_dim = query.shape
-    dtype, group = compute_dtype(query.dtype), heads // len(key)
-    queries = query.to(dtype).reshape(len(key), group * rows, head_dim)
-    sums = queries.new_zeros(len(key), group, rows, num_frames + 1)
-    row_maxima = queries.new_full((len(key), group, rows, 1), -math.inf)
+    dtype, heads_per_kv = compute_dtype(query.dtype), heads // len(key)
+    queries = query.to(dtype).reshape(len(key), heads_per_kv * rows, head_dim)
+    sums = queries.new_zeros(len(key), heads_per_kv, rows, num_frames + 1)
+    row_maxima = queries.new_full((len(key), heads_per_kv, rows, 1), -math.inf)
     weighted = None if value is None else torch.zeros_like(queries)
     for tile in tiles:
         masked = part.masked(tile)
         if masked is True:
             continue
-        scores = queries.new_empty(group, rows, len(tile))
-        flat = scores.view(group * rows, -1)
+        scores = queries.new_empty(heads_per_kv, rows, len(tile))
+        flat = scores.view(heads_per_kv * rows, -1)
         for kv, row_max in enumerate(row_maxima):
             # The same rounding as in the gradient, whose probabilities then add up to 1 with this lse.
             torch.addmm(flat, queries[kv], tile.take(key[kv], dtype).t(), beta=0, alpha=factor, out=flat)
@@ -124,7 +124,7 @@ def attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    layout: Layout,
+    layout: AttentionLayout,
     out: Tensor | None,
     lse: Tensor,
     upstream: Upstream,
@@ -137,13 +137,13 @@ def attend_backward(
     layout = layout.narrowed()
     dtype = compute_dtype(query.dtype)
     batch, heads, rows, _ = query.shape
-    group = heads // key.shape[1]
+    heads_per_kv = heads // key.shape[1]
     num_frames = 0 if grad_mass is None else grad_mass.shape[-1]
     factor, log2_e = base_two(layout.scale, dtype)
     for b in range(batch):
         # Without a gradient of the mass all frames are as no frame.
         tiles = tiles_of(layout.frame_ids, b, num_frames, MAX_KEYS, frames_only=False)
-        size = max(16, TILE_SCORES // (group * max([len(tile) for tile in tiles], default=1)))
+        size = max(16, TILE_SCORES // (heads_per_kv * max([len(tile) for tile in tiles], default=1)))
         shift = torch.where(
             torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype)
         )  # exp2(score - inf) = 0 in a row without keys
@@ -152,13 +152,15 @@ def attend_backward(
             dvalue = torch.zeros_like(dkey)
             for part in row_tiles(b, rows, size, layout.bounds):
                 here = slice(part.start, part.stop)
-                of_kv = slice(kv * group, (kv + 1) * group)
+                of_kv = slice(kv * heads_per_kv, (kv + 1) * heads_per_kv)
                 frame_grad = None
                 if grad_mass is not None:
                     chosen = grad_mass[b, of_kv, here] if per_head else grad_mass[b, :, here] / heads
                     chosen = chosen if layout.frame_weights is None else chosen * layout.frame_weights[b]
-                    frame_grad = torch.nn.functional.pad(chosen.to(dtype), (0, 1)).expand(group, -1, -1)  # none: F
-                delta = query.new_zeros(group, part.stop - part.start, dtype=dtype)
+                    frame_grad = torch.nn.functional.pad(chosen.to(dtype), (0, 1)).expand(
+                        heads_per_kv, -1, -1
+                    )  # none: F
+                delta = query.new_zeros(heads_per_kv, part.stop - part.start, dtype=dtype)
                 if grad_out is not None and out is not None:
                     delta += (grad_out[b, of_kv, here].to(dtype) * out[b, of_kv, here]).sum(-1)
                 if grad_lse is not None:
@@ -199,7 +201,7 @@ def _rows_backward(
     query and grad_out (g, rows, d), shift and delta (g, rows), frame_grad (g, rows, F + 1), key and value (S, d).
     delta comes without the term of the mass, which takes a pass of its own over the keys of frames.
     """
-    group = query.shape[0]
+    heads_per_kv = query.shape[0]
     masked = [part.masked(tile) for tile in tiles]
     if frame_grad is not None:
         delta = delta.clone()
@@ -207,7 +209,7 @@ def _rows_backward(
             if tile_mask is True or tile.runs[0][0] == frame_grad.shape[-1] - 1:
                 continue
             column = tile.take(key, query.dtype).t()
-            for head in range(group):
+            for head in range(heads_per_kv):
                 probabilities = _probabilities(query[head], column, shift[head], tile_mask, factor)
                 delta[head] += probabilities.mul_(frame_grad[head].index_select(1, tile.frames)).sum(-1)
     dquery = torch.zeros_like(query)
@@ -217,7 +219,7 @@ def _rows_backward(
         keys = tile.take(key, query.dtype)  # (n, d)
         values = None if value is None or grad_out is None else tile.take(value, query.dtype)
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(keys)
-        for head in range(group):
+        for head in range(heads_per_kv):
             probabilities = _probabilities(query[head], keys.t(), shift[head], tile_mask, factor)
             minus_delta = -delta[head, :, None]
             if values is not None and grad_out is not None:

@@ -14,13 +14,10 @@ import triton
 from torch import Tensor
 
 from appo_kernels.attention import triton_plan
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import AttentionLayout
 from appo_kernels.attention.frame_plan import kept
+from appo_kernels.attention.triton_device import SHORT
 from appo_kernels.triton_launch import on_its_device
-
-# What a tile of rows sees of a tile of keys: nothing; something, or a mixed tile; every row every key, of a tile with
-# fewer keys than it has room for, of one without.
-SKIP, PARTIAL, SHORT, FULL = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,10 @@ class BlockMask:
 
     kv_indices: Tensor  # (B, N, T) int32: key tiles in ascending order; those not seen have no place in it
     kv_num_blocks: Tensor  # (B, N, 3) int32: tiles before the first seen that is not FULL, not FULL or SHORT, all seen
-    kinds: Tensor  # (B, N, T) int8
+    kinds: Tensor  # (B, N, T) int8: SKIP, PARTIAL, SHORT or FULL of ``triton_device``
 
 
-def key_plan(layout: Layout, rows: int, num_frames: int, size: int) -> KeyPlan:
+def key_plan(layout: AttentionLayout, rows: int, num_frames: int, size: int) -> KeyPlan:
     """size: keys of a tile. Once for a plan."""
     return kept(
         layout.frame_ids,
@@ -58,7 +55,7 @@ def key_plan(layout: Layout, rows: int, num_frames: int, size: int) -> KeyPlan:
 
 
 @on_its_device
-def _key_plan(frame_ids: Tensor, layout: Layout, rows: int, num_frames: int, size: int) -> KeyPlan:
+def _key_plan(frame_ids: Tensor, layout: AttentionLayout, rows: int, num_frames: int, size: int) -> KeyPlan:
     """The plan, by one launch: frame_ids (B, S) int32, bounds (B, R) of any integers."""
     (B, S), F = frame_ids.shape, num_frames
     T = S // size + min(F, 2 * S // size) + 2  # every large frame has at least half a tile of keys
@@ -80,7 +77,7 @@ def _key_plan(frame_ids: Tensor, layout: Layout, rows: int, num_frames: int, siz
 
 
 def block_mask(
-    layout: Layout, batch: int, rows: int, keys: int, num_frames: int, tile_keys: int, tile_rows: int
+    layout: AttentionLayout, batch: int, rows: int, keys: int, num_frames: int, tile_keys: int, tile_rows: int
 ) -> tuple[KeyPlan, BlockMask]:
     """Tiles of keys and what row tiles of ``tile_rows`` rows see of them, once for a plan."""
     plan = key_plan(layout, rows, num_frames, tile_keys)

@@ -13,9 +13,11 @@ import triton.language as tl
 
 from appo_kernels.dtypes import LN_2, LOG2_E
 
-# What the loops over the tiles that a tile of rows sees assume, one after the other: every row sees every key of a tile
-# that is whole; of one that is not, a frame's last; each row sees what its bounds say.
-WHOLE_TILES, SHORT_TILES, MASKED_TILES = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+# What a tile of rows sees of a tile of keys: nothing; something, or a tile of several frames; every row every key, of a
+# tile with fewer keys than it has room for, of one without.
+SKIP, PARTIAL, SHORT, FULL = 0, 1, 2, 3
+# The same for kernels, whose loops take the tiles that are seen one kind after the other.
+PARTIAL_TILES, SHORT_TILES, FULL_TILES = tl.constexpr(PARTIAL), tl.constexpr(SHORT), tl.constexpr(FULL)
 TO_BASE_2, TO_BASE_E = tl.constexpr(LOG2_E), tl.constexpr(LN_2)
 
 
@@ -60,15 +62,15 @@ def load_rows(p, stride_head, stride_row, row, head, valid, D: tl.constexpr, DP:
 
 
 @triton.jit
-def load_keys(p, stride, position, inside, D: tl.constexpr, DP: tl.constexpr, WHOLE: tl.constexpr):
-    """(BN, DP) rows of a (S, D) array at ``position``, 0 where not ``inside``; WHOLE: all of them are."""
+def load_keys(p, stride, position, inside, D: tl.constexpr, DP: tl.constexpr, FULL_TILE: tl.constexpr):
+    """(BN, DP) rows of a (S, D) array at ``position``, 0 where not ``inside``; FULL_TILE: all of them are."""
     d = tl.arange(0, DP)
     pointers = p + position.to(tl.int64)[:, None] * stride + d[None, :]
-    if WHOLE and D == DP:
+    if FULL_TILE and D == DP:
         return tl.load(pointers)
     elif D == DP:
         return tl.load(pointers, mask=inside[:, None], other=0.0)
-    elif WHOLE:
+    elif FULL_TILE:
         return tl.load(pointers, mask=(d < D)[None, :], other=0.0)
     else:
         return tl.load(pointers, mask=inside[:, None] & (d < D)[None, :], other=0.0)

@@ -2,8 +2,9 @@
 """Triton: online softmax over the tiles of a key plan, with the mass of each frame as a by-product.
 
 The row sum of a tile that holds keys of one frame only *is* that frame's contribution, relative to the running maximum
-at that moment. The main loop stores both, and ``finish_kernel`` brings them to the final normaliser: no matrix product,
-shuffle or exponential is added to the loop. The mass of small frames, which share tiles, is replayed from the lse.
+at that moment. The main loop stores both, and ``mass_from_tiles_kernel`` brings them to the final normaliser: no matrix
+product, shuffle or exponential is added to the loop. The mass of small frames, which share tiles, is replayed from the
+lse (``triton_mass``).
 
 Shapes, pointers and tiles are named as in ``triton_device``.
 """
@@ -12,11 +13,11 @@ import triton
 import triton.language as tl
 
 from appo_kernels.attention.triton_device import (
-    MASKED_TILES,
+    FULL_TILES,
+    PARTIAL_TILES,
     SHORT_TILES,
     TO_BASE_2,
     TO_BASE_E,
-    WHOLE_TILES,
     load_bounds,
     load_keys,
     load_rows,
@@ -39,29 +40,29 @@ def online_step(
     """
     n = tl.arange(0, BN)
     start = tl.load(p_tiles + tile * 4)
-    if TILES == WHOLE_TILES:
+    if TILES == FULL_TILES:
         inside = n < BN
         position = tl.load(p_order + start + n)
     else:
         inside = n < tl.load(p_tiles + tile * 4 + 1)
         position = tl.load(p_order + start + n, mask=inside, other=0)
-    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, TILES == WHOLE_TILES)  # (BN, DP)
+    b_key = load_keys(p_key, stride_ks, position, inside, D, DP, TILES == FULL_TILES)  # (BN, DP)
     b_score = tl.dot(b_query, tl.trans(b_key), input_precision="ieee")  # (BM, BN)
     if NEGATIVE:
         b_score = -b_score
     if TILES == SHORT_TILES:
         b_score = tl.where(inside[None, :], b_score, float("-inf"))
-    if TILES == MASKED_TILES:
+    if TILES == PARTIAL_TILES:
         seen = inside[None, :] & visible(position[None, :], first[:, None], last[:, None], prefix[:, None], BOUNDS)
         b_score = tl.where(seen, b_score, float("-inf"))
     new_max = tl.maximum(row_max, tl.max(b_score, 1) * scale)  # (BM,)
-    base = tl.where(new_max == float("-inf"), 0.0, new_max) if TILES == MASKED_TILES else new_max
+    base = tl.where(new_max == float("-inf"), 0.0, new_max) if TILES == PARTIAL_TILES else new_max
     b_p = tl.exp2(b_score * scale - base[:, None])  # (BM, BN)
     tile_sum = tl.sum(b_p, 1)  # (BM,)
     decay = tl.exp2(row_max - base)
     row_sum = row_sum * decay + tile_sum
     if VALUE:
-        b_value = load_keys(p_value, stride_vs, position, inside, D, DP, TILES == WHOLE_TILES)  # (BN, DP)
+        b_value = load_keys(p_value, stride_vs, position, inside, D, DP, TILES == FULL_TILES)  # (BN, DP)
         b_out = tl.dot(b_p.to(b_value.dtype), b_value, b_out * decay[:, None], input_precision="ieee")
     if MASS:
         lane = tl.arange(0, BM)
@@ -105,18 +106,18 @@ def online_kernel(
     block_row = b64 * N + row_tile
     p_kv_indices += block_row * T
     p_num_blocks += block_row * 3
-    whole, unmasked, num_blocks = tl.load(p_num_blocks), tl.load(p_num_blocks + 1), tl.load(p_num_blocks + 2)
+    full, unmasked, num_blocks = tl.load(p_num_blocks), tl.load(p_num_blocks + 1), tl.load(p_num_blocks + 2)
 
     b_out = tl.zeros([BM, DP], tl.float32)
     row_sum = tl.zeros([BM], tl.float32)
     row_max = tl.full([BM], float("-inf"), tl.float32)
-    for i in range(whole):
+    for i in range(full):
         b_out, row_sum, row_max = online_step(
             b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_kv_indices + i), p_tile_sum,
             p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,
-            D, DP, BM, BN, WHOLE_TILES, BOUNDS, VALUE, MASS, NEGATIVE,
+            D, DP, BM, BN, FULL_TILES, BOUNDS, VALUE, MASS, NEGATIVE,
         )  # fmt: skip
-    for i in range(whole, unmasked):
+    for i in range(full, unmasked):
         b_out, row_sum, row_max = online_step(
             b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_kv_indices + i), p_tile_sum,
             p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,
@@ -126,7 +127,7 @@ def online_kernel(
         b_out, row_sum, row_max = online_step(
             b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_kv_indices + i), p_tile_sum,
             p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,
-            D, DP, BM, BN, MASKED_TILES, BOUNDS, VALUE, MASS, NEGATIVE,
+            D, DP, BM, BN, PARTIAL_TILES, BOUNDS, VALUE, MASS, NEGATIVE,
         )  # fmt: skip
 
     lse = tl.where(row_sum == 0.0, float("-inf"), row_max + tl.log2(row_sum)) * TO_BASE_E  # (BM,)
@@ -142,7 +143,7 @@ def online_kernel(
     do_not_specialize=["R", "T", "N", "F", "first_row_tile", "stride_ob", "stride_oh", "stride_or"],
     do_not_specialize_on_alignment=["stride_of"],
 )
-def finish_kernel(
+def mass_from_tiles_kernel(
     p_tile_sum, p_tile_max, p_lse, p_kinds, p_frame_tiles, p_weights, p_out,
     stride_ob, stride_oh, stride_or, stride_of, HKV, R, T, N, F, first_row_tile, factor,
     G: tl.constexpr, BM: tl.constexpr, WEIGHTED: tl.constexpr, PER_HEAD: tl.constexpr, ROWS: tl.constexpr,

@@ -39,7 +39,7 @@ def all_seen(p_tiles, p_order, tile_start, tile_stop, first, last, prefix, valid
     do_not_specialize=["R", "S", "T", "F", "stride_ob", "stride_oh", "stride_or"],
     do_not_specialize_on_alignment=["stride_of"],
 )
-def replay_kernel(
+def mass_from_lse_kernel(
     p_query, p_key, p_lse, p_order, p_frames, p_tiles, p_frame_tiles, p_small, p_bounds, p_weights, p_out,
     stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks, stride_ob, stride_oh, stride_or, stride_of,
     HKV, R, S, T, F, scale, factor,
@@ -54,7 +54,7 @@ def replay_kernel(
     is the same, as for any FG, and ``fma`` is written out because compilers may fuse or not. LARGE: take the frames
     that have tiles of their own, besides the small ones. scale includes log2(e).
     """
-    row_tile, group = tl.program_id(0), tl.program_id(1)
+    row_tile, frame_group = tl.program_id(0), tl.program_id(1)
     if SPLIT:
         sequence, head_start = tl.program_id(2) // HKV, tl.program_id(2) % HKV
         head_stop = head_start + 1
@@ -68,7 +68,7 @@ def replay_kernel(
     p_order += b64 * S
     p_frames += b64 * S
     p_tiles += b64 * T * 4
-    first_frame = group * FG
+    first_frame = frame_group * FG
     last_frame = tl.minimum(first_frame + FG, F)
     tile_start = tl.load(p_frame_tiles + b64 * (F + 2) + first_frame)
     tile_stop = tl.load(p_frame_tiles + b64 * (F + 2) + last_frame)
@@ -174,7 +174,7 @@ def accumulate_kernel(
 
 
 @on_its_device
-def replay(
+def mass_from_lse(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
@@ -200,11 +200,11 @@ def replay(
         split = row_tiles * triton.cdiv(F, FRAMES) * B < 2 * multiprocessors(query.device)
     split = split and not per_head
     frames = FRAMES_SPLIT if split else FRAMES
-    groups = triton.cdiv(F, frames)
+    frame_groups = triton.cdiv(F, frames)
     out = torch.zeros(B, HKV, R, F, dtype=torch.float32, device=query.device) if split else mass
     weighted, factor = frame_weights is not None, 1.0 if per_head else 1.0 / Hq
     weights = lse if frame_weights is None else frame_weights
-    replay_kernel[(row_tiles, groups, B * HKV if split else B)](
+    mass_from_lse_kernel[(row_tiles, frame_groups, B * HKV if split else B)](
         query, key, lse.contiguous(), plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small,
         plan.order if plan.bounds is None else plan.bounds, weights, out,
         *query.stride()[:3], *key.stride()[:3], *out.stride(), HKV, R, S, T, F, scale * LOG2_E, factor,

@@ -7,9 +7,9 @@ import triton
 from torch import Tensor
 
 from appo_kernels.attention import triton_backward as backward_kernels
+from appo_kernels.attention import triton_delta, triton_mass
 from appo_kernels.attention import triton_forward as forward_kernels
-from appo_kernels.attention import triton_mass
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import AttentionLayout, Gradients, Upstream
 from appo_kernels.attention.triton_block_mask import BlockMask, KeyPlan, block_mask, key_plan, row_blocks
 from appo_kernels.dtypes import LOG2_E
 from appo_kernels.triton_launch import (
@@ -35,7 +35,7 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    layout: Layout,
+    layout: AttentionLayout,
     out: Tensor | None,
     lse: Tensor,
     mass: Tensor,
@@ -72,14 +72,14 @@ def attend(
             VALUE=value is not None, MASS=F > 0, NEGATIVE=scale < 0, **choice.options,
         )  # fmt: skip
         if F:
-            forward_kernels.finish_kernel[(tiles, F, B)](
+            forward_kernels.mass_from_tiles_kernel[(tiles, F, B)](
                 *scratch, lse, mask.kinds, plan.frame_tiles, lse if frame_weights is None else frame_weights, mass,
                 *mass.stride(), HKV, R, T, N, F, start, 1.0 if per_head else 1.0 / Hq,
                 G=G, BM=choice.rows, WEIGHTED=frame_weights is not None, PER_HEAD=per_head,
                 ROWS=triton.next_power_of_2(choice.rows // G), num_warps=4,
             )  # fmt: skip
     if F:
-        triton_mass.replay(query, key, lse, plan, frame_weights, scale, mass, per_head, choice, large=False)
+        triton_mass.mass_from_lse(query, key, lse, plan, frame_weights, scale, mass, per_head, choice, large=False)
 
 
 def magnitude(scale: float) -> float:
@@ -92,7 +92,7 @@ def attend_backward(
     query: Tensor,
     key: Tensor,
     value: Tensor | None,
-    layout: Layout,
+    layout: AttentionLayout,
     out: Tensor | None,
     lse: Tensor,
     upstream: Upstream,
@@ -142,7 +142,7 @@ def attend_backward(
     delta = torch.empty_like(lse)
     choice = chosen(BACKWARD_DELTA)
     plan = key_plan(layout, R, F, choice.keys)
-    backward_kernels.delta_kernel[(triton.cdiv(R, choice.rows // G), B * HKV)](
+    triton_delta.delta_kernel[(triton.cdiv(R, choice.rows // G), B * HKV)](
         query, key, lse, _or(out, lse), _or(grad_out, lse), _or(grad_lse, lse), grad_mass_or_any, weights_or_any,
         plan.order, plan.frames, plan.tiles, plan.frame_tiles, plan.small, _or(plan.bounds, plan.order),
         delta, *query_strides, *key_strides, *out_strides, *lse_strides, *mass_strides, HKV, R, S, plan.tiles.shape[1],

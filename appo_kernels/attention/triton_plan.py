@@ -200,7 +200,7 @@ def mask_kernel(
         most_prefix = tl.max(prefix, 0)
         most_first, least_last = tl.max(first, 0), tl.min(last, 0)
         least_prefix = tl.min(tl.where(valid, prefix, INT32_MOST), 0)
-    seen_before, whole_before, unmasked_before, whole_run, unmasked_run = 0, 0, 0, 1, 1
+    seen_before, full_before, unmasked_before, full_run, unmasked_run = 0, 0, 0, 1, 1
     for start in range(0, T, BLOCK):
         tile = start + tl.arange(0, BLOCK)
         inside = tile < T
@@ -214,18 +214,18 @@ def mask_kernel(
         some = exists & (((least_first <= high) & (most_last >= low)) | (most_prefix > low))
         every = ((most_first <= low) & (least_last >= high)) | (least_prefix > high)
         unmasked = some & every & ~mixed
-        whole = unmasked & (length == size)
-        kind = some.to(tl.int32) + unmasked.to(tl.int32) + whole.to(tl.int32)
+        full = unmasked & (length == size)
+        kind = some.to(tl.int32) + unmasked.to(tl.int32) + full.to(tl.int32)
         tl.store(p_kinds + tile, kind.to(tl.int8), mask=inside)
         tl.store(p_kv_indices + seen_before + exclusive(some.to(tl.int32)), tile, mask=some)
         # Tiles before the first seen one that is of another kind: those in a run that has not ended.
-        not_whole, not_unmasked = (some & ~whole).to(tl.int32), (some & ~unmasked).to(tl.int32)
-        whole_before += whole_run * tl.sum((some & (tl.cumsum(not_whole, 0) == 0)).to(tl.int32), 0)
+        not_full, not_unmasked = (some & ~full).to(tl.int32), (some & ~unmasked).to(tl.int32)
+        full_before += full_run * tl.sum((some & (tl.cumsum(not_full, 0) == 0)).to(tl.int32), 0)
         unmasked_before += unmasked_run * tl.sum((some & (tl.cumsum(not_unmasked, 0) == 0)).to(tl.int32), 0)
-        whole_run = tl.where(tl.sum(not_whole, 0) == 0, whole_run, 0)
+        full_run = tl.where(tl.sum(not_full, 0) == 0, full_run, 0)
         unmasked_run = tl.where(tl.sum(not_unmasked, 0) == 0, unmasked_run, 0)
         seen_before += tl.sum(some.to(tl.int32), 0)
-    tl.store(p_num_blocks, whole_before)
+    tl.store(p_num_blocks, full_before)
     tl.store(p_num_blocks + 1, unmasked_before)
     tl.store(p_num_blocks + 2, seen_before)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import triton
 
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import AttentionLayout, Gradients, Upstream
 from appo_kernels.ops.frame_attention import triton as frame_attention
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence_from_logits
@@ -69,7 +69,7 @@ def attention_entries(head_dim: int, dtype: str, arch: int, *, gradients: bool =
         lse, mass = torch.zeros(1, HEADS, ROWS), torch.zeros(1, 1, ROWS, FRAMES)
         ids = (torch.arange(KEYS) // (KEYS // FRAMES))[None].int()
         last = (torch.arange(ROWS) + KEYS - ROWS)[None].int()
-        layout = Layout(ids, None, last, None, None, 0.1)
+        layout = AttentionLayout(ids, None, last, None, None, 0.1)
         frame_attention.forward(query, key, value, layout, out, lse, mass, per_head=False)
         without_frames = layout._replace(frame_ids=torch.full_like(ids, -1))
         frame_attention.forward(query, key, value, without_frames, out, lse, mass[..., :0], per_head=False)
@@ -137,7 +137,7 @@ def _label(launch: triton_device.Launch) -> str:
     flags = launch.constants
     if launch.name == "online_kernel":
         return "online" + (" attention" if flags["VALUE"] else " lse") + (" + mass" if flags["MASS"] else "")
-    if launch.name == "replay_kernel":
+    if launch.name == "mass_from_lse_kernel":
         return "replay" if flags["LARGE"] else "replay of small frames"
     return launch.name.removesuffix("_kernel")
 

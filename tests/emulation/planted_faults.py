@@ -10,7 +10,8 @@ from pathlib import Path
 
 from cudasim import SOURCES
 
-FORWARD, BACKWARD, TILES = "attention_forward.cuh", "attention_backward.cuh", "attention_tiles.cuh"
+FORWARD, TILES = "attention_forward.cuh", "attention_tiles.cuh"
+ROWS, KEYS = "attention_backward_rows.cuh", "attention_backward_keys.cuh"
 
 
 @dataclass(frozen=True)
@@ -116,21 +117,21 @@ FAULTS = [
     ),
     Fault(
         "missing barrier before a stage of the pass over keys is read",
-        "backward", BACKWARD,
+        "backward", KEYS,
         "advance(at)) {\n    platform::wait_for_copies<kStages - 2>();\n    __syncthreads();\n",
         "advance(at)) {\n    platform::wait_for_copies<kStages - 2>();\n",
         "schedule",
     ),
     Fault(
         "too weak a wait in the pass over rows",
-        "backward", BACKWARD,
+        "backward", ROWS,
         "kStages - 2>();\n      __syncthreads();\n      start_stage();",
         "kStages - 1>();\n      __syncthreads();\n      start_stage();",
         "result",
     ),
     Fault(
         "a lane's dot read by another without a barrier",
-        "backward", BACKWARD,
+        "backward", ROWS,
         "    if constexpr (kWithValue) __syncwarp();  // a row's `dots`", "    // a row's `dots`",
         "race",
     ),

@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 
-def on_gpu(layout: layouts.Layout) -> layouts.Layout:
+def on_gpu(layout: layouts.LayoutCase) -> layouts.LayoutCase:
     names = ("frame_ids", "first_key", "last_key", "prefix_keys")
     moved = {name: getattr(layout, name) for name in names}
     return replace(layout, **{name: None if t is None else t.cuda() for name, t in moved.items()})

@@ -6,7 +6,7 @@ import torch
 from block_mask_cases import examples
 from block_mask_reference import block_mask, key_plan, row_blocks, row_bounds
 
-from appo_kernels.attention.triton_block_mask import FULL, SHORT, SKIP
+from appo_kernels.attention.triton_device import FULL, SHORT, SKIP
 
 EXAMPLES = examples()
 

@@ -14,7 +14,7 @@ import torch
 import appo_kernels
 from appo_kernels import testing
 from appo_kernels.attention import triton_block_mask
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import AttentionLayout
 from appo_kernels.ops.frame_mass import streaming
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence
@@ -75,7 +75,7 @@ def test_mass_where_rows_miss_the_end(last, frame_keys):
     """Whether a mask is needed is found from all tiles of a program's frames, here several or more than a block."""
     S = 2 * frame_keys
     ids = layouts.runs(S, (0, 0, frame_keys), (1, frame_keys, frame_keys))[None]
-    layout = layouts.Layout(ids, 2, None, layouts.ints([S - 1, last]), None, 2)
+    layout = layouts.LayoutCase(ids, 2, None, layouts.ints([S - 1, last]), None, 2)
     query, key, value = calls.tensors(layout, 1, 1, 32, torch.float16)
     _, lse, _ = calls.attention(layout, (query, key, value), "torch", scale=SCALE)
     results = []
@@ -205,7 +205,7 @@ def test_block_mask(size, tile_rows, dtype):
         bounds = block_mask_reference.row_bounds(2, example.rows, example.keys, *given)
         plan = block_mask_reference.key_plan(ids, example.frames, bounds, size)
         mask = block_mask_reference.block_mask(plan, example.frames, bounds, example.rows, tile_rows, size)
-        layout = Layout(ids.to(dtype), *(None if b is None else b.to(dtype) for b in given), None, 1.0)
+        layout = AttentionLayout(ids.to(dtype), *(None if b is None else b.to(dtype) for b in given), None, 1.0)
         got_plan, got = triton_block_mask.block_mask(
             layout, 2, example.rows, example.keys, example.frames, size, tile_rows
         )

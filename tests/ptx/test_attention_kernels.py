@@ -25,7 +25,7 @@ def check(layout, query_heads, key_heads, head_dim, dtype, *, seed, scale=SCALE,
     framework = calls.attention(layout, inputs, "torch", scale=scale, grads=grads, weights=weights)
     with triton_device.simulated(seed=seed) as device:
         got = calls.attention(layout, inputs, "triton", scale=scale, grads=grads, weights=weights)
-    assert {"online_kernel", "finish_kernel", "delta_kernel", "query_kernel", "key_kernel"} <= {
+    assert {"online_kernel", "mass_from_tiles_kernel", "delta_kernel", "query_kernel", "key_kernel"} <= {
         launch.name for launch in device.launches
     }
     calls.compare(got, expected, framework)
@@ -76,7 +76,7 @@ def test_replay_bf16(monkeypatch):
         with triton_device.simulated(seed=2) as device:
             results.append(run_mass(frame_mass, layout, query, key, lse)[0])
         names = [launch.name for launch in device.launches]
-        assert names == ["plan_kernel", "replay_kernel", *(["accumulate_kernel"] if programs_wanted else [])]
+        assert names == ["plan_kernel", "mass_from_lse_kernel", *(["accumulate_kernel"] if programs_wanted else [])]
     assert torch.equal(*results)
     testing.assert_as_good_as(results[0], expected.mean(1), framework, atol=3e-6, name="mass")
 
@@ -126,7 +126,7 @@ def test_equal_alone_and_left_padded():
     grads = calls.upstream(layout, inputs)
     with triton_device.simulated():
         together = calls.attention(layout, inputs, "triton", scale=SCALE, grads=grads)
-    own = layouts.Layout(layout.frame_ids[1:], 6, *(bound[1:] for bound in layout.bounds), layout.rows)
+    own = layouts.LayoutCase(layout.frame_ids[1:], 6, *(bound[1:] for bound in layout.bounds), layout.rows)
     with triton_device.simulated():
         result = calls.attention(
             own, [t[1:] for t in inputs], "triton", scale=SCALE, grads=[grad[1:] for grad in grads]
@@ -134,7 +134,7 @@ def test_equal_alone_and_left_padded():
     for name, a, b in zip(calls.NAMES, result, together, strict=True):
         assert torch.equal(a, b[1:]), name
     pad, rows = 9, slice(2, 40)  # the first sequence sees nothing before key 9
-    alone = layouts.Layout(
+    alone = layouts.LayoutCase(
         layout.frame_ids[:1, pad:], 6, layout.first_key[:1, rows] - pad, layout.last_key[:1, rows] - pad, None, 38
     )
     query, key, value = inputs
@@ -157,7 +157,7 @@ def test_ends_of_tiles(kind, at):
     same = layouts.ints(torch.full((R,), at))
     nothing = torch.full_like(same, -1)
     bounds = {"prefix": (None, nothing, same), "last": (None, same, None), "first": (same, None, None)}[kind]
-    layout = layouts.Layout(ids, 26, *bounds, R)
+    layout = layouts.LayoutCase(ids, 26, *bounds, R)
     query, key, value = calls.tensors(layout, 2, 1, 32, torch.float16)
     wide = torch.full((*value.shape[:3], 48), math.nan, dtype=value.dtype)
     wide[..., :32] = value

@@ -28,7 +28,7 @@ def attention(batch: int, rows: int, keys: int, frames: int) -> None:
     """frame_attention with all its gradients, and frame_mass from its lse, at causal bounds."""
     ids = (torch.arange(keys) * frames // keys).int().expand(batch, keys)
     last = (torch.arange(rows) + keys - rows).int().expand(batch, rows)
-    layout = layouts.Layout(ids, frames, None, last, None, rows)
+    layout = layouts.LayoutCase(ids, frames, None, last, None, rows)
     inputs = calls.tensors(layout, 14, 2, 64, torch.bfloat16)
     calls.attention(layout, inputs, "triton", scale=0.2, grads=calls.upstream(layout, inputs))
     lse, mass = torch.zeros(batch, 14, rows), torch.zeros(batch, rows, frames)

@@ -23,13 +23,13 @@ FAULTS = {
 }
 
 
-def small_layout() -> layouts.Layout:
+def small_layout() -> layouts.LayoutCase:
     """Enough for every fault: bounds, a frame of several tiles, a frame that the first tile of 18 rows does not see."""
     S, R = 230, 20
     ids = layouts.runs(S, (0, 3, 130), (1, 150, 64))[None]
     rows = torch.arange(R)
     last_key = layouts.ints(torch.where(rows < 18, 7 * rows + 20, S - 1))
-    return layouts.Layout(ids, 2, None, last_key, None, R)
+    return layouts.LayoutCase(ids, 2, None, last_key, None, R)
 
 
 def compare_forward() -> None:

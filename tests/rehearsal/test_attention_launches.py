@@ -5,7 +5,7 @@ import torch
 
 import gpu_rehearsal
 from appo_kernels.attention import triton_passes
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import AttentionLayout
 
 
 # So little scratch that one tile of rows at a time would fit, and so few rows that all of them do not fill the GPU.
@@ -16,7 +16,7 @@ def test_a_part_of_the_rows_fills_the_gpu(monkeypatch, rows, full):
         query = torch.zeros(1, 2, rows, 64, device="cuda", dtype=torch.bfloat16)
         key = torch.zeros(1, 2, 64, 64, device="cuda", dtype=torch.bfloat16)
         frames = (torch.arange(64, device="cuda") // 16)[None].int()
-        layout = Layout(frames, None, None, None, None, 0.1)
+        layout = AttentionLayout(frames, None, None, None, None, 0.1)
         lse, mass = (torch.zeros(1, heads, rows, 4, device="cuda") for heads in (2, 1))
         triton_passes.attend(query, key, key, layout, query.clone(), lse[..., 0].contiguous(), mass, False)
     passes = [launch.grid for launch in recording.launches if launch.kernel == "online_kernel"]

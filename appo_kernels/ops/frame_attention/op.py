@@ -9,7 +9,7 @@ A backend has
 
     query      (B, Hq, R, d), key and value (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides,
                unit last one
-    layout     frames and visibility: ``attention.arguments.Layout``
+    layout     frames and visibility: ``attention.arguments.AttentionLayout``
     out        (B, Hq, R, d) like query; lse (B, Hq, R) fp32, natural log; both contiguous; mass (B, 1, R, F) fp32
     upstream, gradients    ``attention.arguments.Upstream`` and ``Gradients``
 
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from appo_kernels import checks, dispatch
 from appo_kernels.attention import arguments
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import AttentionLayout, Gradients, Upstream
 from appo_kernels.attention.frame_plan import FramePlan, planned
 from appo_kernels.attention.merge import FrameAttentionOutput
 from appo_kernels.autograd import differentiable_once
@@ -123,7 +123,7 @@ class _FrameAttention(torch.autograd.Function):
         num_frames: int,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(out (B, Hq, R, d), lse (B, Hq, R), mass (B, R, F)); the layout's tensors are those of ``Layout``."""
+        """(out (B, Hq, R, d), lse (B, Hq, R), mass (B, R, F)); tensors of the layout: see ``AttentionLayout``."""
         ctx.set_materialize_grads(False)  # a result that was not used costs the backward nothing
         batch, heads, rows, _ = query.shape
         dtype = compute_dtype(query.dtype)
@@ -166,7 +166,7 @@ def forward_op(
     backend: str,
 ) -> None:
     """Writes ``out`` and ``lse``, adds to ``mass`` (B, R, F)."""
-    layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    layout = AttentionLayout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     if checks.values_enabled():
         arguments.check_values(OP, key.shape[2], mass.shape[-1], layout)
     dispatch.backend_module(OP, backend).forward(query, key, value, layout, out, lse, mass[:, None], per_head=False)
@@ -194,7 +194,7 @@ def backward_op(
     backend: str,
 ) -> None:
     """Writes the gradients that are not None; ``grad_mass`` (B, R, F)."""
-    layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    layout = AttentionLayout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     upstream = Upstream(grad_out, grad_lse, None if grad_mass is None else grad_mass[:, None])
     gradients = Gradients(grad_query, grad_key, grad_value)
     module = dispatch.backend_module(OP, backend)

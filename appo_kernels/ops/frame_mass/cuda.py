@@ -7,7 +7,7 @@ from torch import Tensor
 
 from appo_kernels import cuda_library
 from appo_kernels.attention import cuda_passes as passes
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import AttentionLayout
 from appo_kernels.attention.cuda_passes import unsupported as unsupported
 from appo_kernels.cuda_constants import ROW_TILE
 
@@ -32,7 +32,7 @@ class FrameMassParams(cuda_library.Params):
 def forward(
     query: Tensor,
     key: Tensor,
-    layout: Layout,
+    layout: AttentionLayout,
     lse: Tensor | None,
     mass: Tensor,
     new_lse: Tensor | None,

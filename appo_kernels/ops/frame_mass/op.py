@@ -8,7 +8,7 @@ A backend has
         writes those of ``gradients`` that are not None, whatever was in the buffers before
 
     query, key     (B, Hq, R, d) and (B, Hkv, S, d): one of fp32, fp16, bf16 (fp64: torch only); any strides, unit last
-    layout         frames and visibility: ``attention.arguments.Layout``
+    layout         frames and visibility: ``attention.arguments.AttentionLayout``
     lse, new_lse   (B, Hq, R) fp32, natural log; lse -inf (also +inf) only in rows that see no key
     mass           (B, H, R, F) fp32, any strides; H = Hq when ``per_head``, else 1, the mean over heads
     grad_mass      like mass, any strides
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from appo_kernels import checks, dispatch
 from appo_kernels.attention import arguments
-from appo_kernels.attention.arguments import Gradients, Layout, Upstream
+from appo_kernels.attention.arguments import AttentionLayout, Gradients, Upstream
 from appo_kernels.attention.frame_plan import FramePlan, planned
 from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
@@ -167,7 +167,7 @@ class _FrameMass(torch.autograd.Function):
         num_frames: int,
         backend: str,
     ) -> Tensor:
-        """mass (B, R, F), or per head (B, Hq, R, F); the layout's tensors are those of ``Layout``."""
+        """mass (B, R, F), or per head (B, Hq, R, F); the layout's tensors are those of ``AttentionLayout``."""
         batch, heads, rows, _ = query.shape
         shape = (batch, heads, rows, num_frames) if per_head else (batch, rows, num_frames)
         dtype = compute_dtype(query.dtype)
@@ -208,7 +208,7 @@ def forward_op(
     backend: str,
 ) -> None:
     """Adds to ``mass``, (B, R, F) or per head (B, Hq, R, F), and writes ``new_lse`` where there is no ``lse``."""
-    layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    layout = AttentionLayout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     if checks.values_enabled():
         arguments.check_values(OP, key.shape[2], mass.shape[-1], layout, lse)
     mass_BHRF = mass if per_head else mass[:, None]
@@ -233,7 +233,7 @@ def backward_op(
     backend: str,
 ) -> None:
     """Writes the gradients that are not None; ``grad_mass`` is like the mass."""
-    layout = Layout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
+    layout = AttentionLayout(frame_ids, first_key, last_key, prefix_keys, frame_weights, scale)
     gradients = Gradients(grad_query, grad_key, None)
     upstream = Upstream(None, None, grad_mass if per_head else grad_mass[:, None])
     dispatch.backend_module(OP, backend).backward(query, key, None, layout, None, lse, upstream, gradients, per_head)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from appo_kernels import dispatch
 from appo_kernels.attention import torch_passes as passes
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import AttentionLayout
 from appo_kernels.attention.torch_tiles import KeyTile, Rows, mask_, row_tiles, tiles_of
 from appo_kernels.dtypes import compute_dtype
 
@@ -30,7 +30,7 @@ def unsupported(problem: dispatch.Problem) -> str | None:
 def forward(
     query: Tensor,
     key: Tensor,
-    layout: Layout,
+    layout: AttentionLayout,
     lse: Tensor | None,
     mass: Tensor,
     new_lse: Tensor | None,
@@ -46,7 +46,7 @@ def forward(
     layout = layout.narrowed()
     dtype = compute_dtype(query.dtype)
     batch, _, rows, head_dim = query.shape
-    num_frames, group = mass.shape[-1], query.shape[1] // key.shape[1]
+    num_frames, heads_per_kv = mass.shape[-1], query.shape[1] // key.shape[1]
     if not mass.numel():
         return
     factor, log2_e = passes.base_two(layout.scale, dtype)
@@ -56,7 +56,7 @@ def forward(
         shift = torch.where(torch.isneginf(lse[b]), -math.inf, (lse[b].double() * -log2_e).to(dtype))  # (Hq, R)
         for tile in tiles_of(layout.frame_ids, b, num_frames, keys, frames_only=True):
             columns = [tile.take(key_Sd, dtype).t() for key_Sd in key[b]]  # Hkv of (d, n)
-            for part in row_tiles(b, rows, max(16, TILE_SCORES // (group * len(tile))), layout.bounds):
+            for part in row_tiles(b, rows, max(16, TILE_SCORES // (heads_per_kv * len(tile))), layout.bounds):
                 masked = part.masked(tile)
                 if masked is True:
                     continue
@@ -79,13 +79,13 @@ def _add_tile(
     """Adds the mass of some rows on a tile: query (Hq, R, d), columns Hkv of (d, n), shift (Hq, R), mass (H, R, F)."""
     here = slice(part.start, part.stop)
     heads, rows = query.shape[0], part.stop - part.start
-    group = heads // len(columns)
-    scores = columns[0].new_empty(group, rows, len(tile))
+    heads_per_kv = heads // len(columns)
+    scores = columns[0].new_empty(heads_per_kv, rows, len(tile))
     total: Tensor | None = None
     for kv, column in enumerate(columns):
-        of_kv = slice(kv * group, (kv + 1) * group)
+        of_kv = slice(kv * heads_per_kv, (kv + 1) * heads_per_kv)
         # The factor and the lse stay out of the product, whose partial sums they would round once more.
-        torch.mm(query[of_kv, here].to(column.dtype).flatten(0, 1), column, out=scores.view(group * rows, -1))
+        torch.mm(query[of_kv, here].to(column.dtype).flatten(0, 1), column, out=scores.view(heads_per_kv * rows, -1))
         torch.add(shift[of_kv, here, None], scores, alpha=factor, out=scores)
         if isinstance(masked, Tensor):
             mask_(scores, masked)

@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from appo_kernels.attention import triton_passes as passes
-from appo_kernels.attention.arguments import Layout
+from appo_kernels.attention.arguments import AttentionLayout
 from appo_kernels.attention.triton_block_mask import key_plan
-from appo_kernels.attention.triton_mass import replay
+from appo_kernels.attention.triton_mass import mass_from_lse
 from appo_kernels.triton_launch import FORWARD, architecture, tiling
 from appo_kernels.triton_launch import unsupported as unsupported
 
@@ -13,7 +13,7 @@ from appo_kernels.triton_launch import unsupported as unsupported
 def forward(
     query: Tensor,
     key: Tensor,
-    layout: Layout,
+    layout: AttentionLayout,
     lse: Tensor | None,
     mass: Tensor,
     new_lse: Tensor | None,
@@ -29,7 +29,7 @@ def forward(
         return
     choice = tiling(FORWARD, architecture(query.device), query.element_size(), D, Hq // HKV)
     plan = key_plan(layout, R, F, choice.keys)
-    replay(query, key, lse, plan, layout.frame_weights, layout.scale, mass, per_head, choice)
+    mass_from_lse(query, key, lse, plan, layout.frame_weights, layout.scale, mass, per_head, choice)
 
 
 backward = passes.attend_backward

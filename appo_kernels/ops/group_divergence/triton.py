@@ -86,8 +86,9 @@ def _launch(logits: Tensor, terms: _Terms, bias: Tensor | None, lse: Tensor, mis
     S, G = terms.members.shape
     stride_b, stride_t, T, v = row_layout(logits)
     chunks = triton.cdiv(v, CHUNK)
+    never_read = terms.members  # in the place of a bias that is not there: a kernel takes a pointer
     slots_kernel[(S, chunks)](
-        logits, terms.members if bias is None else bias, lse, terms.members, terms.sums, stride_b, stride_t,
+        logits, never_read if bias is None else bias, lse, terms.members, terms.sums, stride_b, stride_t,
         T, missing, S, G, v, terms.done, terms.sums.shape[1], terms.softcap or 1.0, terms.temperature,
         -math.log(terms.V), KL=terms.kind == "kl", CAP=terms.softcap is not None, BIAS=bias is not None,
         GP=triton.next_power_of_2(G), BLOCK=COLUMNS, CHUNK=CHUNK, num_warps=4,

@@ -1,6 +1,7 @@
 # mypy: disable-error-code="no-untyped-def"
 """Triton: the terms of all slots on one tile of logits, each logit read once per slot that it is in."""
 
+import torch
 import triton
 import triton.language as tl
 
@@ -9,6 +10,7 @@ from appo_kernels.ops.group_divergence.reference import CLAMP
 from appo_kernels.vocabulary.triton_rows import exp_minus_line, scaled
 
 NO_PROBABILITY, LARGEST = tl.constexpr(LOG_ZERO), tl.constexpr(CLAMP)
+SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 @triton.jit(do_not_specialize=["T", "missing", "S", "G", "v", "first_chunk", "chunks"])
@@ -41,7 +43,7 @@ def slots_kernel(
         log_p = tl.maximum(scaled(x, cap, temperature, CAP) - lse[:, None], NO_PROBABILITY)  # where a logit is -inf
         if KL:
             p = tl.where(present[:, None] & inside[None, :], tl.exp(log_p), 0.0)
-            mixture = tl.maximum(tl.sum(p, 0) / count, 1.1754943508222875e-38)
+            mixture = tl.maximum(tl.sum(p, 0) / count, SMALLEST_NORMAL)
             terms = p * (log_p - tl.log(mixture)[None, :])  # mixture (BLOCK,)
         else:
             log_p = tl.where(present[:, None], log_p, log_uniform)
