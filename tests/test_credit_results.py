@@ -36,13 +36,13 @@ def folder(tmp_path, monkeypatch):
     """Raw results of two warm starts with three units each, as the command writes them."""
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     generator, folders = torch.Generator().manual_seed(0), {}
-    for seed in (1, 2):
+    for seed in (300, 301):
         folders[seed] = tmp_path / f"start-{seed}"
         folders[seed].mkdir()
-        (folders[seed] / "check.json").write_text('{"responses": 512, "lacking": 0.01, "accuracy": 0.5}')
         for number in range(3):
             save_unit(unit(generator, 16 - number), unit_path(folders[seed], number))
-    measure.write(folders, "verbose-48x4", 1000, "credit-verbose-48x4")
+    checks = {key: {"responses": 512, "lacking": 0.01, "accuracy": 0.5} for key in folders}
+    measure.write(folders, checks, "verbose-48x4", 1000, "credit-verbose-48x4")
     monkeypatch.setattr(sys, "argv", ["results", "--draws", "200"])
     results.main()
     return tmp_path
@@ -52,7 +52,7 @@ def test_tables_are_those_of_the_units(folder):
     """The raw file alone gives what the units give, and groups one by one the same values."""
     models = load_blocks(folder / "credit-verbose-48x4.npz")
     assert [model.sizes.tolist() for model in models.values()] == [[16, 15, 14]] * 2
-    units = [list(measure.units_of(folder / f"start-{seed}")) for seed in (1, 2)]
+    units = [list(measure.units_of(folder / f"start-{seed}")) for seed in (300, 301)]
     by_group = compare([blocks(each) for each in units], reference="only-told", draws=2)
     with (folder / "credit-verbose-48x4.csv").open() as file:
         rows = {(row["reference"], row["weights"]): row for row in csv.DictReader(file)}
@@ -76,14 +76,14 @@ def test_hypotheses_are_corrected_together(folder):
 def test_the_page_says_what_is_there_and_what_is_missing(folder):
     text = "\n".join(page.section())
     assert "**Preliminary: the registered 1000 groups of each of 3 warm starts were not reached.**" in text
-    assert "90 groups of 2 warm starts (seed 1: 45 groups, 1.0% of responses" in text
+    assert "90 groups of 2 warm starts (seed 300: 45 groups, 1.0% of responses" in text
     assert "| 0: oracle against grpo | +" in text and "0.25 | 0.50 | 0.25 |" in text
     sentence = page.sentence()
     assert "90 groups of 2 warm starts, preliminary: 3,000 of 3 are registered" in sentence
     content = json.loads((folder / "credit-verbose-48x4.json").read_text())
-    for seed in ("1", "2", "3"):
-        content["totals"][seed] = content["totals"]["1"] | {"informative": 1003.0}
-        content["warm_starts"][seed] = content["warm_starts"]["1"]
+    for seed in ("300", "301", "302"):
+        content["totals"][seed] = content["totals"]["300"] | {"informative": 1003.0}
+        content["warm_starts"][seed] = content["warm_starts"]["300"]
     (folder / "credit-verbose-48x4.json").write_text(json.dumps(content))
     assert "reliminary" not in "\n".join(page.section()) + page.sentence()
     (folder / "credit-verbose-48x4-tests.csv").unlink()
@@ -94,10 +94,10 @@ def test_a_unit_of_another_measurement_stops_it(folder):
     generator = torch.Generator().manual_seed(1)
     other = unit(generator, 3)
     other.key = {"settings": "other"}
-    save_unit(other, unit_path(folder / "start-1", 3))
+    save_unit(other, unit_path(folder / "start-300", 3))
     with pytest.raises(ValueError, match="of another measurement"):
-        list(measure.units_of(folder / "start-1", {"settings": "this"}))
-    assert np.isfinite(blocks(measure.units_of(folder / "start-1"), whole=True).sizes).all()
+        list(measure.units_of(folder / "start-300", {"settings": "this"}))
+    assert np.isfinite(blocks(measure.units_of(folder / "start-300"), whole=True).sizes).all()
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""The pre-registered measurement of credit: python -m benchmarks.credit.measure [--task verbose-48x4 --groups 1000]
+"""The pre-registered measurements of credit: python -m benchmarks.credit.measure [--study verbose-48x4 --groups 1000]
 
-benchmarks/credit/PREREGISTRATION.md says what is measured and why. For each of --seeds it renders clips, makes a warm
-start, checks that it counts, and measures its groups in units of 16 prompts, the warm starts in turn, until each has
---groups, or --minutes of this call have passed. Everything is kept in --work, and the same command goes on. At the end,
-or with --groups 0 at once, all units that are there go to results/credit-TASK.npz (inner products of the units'
-gradients, from which `python -m benchmarks.credit.results` makes the tables) and .json (counts).
+benchmarks/credit/PREREGISTRATION.md says what is measured and why, benchmarks/credit/studies.py has it as data. For
+each of --seeds it renders clips, makes a warm start, checks that it counts, and measures its groups in units of 16
+prompts, the warm starts in turn, until each has --groups, or --minutes of this call have passed. Everything is kept in
+--work, and the same command goes on. At the end, or with --groups 0 at once, all units that are there go to
+results/credit-STUDY.npz (inner products of the units' gradients, from which `python -m benchmarks.credit.results` makes
+the tables) and .json (counts).
 """
 
 import argparse
@@ -22,6 +23,7 @@ from appo.credit.blocks import blocks, save_blocks
 from appo.credit.collect import Collector, Unit, load_unit, save_unit, unit_path
 from appo.credit.command import fingerprint
 from appo.credit.report import hits, totals
+from appo.credit.weightings import WEIGHTINGS
 from appo.data.load import load_records
 from appo.demo import SETTINGS, make_clips, stage, warm_start
 from appo.tasks.named import TASKS
@@ -29,9 +31,8 @@ from appo.tasks.thoughts import telling_spans
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
 from benchmarks import harness
-from benchmarks.credit.results import REGISTERED, SEEDS
+from benchmarks.credit.studies import MAIN, STUDIES, Study
 
-VERBOSE = [name for name in TASKS if name.startswith("verbose")]
 CLIPS = {"warmup": 512, "train": 1536}
 MOST_LACKING = 0.02  # share of responses without the telling sentence
 CHECKED = 64  # prompts
@@ -72,9 +73,10 @@ def check(trainer: Trainer, folder: Path) -> dict[str, float]:
     return values
 
 
-def identity(config: APPOConfig) -> dict[str, Any]:
+def identity(config: APPOConfig, first: int = 0) -> dict[str, Any]:
     """What makes units of one measurement, wherever the folders lie."""
-    return {"settings": fingerprint(replace(config, model="warm", data="train.json"))}
+    found: dict[str, Any] = {"settings": fingerprint(replace(config, model="warm", data="train.json"))}
+    return found | ({"first": first} if first else {})
 
 
 def units_of(folder: Path, key: dict[str, Any] | None = None) -> Iterator[Unit]:
@@ -85,11 +87,13 @@ def units_of(folder: Path, key: dict[str, Any] | None = None) -> Iterator[Unit]:
         number += 1
 
 
-def measure(folders: dict[int, Path], trainers: dict[int, Trainer], groups: int, minutes: float) -> None:
-    """Unit after unit, the warm starts in turn."""
+def measure(study: Study, folders: dict[int, Path], trainers: dict[int, Trainer], groups: int, minutes: float) -> None:
+    """Unit after unit, the warm starts in turn, into the folders."""
     end = time.monotonic() + 60 * minutes
+    rows = {name: WEIGHTINGS[name] for name in study.rows}
     collectors = {
-        seed: Collector(each, find=telling_spans, identity=identity(each.config)) for seed, each in trainers.items()
+        seed: Collector(each, find=telling_spans, weightings=rows, identity=identity(each.config, study.first))
+        for seed, each in trainers.items()
     }
     done = {seed: [len(unit.records) for unit in units_of(folder, collectors[seed].key)]
             for seed, folder in folders.items()}  # fmt: skip
@@ -98,7 +102,7 @@ def measure(folders: dict[int, Path], trainers: dict[int, Trainer], groups: int,
         if not open_:
             return
         seed = min(open_, key=lambda seed: len(done[seed]))
-        unit = collectors[seed].unit(len(done[seed]))
+        unit = collectors[seed].unit(study.first + len(done[seed]))
         save_unit(unit, unit_path(folders[seed], len(done[seed])))
         done[seed].append(len(unit.records))
         counts = ", ".join(f"{seed}: {sum(sizes)}" for seed, sizes in done.items())
@@ -113,8 +117,8 @@ def passed_on(folder: Path, kept: list[Unit]) -> Iterator[Unit]:
         kept.append(unit)
 
 
-def write(folders: dict[int, Path], task: str, groups: int, name: str) -> None:
-    """results/NAME.npz and .json of all units that are there."""
+def write(folders: dict[int, Path], checks: dict[int, dict[str, float]], task: str, groups: int, name: str) -> None:
+    """results/NAME.npz and .json of all units that are there. checks: of the warm starts."""
     kept: dict[str, list[Unit]] = {}
     models = {}
     for seed, folder in folders.items():
@@ -124,7 +128,7 @@ def write(folders: dict[int, Path], task: str, groups: int, name: str) -> None:
     save_blocks(path, models)
     content = {
         "task": task, "groups_asked": groups, "environment": harness.environment("cpu", 1),
-        "warm_starts": {seed: json.loads((folder / "check.json").read_text()) for seed, folder in folders.items()},
+        "warm_starts": {str(seed): found for seed, found in checks.items()},
         "records": {seed: [unit.records for unit in units] for seed, units in kept.items()},
         "totals": {seed: totals([units]) for seed, units in kept.items()},
         "hits": hits(list(kept.values())),
@@ -135,23 +139,30 @@ def write(folders: dict[int, Path], task: str, groups: int, name: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=VERBOSE, default="verbose-48x4")
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="of clips, model and warm start")
-    parser.add_argument("--groups", type=int, default=REGISTERED, help="with rewards that differ, of each warm start")
+    parser.add_argument("--study", choices=list(STUDIES), default=MAIN)
+    parser.add_argument("--seeds", type=int, nargs="+", help="of clips, model and warm start (default: the study's)")
+    parser.add_argument("--groups", type=int, help="that differ in rewards, of each warm start (default: the study's)")
     parser.add_argument("--minutes", type=float, default=1e6, help="begin no unit after this time")
     parser.add_argument("--work", type=Path, default=Path("runs/credit"))
-    parser.add_argument("--name", help="of the result files (default: credit-TASK)")
+    parser.add_argument("--name", help="of the result files (default: credit-STUDY)")
     options = parser.parse_args()
-    folders = {seed: prepare(options.work, options.task, seed) for seed in options.seeds}
-    trainers = {seed: trainer_of(folder) for seed, folder in folders.items()}
+    study = STUDIES[options.study]
+    seeds, groups = options.seeds or study.seeds, study.groups if options.groups is None else options.groups
+    starts = {seed: prepare(options.work, study.task, seed) for seed in seeds}
+    trainers = {seed: trainer_of(folder) for seed, folder in starts.items()}
+    checks = {}
     for seed, trainer in trainers.items():
-        found = check(trainer, folders[seed])
+        checks[seed] = found = check(trainer, starts[seed])
         lacking = f"{found['lacking']:.1%} of {found['responses']} responses lack the sentence"
         print(f"warm start {seed}: {lacking}, accuracy {found['accuracy']:.3f}", flush=True)
         if found["lacking"] >= MOST_LACKING:
             raise SystemExit(f"warm start {seed} does not count: expected less than {MOST_LACKING:.0%}.")
-    measure(folders, trainers, options.groups, options.minutes)
-    write(folders, options.task, options.groups, options.name or f"credit-{options.task}")
+    # A study of other prompts or rows than those of its task keeps its units apart.
+    folders = {seed: start / options.study if options.study != study.task else start for seed, start in starts.items()}
+    for folder in folders.values():
+        folder.mkdir(exist_ok=True)
+    measure(study, folders, trainers, groups, options.minutes)
+    write(folders, checks, study.task, groups, options.name or f"credit-{options.study}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The section of docs/performance.md on credit, from results/credit-TASK.json, .csv and -tests.csv."""
+"""The section of docs/performance.md on credit, from results/credit-STUDY.json, .csv and -tests.csv."""
 
 import csv
 import json
 from typing import Any
 
-from appo.tasks.named import TASKS
 from benchmarks import harness
-from benchmarks.credit.results import PRIMARY, REGISTERED, SEEDS
+from benchmarks.credit.results import PRIMARY
+from benchmarks.credit.studies import MAIN, STUDIES, Study
 
 COMMAND = "python -m benchmarks.credit.measure"
 
@@ -31,30 +31,33 @@ def groups(content: dict[str, Any]) -> dict[str, int]:
     return {seed: int(values["informative"]) for seed, values in content["totals"].items()}
 
 
-def finished(content: dict[str, Any]) -> bool:
+def finished(content: dict[str, Any], study: Study) -> bool:
     """Whether the stopping rule of the pre-registration was reached."""
-    return all(count >= REGISTERED for count in groups(content).values()) and len(content["totals"]) >= len(SEEDS)
+    counts = groups(content)
+    return all(counts.get(str(seed), 0) >= study.groups for seed in study.seeds)
 
 
-def task_lines(task: str) -> list[str]:
-    name = f"credit-{task}"
+def starts(count: int) -> str:
+    return f"{count} warm start{'s' * (count != 1)}"
+
+
+def study_lines(title: str) -> list[str]:
+    study, name = STUDIES[title], f"credit-{title}"
     content = json.loads((harness.RESULTS / f"{name}.json").read_text())
     rows = {(row["reference"], row["weights"]): row for row in read(f"{name}.csv")}
     counts, warm = groups(content), content["warm_starts"]
     state = (
-        f"{sum(counts.values())} groups of {len(counts)} warm starts ("
+        f"{sum(counts.values()):,} groups of {starts(len(counts))} ("
         + "; ".join(
             f"seed {seed}: {count} groups, {warm[seed]['lacking']:.1%} of responses without the telling sentence, "
             f"accuracy {warm[seed]['accuracy']:.2f}" for seed, count in counts.items()
         ) + ")."
     )  # fmt: skip
-    if not finished(content):
-        state = (
-            f"**Preliminary: the registered {REGISTERED} groups of each of {len(SEEDS)} warm starts were not reached.**"
-            f" {state}"
-        )
+    if not finished(content, study):
+        of = starts(len(study.seeds))
+        state = f"**Preliminary: the registered {study.groups} groups of each of {of} were not reached.** {state}"
     lines = [
-        f"### {task}", "", state, "",
+        f"### {title}", "", state, "",
         "*Cosine*: of the gradient of 16 groups with the mean gradient of the evidence tokens (words that tell what "
         "was seen), less that of W = 1; the next column with the mean gradient under W = 1 as reference. *Samples "
         "x*: how many times the samples W = 1 needs for the same cosine. *Precision*: share of the bonus on "
@@ -78,19 +81,19 @@ def task_lines(task: str) -> list[str]:
     return [*lines, ""]
 
 
-def sentence(task: str = "verbose-48x4") -> str:
-    """What README says of the primary task, from its results."""
-    content = json.loads((harness.RESULTS / f"credit-{task}.json").read_text())
-    rows = {row["weights"]: row for row in read(f"credit-{task}.csv") if row["reference"] == PRIMARY}
+def sentence() -> str:
+    """What README says of the main study, from its results."""
+    content, study = json.loads((harness.RESULTS / f"credit-{MAIN}.json").read_text()), STUDIES[MAIN]
+    rows = {row["weights"]: row for row in read(f"credit-{MAIN}.csv") if row["reference"] == PRIMARY}
 
     def gain(name: str) -> str:
         value, low, high = (float(rows[name][key]) for key in ("samples", "samples low", "samples high"))
         return f"{value:.2g} [{low:.2g}, {high:.2g}]"
 
     counts = groups(content)
-    done = f"{sum(counts.values())} groups of {len(counts)} warm starts"
-    if not finished(content):
-        done += f", preliminary: {len(SEEDS) * REGISTERED:,} of {len(SEEDS)} are registered"
+    done = f"{sum(counts.values()):,} groups of {starts(len(counts))}"
+    if not finished(content, study):
+        done += f", preliminary: {len(study.seeds) * study.groups:,} of {len(study.seeds)} are registered"
     return (
         "**Does looking help?** A weight W of each token multiplies its term of the loss; W = 1 is GRPO. Where 48 "
         "filler words surround those that tell what was seen, how many times the samples does W = 1 need for as good a "
@@ -108,7 +111,7 @@ def section() -> list[str]:
         "Theory, measures and rows: docs/credit.md; what was decided before: `benchmarks/credit/PREREGISTRATION.md`. "
         f"`{COMMAND}` measures, `python -m benchmarks.credit.results` makes these tables of its raw results.", "",
     ]  # fmt: skip
-    measured = [task for task in TASKS if (harness.RESULTS / f"credit-{task}-tests.csv").is_file()]
+    measured = [name for name in STUDIES if (harness.RESULTS / f"credit-{name}-tests.csv").is_file()]
     if not measured:
         return [*lines, "Not measured yet.", ""]
-    return lines + [line for task in measured for line in task_lines(task)]
+    return lines + [line for name in measured for line in study_lines(name)]

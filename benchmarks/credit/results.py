@@ -1,8 +1,8 @@
-"""Tables and tests of the credit measurement from its raw results: python -m benchmarks.credit.results [--task ...]
+"""Tables and tests of the credit measurement from its raw results: python -m benchmarks.credit.results [--study ...]
 
-Reads results/credit-TASK.npz and .json, which `python -m benchmarks.credit.measure` writes, and nothing else; writes
-results/credit-TASK.csv, a row for each weighting and reference, and -tests.csv, the registered hypotheses. The analysis
-is that of benchmarks/credit/PREREGISTRATION.md.
+Reads results/credit-STUDY.npz and .json, which `python -m benchmarks.credit.measure` writes, and nothing else; writes
+results/credit-STUDY.csv, a row for each weighting and reference, and -tests.csv, the registered hypotheses. The
+analysis is that of benchmarks/credit/PREREGISTRATION.md.
 """
 
 import argparse
@@ -11,31 +11,21 @@ from typing import Any
 
 from appo.credit import report
 from appo.credit.blocks import REFERENCES, Blocks, load_blocks
-from appo.credit.weightings import BASE
 from benchmarks import harness
+from benchmarks.credit.studies import MAIN, STUDIES, Study
 
 DRAWS = 10_000
-SEEDS = (300, 301, 302)  # of the registered warm starts
-REGISTERED = 1000  # groups of each
-# The registered hypotheses of the primary outcome: number -> (row, row that it is compared with).
-HYPOTHESES = {
-    "0": ("oracle", BASE),
-    "1": ("hard", BASE), "2": ("soft", BASE), "3": ("contrast", BASE), "4": ("all", BASE), "5": ("released", BASE),
-    "6": ("true-frames", "shuffled"),
-    "7": ("together", BASE), "8": ("together", "80/20"), "9": ("together", "middle-entropy"), "10": ("together", "all"),
-    "11": ("80/20", BASE), "12": ("tw-grpo", BASE),
-    "13": ("together", "entropy-alone"), "14": ("together-true-frames", "together"),
-}  # fmt: skip
-PRIMARY = "only-told"
+PRIMARY = "only-told"  # the reference of the primary outcome
 
 
-def analyse(models: list[Blocks], draws: int = DRAWS) -> dict[str, dict[str, Any]]:
-    """reference: of `appo.credit.report.compare`; the hypotheses are tests of the primary one."""
+def analyse(models: list[Blocks], study: Study, draws: int = DRAWS) -> dict[str, dict[str, Any]]:
+    """reference: of `appo.credit.report.compare`; the study's hypotheses are tests of the primary one."""
     return {
         reference: report.compare(
-            models, reference=reference, draws=draws, pairs=HYPOTHESES if reference == PRIMARY else None
+            models, reference=reference, draws=draws, pairs=study.hypotheses if reference == PRIMARY else None
         )
         for reference in REFERENCES
+        if reference in models[0].names
     }
 
 
@@ -67,19 +57,21 @@ def rounded(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="verbose-48x4")
-    parser.add_argument("--name", help="of the result files (default: credit-TASK)")
+    parser.add_argument("--study", choices=list(STUDIES), default=MAIN)
+    parser.add_argument("--name", help="of the result files (default: credit-STUDY)")
     parser.add_argument("--draws", type=int, default=DRAWS, help="bootstrap draws")
     options = parser.parse_args()
-    path = harness.RESULTS / f"{options.name or f'credit-{options.task}'}.npz"
+    path = harness.RESULTS / f"{options.name or f'credit-{options.study}'}.npz"
     content = json.loads(path.with_suffix(".json").read_text())
     models = load_blocks(path)
-    found = analyse(list(models.values()), options.draws)
+    study = STUDIES[options.study]
+    found = analyse(list(models.values()), study, options.draws)
     rows, tests = rows_of(found, content["hits"]), tests_of(found[PRIMARY])
     harness.write_csv(path.with_suffix(".csv"), rounded(rows))
     harness.write_csv(path.with_name(f"{path.stem}-tests.csv"), rounded(tests))
     counts = {seed: int(model.sizes.sum()) for seed, model in models.items()}
-    print(f"groups: {counts}; registered: {REGISTERED} each", *report.table(found[PRIMARY], content["hits"]), sep="\n")
+    print(f"groups: {counts}; registered: {study.groups} each")
+    print(*report.table(found[PRIMARY], content["hits"]), sep="\n")
     for test in tests:
         print("{hypothesis:>3s} {row} - {against}: {difference:+.3f} [{low:+.3f}, {high:+.3f}], "
               "p {p:.4f}, Holm {p_holm:.4f}".format(**test))  # fmt: skip

@@ -1,0 +1,50 @@
+"""The registered studies of credit (benchmarks/credit/PREREGISTRATION.md) as data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from appo.credit.weightings import BASE, WEIGHTINGS
+from appo.tasks.named import TASKS
+
+SEEDS = (300, 301, 302)  # of warm starts, with their clips
+
+
+@dataclass(frozen=True)
+class Study:
+    """A measurement whose results are results/credit-NAME.*.
+
+    groups: of each warm start, with rewards that differ. first: the batch of 16 prompts that it begins with. rows: of
+    `appo.credit.weightings.WEIGHTINGS`. hypotheses: number -> (row, row that it is compared with), all tested together.
+    """
+
+    task: str
+    groups: int
+    seeds: tuple[int, ...] = SEEDS
+    first: int = 0
+    rows: tuple[str, ...] = tuple(WEIGHTINGS)
+    hypotheses: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+
+MAIN = "verbose-48x4"
+STUDIES = {
+    MAIN: Study(
+        MAIN,
+        groups=1000,
+        hypotheses={
+            "0": ("oracle", BASE),
+            "1": ("hard", BASE), "2": ("soft", BASE), "3": ("contrast", BASE), "4": ("all", BASE),
+            "5": ("released", BASE),
+            "6": ("true-frames", "shuffled"),
+            "7": ("together", BASE), "8": ("together", "80/20"), "9": ("together", "middle-entropy"),
+            "10": ("together", "all"),
+            "11": ("80/20", BASE), "12": ("tw-grpo", BASE),
+            "13": ("together", "entropy-alone"), "14": ("together-true-frames", "together"),
+        },
+    ),
+    # Secondary: the sanity hypothesis alone, on one warm start.
+    **{
+        name: Study(name, groups=150, seeds=SEEDS[:1], hypotheses={"0": ("oracle", BASE)})
+        for name in TASKS
+        if name.startswith("verbose") and name != MAIN
+    },
+}  # fmt: skip
