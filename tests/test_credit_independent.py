@@ -5,7 +5,7 @@ import torch
 from training import config, records, tiny
 
 from appo.credit.collect import Collector, save_unit, unit_path
-from appo.credit.told import find_told
+from appo.credit.evidence import find_evidence
 from appo.tasks import telling_spans
 from appo.train.groups import whole_groups
 from appo.train.trainer import Trainer
@@ -50,7 +50,7 @@ def test_weights_and_gradients_are_those_of_matrices_and_autograd(folder, monkey
     groups = [group for group in trainer.reward(trainer.rollout(4)) if group.informative]
     trainer.score(whole_groups(groups))
     tokenizer = trainer.processor.tokenizer
-    told = {id(group): find_told(group, tokenizer, sentence) for group in groups}
+    told = {id(group): find_evidence(group, tokenizer, sentence) for group in groups}
     ours = [collector.weights(group, told[id(group)]) for group in groups]
     made = []
 
@@ -58,7 +58,7 @@ def test_weights_and_gradients_are_those_of_matrices_and_autograd(folder, monkey
         place = len(made) % len(groups)
         found = real(dense, group, words)
         found["only-told"] = [row[valid].float() for row, valid in zip(
-            told[id(groups[place])].told, group.mask, strict=True)]  # fmt: skip
+            told[id(groups[place])].tokens, group.mask, strict=True)]  # fmt: skip
         found["oracle"] = [1 + 1.7 * row for row in found["only-told"]]
         for name in set(independent.ROWS) - {"oracle"}:
             flat = torch.cat(found[name])
