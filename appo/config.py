@@ -83,7 +83,7 @@ class APPOConfig:
     layers: int = setting(3, at_least=1)  # the last n layers are recorded
     mass_reduction: str = setting("mean", choices=("mean", "sum"))
     strategy: str = setting(
-        "hard", choices=("hard", "soft", "all", "contrast", "common", "released-hard", "released-soft")
+        "hard", choices=("hard", "soft", "all", "contrast", "common", "peak", "released-hard", "released-soft")
     )
     top_tokens: int = setting(15, at_least=1)  # K1
     top_frames: int = setting(3, at_least=1)  # K2

@@ -32,6 +32,8 @@ COMMON = [1, 3]  # sums over responses: 0.6, 1.5, 0.6, 0.8, 0.5
         # Means over right less wrong: 0.3, 0.45 - 0.3 = 0.15, 0.25 - 0.05 = 0.2, negative, negative.
         ("contrast", [0, 2]),
         ("common", COMMON),
+        # With one token its mass is the mean: 1 where it looks, 0 where not; sums 2, 4, 3, 2, 1.
+        ("peak", [1, 2]),
         ("released-hard", [0, 1, 2]),
         ("released-soft", [0, 1, 2]),
     ],
@@ -51,6 +53,7 @@ def test_strategies_by_hand(strategy: str, expected: list[int]) -> None:
         ("all", [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
         ("contrast", [], []),
         ("common", COMMON, COMMON),
+        ("peak", [1, 2], [1, 2]),
         ("released-hard", [], [0, 1, 2, 3, 4]),
         ("released-soft", [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
     ],
@@ -121,7 +124,7 @@ def test_ties_go_to_the_lower_frame() -> None:
 
 def test_a_frame_without_keys_is_never_a_target() -> None:
     mass, mask = group([0.0, 0.6, 0.4, 0.0, 0.0], [0.0, 0.6, 0.4, 0.0, 0.0])
-    for strategy in ("soft", "all", "common", "released-hard"):
+    for strategy in ("soft", "all", "common", "peak", "released-hard"):
         assert select_frames(mass, mask, torch.ones(2), strategy=strategy, top_frames=4).tolist() == [1, 2]
 
 
@@ -228,7 +231,11 @@ def by_the_book(mass: list, lengths: list[int], rewards: list[float], strategy: 
             psi[i] = set(sorted(range(F), key=lambda f: (-A[i][f], f))[:K2])
     right = [i for i in A if rewards[i] >= 0.5]
     wrong = [i for i in A if rewards[i] < 0.5]
-    if strategy == "common":
+    if strategy == "peak":
+        for i in A:
+            usual = [sum(mass[i][t][f] for t in range(lengths[i])) / lengths[i] for f in range(F)]
+            A[i] = [value / mean for value, mean in zip(A[i], usual, strict=True)]
+    if strategy in ("common", "peak"):
         mean = [sum(A[i][f] for i in A) for f in range(F)]
         return sorted(sorted(range(F), key=lambda f: (-mean[f], f))[:K2]) if A else []
     if strategy == "contrast":
@@ -258,8 +265,10 @@ def test_random_groups_against_the_specification_in_plain_python(strategy: str) 
                            ((1, 9), (1, 30), (1, 18), (1, 20), (1, 6)))  # fmt: skip
         # Few distinct values: ties are common and sums exact. Not where means of means are not exact.
         mass = torch.randint(1, 6, (G, N, F), generator=generator).double() / 64
-        if strategy in ("contrast", "common"):
+        if strategy in ("contrast", "common", "peak"):
             mass = torch.rand(G, N, F, generator=generator, dtype=torch.float64)
+        if strategy == "peak":  # where K1 is all tokens, every ratio is 1 up to rounding
+            K1 = 1
         lengths = torch.randint(0, N + 1, (G,), generator=generator)
         rewards = torch.randint(0, 3, (G,), generator=generator) / 2
         frames = select_frames(
@@ -269,6 +278,23 @@ def test_random_groups_against_the_specification_in_plain_python(strategy: str) 
         assert frames.tolist() == expected
         found += len(expected)
     assert found > 20
+
+
+def test_a_peak_is_found_behind_frames_that_every_token_looks_at() -> None:
+    """One token of each response looks at frame 2, ten times as much as the others do, who look at 0 and 1 most."""
+    mass = torch.tensor([0.3, 0.2, 0.01, 0.02]).repeat(2, 6, 1)
+    mass[0, 4], mass[1, 1] = torch.tensor([0.05, 0.04, 0.1, 0.02]), torch.tensor([0.05, 0.04, 0.1, 0.02])
+    mask, rewards = torch.ones(2, 6, dtype=torch.bool), torch.tensor([1.0, 0.0])
+    for strategy, expected in (("common", [0]), ("peak", [2])):
+        for scale in (1.0, 2.0**-12):  # an amount that all tokens share says nothing
+            for dtype in (torch.float32, torch.bfloat16):
+                found = select_frames(
+                    (scale * mass).to(dtype), mask, rewards, strategy=strategy, top_tokens=1, top_frames=1
+                )
+                assert found.tolist() == expected
+    # Over as many tokens as there are, nothing is a peak: ratios are all 1.
+    flat = select_frames(torch.ones(1, 4, 3), torch.ones(1, 4).bool(), torch.ones(1), strategy="peak", top_tokens=4)
+    assert flat.tolist() == [0, 1, 2]
 
 
 def test_slots_by_share_are_those_of_tokens_that_look_at_the_frame_rather_than_at_others() -> None:

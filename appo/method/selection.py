@@ -13,7 +13,7 @@ from torch import Tensor
 
 from appo_kernels import checks
 
-STRATEGIES = ("hard", "soft", "all", "contrast", "common", "released-hard", "released-soft")
+STRATEGIES = ("hard", "soft", "all", "contrast", "common", "peak", "released-hard", "released-soft")
 SCORES = ("mass", "share")
 
 
@@ -39,6 +39,8 @@ def select_frames(
     "all"             union over all responses
     "contrast"        the at most K2 frames with the largest positive (mean of A over S1 less that over S2)
     "common"          the K2 frames with the largest mean of A over all responses: rewards are not read
+    "peak"            the same of A[i, f] / (mean of mass[i, t, f] over valid t): frames that a few tokens look
+                      at many times more than their response usually does; K1 has to be few, 1 or 2
     "released-hard"   union over S1: the authors' code takes no difference
     "released-soft"   union over S1, or over all responses when S1 is empty
     ================  ==================================================================================
@@ -76,8 +78,9 @@ def select_frames(
     wrong_G = ~(rewards >= threshold) & responds_G
     if strategy == "contrast":
         return _contrast(attention_GF, right_G, wrong_G, top_frames).nonzero().flatten()
-    if strategy == "common":
-        mean_F = attention_GF.masked_fill(~responds_G[:, None], 0).sum(dim=0)
+    if strategy in ("common", "peak"):
+        value_GF = attention_GF if strategy == "common" else _over_the_mean(attention_GF, mass, mask)
+        mean_F = value_GF.masked_fill(~responds_G[:, None], 0).sum(dim=0)
         return (_top_columns(mean_F[None], top_frames)[0] & seen_F).nonzero().flatten()
 
     looked_GF = _top_columns(attention_GF, top_frames) & seen_F & responds_G[:, None]
@@ -157,6 +160,13 @@ def _frame_attention(mass_GNF: Tensor, mask_GN: Tensor, top_tokens: int) -> Tens
     )
     count_G1 = mask_GN.sum(dim=1, keepdim=True).clamp(1, top_tokens)
     return largest_GKF.masked_fill(largest_GKF == -torch.inf, 0).sum(dim=1) / count_G1
+
+
+def _over_the_mean(attention_GF: Tensor, mass_GNF: Tensor, mask_GN: Tensor) -> Tensor:
+    """A (G, F) in units of the response's mean mass on the frame over valid tokens; 0 where that is 0."""
+    valid_GNF = mass_GNF.detach().to(attention_GF.dtype).masked_fill(~mask_GN[..., None], 0)
+    mean_GF = valid_GNF.sum(dim=1) / mask_GN.sum(dim=1, keepdim=True).clamp(min=1)
+    return torch.where(mean_GF > 0, attention_GF / mean_GF, 0)
 
 
 def _top_columns(values: Tensor, count: int) -> Tensor:

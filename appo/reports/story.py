@@ -12,6 +12,7 @@ STRATEGIES = {
     "all": "frames that any of the answers looked at most",
     "contrast": "frames that right answers looked at more than wrong ones",
     "common": "frames that the answers looked at most, taken together",
+    "peak": "frames that a few words looked at far more than the rest of their answer",
     "released-hard": "frames that right answers looked at",
     "released-soft": "frames that right answers looked at (or any answer, when none was right)",
 }

@@ -9,6 +9,11 @@ from appo.tasks.named import TASKS
 SEEDS = (300, 301, 302)  # of warm starts, with their clips
 
 
+# Rows that the second registration added.
+LATER_ROWS = ("peak", "common-one", "peak-together")
+FIRST_ROWS = tuple(name for name in WEIGHTINGS if name not in LATER_ROWS)
+
+
 @dataclass(frozen=True)
 class Study:
     """A measurement whose results are results/credit-NAME.*.
@@ -21,7 +26,7 @@ class Study:
     groups: int
     seeds: tuple[int, ...] = SEEDS
     first: int = 0
-    rows: tuple[str, ...] = tuple(WEIGHTINGS)
+    rows: tuple[str, ...] = FIRST_ROWS
     hypotheses: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
@@ -39,6 +44,19 @@ STUDIES = {
             "10": ("together", "all"),
             "11": ("80/20", BASE), "12": ("tw-grpo", BASE),
             "13": ("together", "entropy-alone"), "14": ("together-true-frames", "together"),
+        },
+    ),
+    # Of prompts that the main study does not reach.
+    "frames": Study(
+        MAIN,
+        groups=300,
+        first=70,
+        rows=(BASE, "only-told", "oracle", "all", "together", "together-true-frames", "entropy-alone", "middle-entropy",
+              *LATER_ROWS),
+        hypotheses={
+            "F0": ("oracle", BASE), "F1": ("peak", BASE), "F2": ("peak", "all"), "F3": ("peak-together", BASE),
+            "F4": ("peak-together", "common-one"), "F5": ("peak-together", "entropy-alone"),
+            "F6": ("peak-together", "middle-entropy"), "F7": ("peak-together", "together"),
         },
     ),
     # Secondary: the sanity hypothesis alone, on one warm start.
