@@ -2,11 +2,12 @@
 
 import csv
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import harness
 from benchmarks.credit.results import PRIMARY
-from benchmarks.credit.studies import MAIN, STUDIES, Study
+from benchmarks.credit.studies import FRAMES, MAIN, STUDIES, Study
 
 COMMAND = "python -m benchmarks.credit.measure"
 
@@ -57,7 +58,7 @@ def study_lines(title: str) -> list[str]:
         of = starts(len(study.seeds))
         state = f"**Preliminary: the registered {study.groups} groups of each of {of} were not reached.** {state}"
     lines = [
-        f"### {title}", "", state, "",
+        f"### {title}: {study.about}", "", state, "",
         "*Cosine*: of the gradient of 16 groups with the mean gradient of the evidence tokens (words that tell what "
         "was seen), less that of W = 1; the next column with the mean gradient under W = 1 as reference. *Samples "
         "x*: how many times the samples W = 1 needs for the same cosine. *Precision*: share of the bonus on "
@@ -81,27 +82,37 @@ def study_lines(title: str) -> list[str]:
     return [*lines, ""]
 
 
-def sentence() -> str:
-    """What README says of the main study, from its results."""
-    content, study = json.loads((harness.RESULTS / f"credit-{MAIN}.json").read_text()), STUDIES[MAIN]
-    rows = {row["weights"]: row for row in read(f"credit-{MAIN}.csv") if row["reference"] == PRIMARY}
-
-    def gain(name: str) -> str:
-        value, low, high = (float(rows[name][key]) for key in ("samples", "samples low", "samples high"))
-        return f"{value:.2g} [{low:.2g}, {high:.2g}]"
-
+def gains(name: str, rows: Sequence[str]) -> tuple[list[str], str]:
+    """Of a study: "samples x" of each row with its interval, and how many groups it has."""
+    content, study = json.loads((harness.RESULTS / f"credit-{name}.json").read_text()), STUDIES[name]
+    table = {row["weights"]: row for row in read(f"credit-{name}.csv") if row["reference"] == PRIMARY}
+    found = []
+    for row in rows:
+        value, low, high = (float(table[row][key]) for key in ("samples", "samples low", "samples high"))
+        found.append(f"{value:.2g} [{low:.2g}, {high:.2g}]")
     counts = groups(content)
     done = f"{sum(counts.values()):,} groups of {starts(len(counts))}"
     if not finished(content, study):
         done += f", preliminary: {len(study.seeds) * study.groups:,} of {len(study.seeds)} are registered"
-    return (
+    return found, done
+
+
+def sentence() -> str:
+    """What README says of the two registered studies of the primary task, from their results."""
+    (oracle, paper, ours, given), done = gains(MAIN, ("oracle", "all", "together", "together-true-frames"))
+    text = (
         "**Does looking help?** A weight W of each token multiplies its term of the loss; W = 1 is GRPO. Where 48 "
         "filler words surround those that tell what was seen, how many times the samples does W = 1 need for as good a "
-        f"gradient of these? W = 2.7 on exactly these: {gain('oracle')}; APPO's weights, frames of all responses: "
-        f"{gain('all')}; our variant: {gain('together')} (below 1: worse than W = 1); the same, given the frames that "
-        f"decide: {gain('together-true-frames')} ({done}; 95 % intervals; `python -m benchmarks.credit.results`, "
-        "[docs/credit.md](docs/credit.md))."
+        f"gradient of these? W = 2.7 on exactly these: {oracle}; APPO's weights, frames of all responses: {paper}; our "
+        f"variant: {ours} (below 1: worse than W = 1); the same, given the frames that decide: {given} ({done})"
     )
+    if (harness.RESULTS / f"credit-{FRAMES}-tests.csv").is_file():
+        (peak, blind), fresh = gains(FRAMES, ("peak-together", "middle-entropy"))
+        text += (
+            "; with the frame that a few tokens look at far more than their response usually does (`strategy: peak`): "
+            f"{peak}; by entropy, without a look (`middle-entropy`): {blind} ({fresh}, other prompts)"
+        )
+    return text + "; 95 % intervals; `python -m benchmarks.credit.results`, [docs/credit.md](docs/credit.md)."
 
 
 def section() -> list[str]:

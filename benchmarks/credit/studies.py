@@ -7,8 +7,6 @@ from appo.credit.weightings import BASE, WEIGHTINGS
 from appo.tasks.named import TASKS
 
 SEEDS = (300, 301, 302)  # of warm starts, with their clips
-
-
 # Rows that the second registration added.
 LATER_ROWS = ("peak", "common-one", "peak-together")
 FIRST_ROWS = tuple(name for name in WEIGHTINGS if name not in LATER_ROWS)
@@ -18,10 +16,12 @@ FIRST_ROWS = tuple(name for name in WEIGHTINGS if name not in LATER_ROWS)
 class Study:
     """A measurement whose results are results/credit-NAME.*.
 
-    groups: of each warm start, with rewards that differ. first: the batch of 16 prompts that it begins with. rows: of
-    `appo.credit.weightings.WEIGHTINGS`. hypotheses: number -> (row, row that it is compared with), all tested together.
+    about: what it is, in a few words. groups: of each warm start, with rewards that differ. first: the batch of 16
+    prompts that it begins with. rows: of `appo.credit.weightings.WEIGHTINGS`. hypotheses: number -> (row, row that it
+    is compared with), all tested together.
     """
 
+    about: str
     task: str
     groups: int
     seeds: tuple[int, ...] = SEEDS
@@ -30,9 +30,10 @@ class Study:
     hypotheses: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
-MAIN = "verbose-48x4"
+MAIN, FRAMES = "verbose-48x4", "frames"
 STUDIES = {
     MAIN: Study(
+        "48 irrelevant words of 4 around what was seen (first registration)",
         MAIN,
         groups=1000,
         hypotheses={
@@ -47,7 +48,8 @@ STUDIES = {
         },
     ),
     # Of prompts that the main study does not reach.
-    "frames": Study(
+    FRAMES: Study(
+        "a choice of frames that finds the one that decides (second registration; verbose-48x4)",
         MAIN,
         groups=300,
         first=70,
@@ -61,7 +63,9 @@ STUDIES = {
     ),
     # Secondary: the sanity hypothesis alone, on one warm start.
     **{
-        name: Study(name, groups=150, seeds=SEEDS[:1], hypotheses={"0": ("oracle", BASE)})
+        name: Study(
+            "other irrelevant words (secondary)", name, groups=150, seeds=SEEDS[:1], hypotheses={"0": ("oracle", BASE)}
+        )
         for name in TASKS
         if name.startswith("verbose") and name != MAIN
     },
