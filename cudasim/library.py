@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ROOT / "csrc"
+INCLUDE = re.compile(r'^\s*#include "([^"]+)"', re.MULTILINE)
 BUILDS = ROOT / "build" / "emulation"
 # -O1 for the kernels: they are mostly calls of the runtime, and compile in half the time of -O2. An index beyond an
 # array of known size (registers, on a GPU) ends the process.
@@ -39,14 +41,9 @@ def build(sources: Path = SOURCES, *, flags: Sequence[str] = (), kernels: Sequen
     runtime = sorted((sources / "emulation").glob("*.cpp"))
     commands = [(cxx, *KERNEL_FLAGS, *flags, "-c", str(f)) for f in files]
     commands += [(cxx, *RUNTIME_FLAGS, "-c", str(f)) for f in runtime]
-    headers = {
-        folder: b"".join(h.read_bytes() for h in sorted(folder.iterdir()) if h.suffix in (".h", ".cuh"))
-        for folder in (sources, sources / "emulation")
-    }
     objects = []
     for file, command in zip(files + runtime, commands, strict=True):
-        included = headers[sources / "emulation"] + (headers[sources] if file in files else b"")
-        key = repr((command[:-1], file.name)).encode() + included + file.read_bytes()
+        key = repr((command[:-1], file.name)).encode() + b"".join(f.read_bytes() for f in sorted(_included(file)))
         objects.append(BUILDS / "objects" / f"{file.name}.{hashlib.sha256(key).hexdigest()[:16]}.o")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_make, objects, commands))
@@ -54,6 +51,17 @@ def build(sources: Path = SOURCES, *, flags: Sequence[str] = (), kernels: Sequen
     library = BUILDS / name / "libappo_emulation.so"
     _make(library, (cxx, "-shared", *flags, *map(str, objects)))
     return library
+
+
+def _included(file: Path) -> set[Path]:
+    """``file`` and every header of csrc/ that it includes, or that those do."""
+    found, left = set(), [file.resolve()]
+    while left:
+        one = left.pop()
+        if one not in found and one.exists():  # what a condition leaves out need not exist
+            found.add(one)
+            left += [(one.parent / name).resolve() for name in INCLUDE.findall(one.read_text())]
+    return found
 
 
 def _make(target: Path, command: Sequence[str]) -> None:

@@ -13,7 +13,8 @@ from mutations import suites
 from mutations.results import Results, explained, report
 from mutations.workbench import Workbench
 
-LONGEST = 4.0  # a mutant may take so many times what its tests take without a change
+LONGEST = 4.0  # tests of a mutant may take so many times what they take without a change
+COMPILING = 60.0  # and so many seconds more
 
 
 def main() -> int:
@@ -22,7 +23,7 @@ def main() -> int:
     parser.add_argument("--number", type=int, default=suites.NUMBER, help="how many (default: %(default)s)")
     parser.add_argument("--only", default="", help="only files whose path contains this")
     parser.add_argument("--minutes", type=float, help="begin no more after so many; the next call goes on")
-    parser.add_argument("--limit", type=float, help="seconds for each, in place of a multiple of what its tests take")
+    parser.add_argument("--limit", type=float, help="seconds for tests, in place of a multiple of what they take")
     parser.add_argument("--results", type=Path, default=suites.ROOT / "build" / "mutations" / "results.csv")
     parser.add_argument("--list", action="store_true", help="print the chosen mutants and run none")
     arguments = parser.parse_args()
@@ -44,8 +45,8 @@ def main() -> int:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mutations-"))
                 bench = stack.enter_context(Workbench(Path(folder)))
             tests = suites.of(mutant.file)
-            limit = arguments.limit or 60 + LONGEST * results.usual(tests, bench)
-            outcome = bench.run(mutant, tests, limit)
+            limits = [arguments.limit or COMPILING + LONGEST * results.usual(suite, bench) for suite in tests]
+            outcome = bench.run(mutant, tests, limits)
             results.add(mutant, outcome)
             print(f"{number}/{len(missing)} {outcome.result} in {outcome.seconds:.0f} s: {mutant}", flush=True)
     text, good = report([(m, o) for m in planned if (o := results.of(m))], explained())

@@ -1,10 +1,13 @@
 """A copy of the tree in which one kernel at a time is changed and its tests are run."""
 
+import contextlib
 import hashlib
+import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,18 +71,13 @@ class Workbench:
         for server in self.servers.values():
             server.close()
 
-    def run(self, mutant: Mutant | None, suites: tuple[Suite, ...], limit: float) -> Outcome:
-        """The outcome of ``suites`` with the change; None: without one. limit: seconds of all together."""
+    def run(self, mutant: Mutant | None, suites: Sequence[Suite], limits: Sequence[float]) -> Outcome:
+        """The outcome of ``suites`` with the change; None: without one. limits: seconds of each."""
         began = time.monotonic()
-        file = self.folder / mutant.file if mutant else None
-        if mutant and file:
-            if file.read_text() != mutant.source:
-                raise RuntimeError(f"{file} is not what the mutants were made from")
-            file.write_text(mutant.mutated)
-        try:
-            for suite in suites:
-                left = limit - (time.monotonic() - began)
-                status, output = self._server(suite).run(suite.arguments(), max(left, 1.0))
+        with self._changed({mutant.file: (mutant.source, mutant.mutated)} if mutant else {}):
+            for suite, limit in zip(suites, limits, strict=True):
+                with self._changed(self._fewer_head_dims(suite.head_dims) if suite.head_dims else {}):
+                    status, output = self._server(suite).run(suite.arguments(), limit)
                 if status is None:
                     return Outcome("time limit", time.monotonic() - began, str(suite))
                 if status not in (PASSED, FAILED, INTERRUPTED) and status > 0:
@@ -87,10 +85,43 @@ class Workbench:
                 if status != PASSED:
                     result = "invalid" if any(text in output for text in INVALID) else "caught"
                     return Outcome(result, time.monotonic() - began, _first_failure(output) or str(suite))
-            return Outcome("survived", time.monotonic() - began, "")
+        return Outcome("survived", time.monotonic() - began, "")
+
+    def build(self, suite: Suite) -> None:
+        """Compile the emulated kernels without a change, so that the time of ``suite`` is that of its tests."""
+        if suite.head_dims is not None:
+            with self._changed(self._fewer_head_dims(suite.head_dims) if suite.head_dims else {}):
+                subprocess.run([sys.executable, "-m", "cudasim"], cwd=self.folder, capture_output=True, check=True)
+
+    @contextlib.contextmanager
+    def _changed(self, texts: dict[str, tuple[str, str]]) -> Iterator[None]:
+        """Inside the block, files of the copy have other texts: name to the old one and the new one."""
+        for name, (old, _) in texts.items():
+            if (self.folder / name).read_text() != old:
+                raise RuntimeError(f"{self.folder / name} is not what the mutants were made from")
+        try:
+            for name, (_, new) in texts.items():
+                (self.folder / name).write_text(new)
+            yield
         finally:
-            if mutant and file:
-                file.write_text(mutant.source)
+            for name, (old, _) in texts.items():
+                (self.folder / name).write_text(old)
+
+    def _fewer_head_dims(self, head_dims: tuple[int, ...]) -> dict[str, tuple[str, str]]:
+        """Attention built for these alone, forward and backward, and what Python knows of it."""
+        made = " ".join(f"X({D}, __VA_ARGS__)" for D in head_dims)
+        rules = {
+            "csrc/head_dims.h": (r"(#define APPO_(?:GRAD_)?HEAD_DIMS\(X, \.\.\.\))(?:.*\\\n)*.*", rf"\1 {made}"),
+            "appo_kernels/cuda_constants.py": (r"^(HEAD_DIMS, GRAD_HEAD_DIMS =) .*", rf"\1 {head_dims}, {head_dims}"),
+        }
+        texts = {}
+        for name, (pattern, replacement) in rules.items():
+            old = (self.folder / name).read_text()
+            new, count = re.subn(pattern, replacement, old, flags=re.MULTILINE)
+            if not count:
+                raise RuntimeError(f"{name}: {pattern} is not in it")
+            texts[name] = old, new
+        return texts
 
     def _server(self, suite: Suite) -> Server:
         if suite.environment not in self.servers:
