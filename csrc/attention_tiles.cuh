@@ -95,7 +95,12 @@ struct RowFragments {
   uint32_t part[D / 16][4];
   __device__ __forceinline__ void load(const T* rows, const LeftView<D>& view) {
 #pragma unroll
-    for (int k = 0; k < D / 16; k++) platform::load_matrix_x4(part[k], view.at(rows, 0, k));
+    for (int k = 0; k < D / 16; k++) {
+      uint32_t a[4];
+      platform::load_matrix_x4(a, view.at(rows, 0, k));
+#pragma unroll
+      for (int i = 0; i < 4; i++) part[k][i] = a[i];  // each by its index, which the emulation checks
+    }
   }
 };
 

@@ -2,7 +2,7 @@
 // log-probability and entropy; the gradient kernel reads it once more and writes d loss / d logits, in place
 // if asked.
 //
-//   z = softcap(logits) / temperature,  lse = log sum exp z,  logp = z[target] - lse,  H = -sum p log p
+//   z = logits / temperature,  lse = log sum exp z,  logp = z[target] - lse,  H = -sum p log p
 //   d loss / d z_v = g (1[v = target] - p_v) - h p_v (log p_v + H),   g = d loss / d logp,  h = d loss / d H
 #pragma once
 #include "logit_rows.cuh"
@@ -51,11 +51,6 @@ struct OnlineSoftmax {
   }
 };
 
-__device__ __forceinline__ float scaled_logit(float x, const SurrogateParams& p) {
-  if (p.softcap > 0.f) x = p.softcap * tanhf(x / p.softcap);
-  return x * p.inverse_temperature;
-}
-
 template <class T>
 __global__ void __launch_bounds__(kSurrogateThreads)
     surrogate_rows(const __grid_constant__ SurrogateParams p) {
@@ -72,7 +67,7 @@ __global__ void __launch_bounds__(kSurrogateThreads)
     float z[Vector<T>::kSize], row_max = state.row_max;
 #pragma unroll
     for (int i = 0; i < Vector<T>::kSize; i++) {
-      z[i] = i < count ? scaled_logit(to_float(values.element[i]), p) : -INFINITY;
+      z[i] = i < count ? to_float(values.element[i]) * p.inverse_temperature : -INFINITY;
       row_max = fmaxf(row_max, z[i]);
     }
     state.raise(row_max);
@@ -94,7 +89,7 @@ __global__ void __launch_bounds__(kSurrogateThreads)
   const float log_sum = logf(state.row_sum);
   p.row_max[row] = state.row_max;
   p.log_sum[row] = log_sum;
-  p.logprobs[row] = scaled_logit(to_float(logits[p.targets[row]]), p) - state.row_max - log_sum;
+  p.logprobs[row] = to_float(logits[p.targets[row]]) * p.inverse_temperature - state.row_max - log_sum;
   p.entropy[row] = log_sum - state.weighted_sum / state.row_sum;
 }
 
@@ -129,17 +124,11 @@ __global__ void __launch_bounds__(kSurrogateThreads)
 #pragma unroll
     for (int i = 0; i < Vector<T>::kSize; i++) {
       if (i >= count) break;
-      float x = to_float(values.element[i]), uncapped_slope = p.inverse_temperature;
-      if (p.softcap > 0.f) {
-        const float tanh_x = tanhf(x / p.softcap);
-        uncapped_slope *= 1.f - tanh_x * tanh_x;
-        x = p.softcap * tanh_x;
-      }
-      const float log_p = x * p.inverse_temperature - row_max - log_sum,
+      const float log_p = to_float(values.element[i]) * p.inverse_temperature - row_max - log_sum,
                   probability = platform::exp2(log_p * kLog2E);
       float dz = first + i == target ? at_target : -probability * g;
       if (h != 0.f && probability > 0.f) dz -= h * probability * (log_p + entropy);
-      from_float(dz * uncapped_slope, result.element[i]);
+      from_float(dz * p.inverse_temperature, result.element[i]);
     }
     if (count == Vector<T>::kSize && aligned) {
       platform::store_16_bytes(gradient + first, result.bits);

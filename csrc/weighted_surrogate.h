@@ -12,7 +12,7 @@ struct SurrogateParams {
   const float* mask;           // (M,) 0 for rows that are not read, and whose gradient is 0
   float* logprobs;             // (M,) log-probability of the target
   float* entropy;              // (M,) in nats
-  float* row_max;              // (M,) largest z, z = softcap(logits) / temperature
+  float* row_max;              // (M,) largest z, z = logits / temperature
   float* log_sum;              // (M,) log sum exp(z - row_max): together the row's lse, without its rounding
   const float* slope;          // (M,) d loss / d logprob
   const float* entropy_slope;  // (M,) d loss / d entropy
@@ -22,8 +22,7 @@ struct SurrogateParams {
   int64_t tokens;                                // T
   int64_t vocabulary;                            // V
   float inverse_temperature;
-  float softcap;  // 0: none
-  int element;    // Element of logits and gradient
+  int element;  // Element of logits and gradient
 };
 
 }  // namespace appo

@@ -42,9 +42,10 @@ class Allocation:
 
 
 class GuardedPages:
-    """Whole pages between two that nobody may touch. The memory ends with them, to 16 bytes, or begins with them."""
+    """Whole pages between two that nobody may touch. The memory ends with them, at an address that is a multiple of
+    ``alignment`` from it, or begins with them."""
 
-    def __init__(self, size: int, at_end: bool) -> None:
+    def __init__(self, size: int, at_end: bool, alignment: int = 16) -> None:
         whole = -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
         self.memory = mmap.mmap(-1, whole + 2 * mmap.PAGESIZE)
         self.view = ctypes.c_char.from_buffer(self.memory)
@@ -53,7 +54,7 @@ class GuardedPages:
         for guard in self.guards:
             if process.mprotect(guard, mmap.PAGESIZE, 0):
                 raise OSError("mprotect failed")
-        self.address = start + mmap.PAGESIZE + ((whole - size) // 16 * 16 if at_end else 0)
+        self.address = start + mmap.PAGESIZE + ((whole - size) // alignment * alignment if at_end else 0)
 
     def free(self) -> None:
         for guard in self.guards:

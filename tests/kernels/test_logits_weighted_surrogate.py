@@ -163,7 +163,7 @@ def test_opcheck(how: str) -> None:
     table[0] = 1
     source = None if how == "in place" else logits
     gradient = {"gradient": torch.empty_like(logits), "in place": logits, "no gradient": None}[how]
-    numbers = 0.2, 0.28, None, 0.0, "token", 0.7, None, 0.1, "torch"
+    numbers = 0.2, 0.28, None, 0.0, "token", 0.7, 0.1, "torch"
     results = torch.empty(()), torch.empty(10), gradient
     torch.library.opcheck(
         autograd.logits_weighted_surrogate_forward, (source, torch.randint(6, (2, 3)), table, *results, *numbers)

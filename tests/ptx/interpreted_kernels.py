@@ -7,9 +7,11 @@ import attention_layouts as layouts
 import backend_calls as calls
 import block_mask_cases
 import block_mask_reference
+import guarded_memory
 import pytest
 import surrogate_cases
 import torch
+from triton.runtime import interpreter
 
 import appo_kernels
 from appo_kernels import testing
@@ -25,6 +27,19 @@ from appo_kernels.ops.weighted_surrogate import reference as surrogate_reference
 from appo_kernels.ops.weighted_surrogate import triton as surrogate_triton
 
 SCALE = 0.21
+
+
+@pytest.fixture(autouse=True)
+def nothing_beyond_is_touched(monkeypatch):
+    """Kernels run on copies of their tensors that end where a page begins that nobody may touch: a lane that reads or
+    writes behind an array, whatever becomes of it, ends the process, as it may on a GPU."""
+    run = interpreter.InterpretedFunction.run
+
+    def on_copies(kernel, *arguments, **named):
+        with guarded_memory.copies([*arguments, *named.values()]) as copy:
+            return run(kernel, *map(copy, arguments), **{name: copy(value) for name, value in named.items()})
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "run", on_copies)
 
 
 # Seven query heads to a key/value head, and a padded head size.
@@ -69,12 +84,16 @@ def test_frame_mass(per_head):
         testing.assert_as_good_as(got, results[0].double(), results[0], atol=3e-6, name="mass")
 
 
-# The last key that the second row sees: of the first tile, of others, one before the end; more tiles than a block has.
-@pytest.mark.parametrize(("last", "frame_keys"), [(63, 100), (163, 100), (198, 100), (4159, 4160)])
-def test_mass_where_rows_miss_the_end(last, frame_keys):
+# The last key that the second row sees: of the first tile, of others, one before the end; more tiles than a block has,
+# and one tile more than that, which alone needs the mask.
+@pytest.mark.parametrize(
+    ("last", "first_keys", "second_keys"),
+    [(63, 100, 100), (163, 100, 100), (198, 100, 100), (4159, 4160, 4160), (8254, 4160, 4096)],
+)
+def test_mass_where_rows_miss_the_end(last, first_keys, second_keys):
     """Whether a mask is needed is found from all tiles of a program's frames, here several or more than a block."""
-    S = 2 * frame_keys
-    ids = layouts.runs(S, (0, 0, frame_keys), (1, frame_keys, frame_keys))[None]
+    S = first_keys + second_keys
+    ids = layouts.runs(S, (0, 0, first_keys), (1, first_keys, second_keys))[None]
     layout = layouts.LayoutCase(ids, 2, None, layouts.ints([S - 1, last]), None, 2)
     query, key, value = calls.tensors(layout, 1, 1, 32, torch.float16)
     _, lse, _ = calls.attention(layout, (query, key, value), "torch", scale=SCALE)
@@ -136,8 +155,10 @@ TERMS = [{}, {"beta": 0.1, "delta": 1.4}, {"beta": 0.1, "kl_ratio": True}]
 @pytest.mark.parametrize("options", TERMS, ids=str)
 @pytest.mark.parametrize(("kind", "level"), KINDS)
 def test_weighted_surrogate(kind, level, options):
-    """Responses of two parts of a program's tokens and a rest, one of them masked entirely, garbage where masked."""
-    case = surrogate_cases.per_token(B=3, T=1100, dtype=torch.float32)
+    """Responses of two parts of a program's tokens and one token more, which counts in the first; one of them masked
+    entirely, garbage where masked."""
+    case = surrogate_cases.per_token(B=3, T=2 * surrogate_triton.BLOCK + 1, dtype=torch.float32)
+    case["mask"][0] = True
     kind_and_level = {"kind": kind, "level": level}
 
     def run(case, function=weighted_surrogate, **more):

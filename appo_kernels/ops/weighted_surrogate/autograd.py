@@ -57,7 +57,6 @@ def logits_weighted_surrogate_forward(
     beta: float,
     level: str,
     temperature: float,
-    softcap: float | None,
     entropy_coef: float,
     backend: str,
     kind: str = "clip",
@@ -67,7 +66,7 @@ def logits_weighted_surrogate_forward(
     source = grad_logits if logits is None else logits
     assert source is not None
     check_values(f"logits_{OP}", table, beta=beta, targets=targets, vocabulary=source.shape[2])
-    options = Options(eps_low, eps_high, delta, beta, level, temperature, softcap, entropy_coef, kind, kl_ratio)
+    options = Options(eps_low, eps_high, delta, beta, level, temperature, None, entropy_coef, kind, kl_ratio)
     dispatch.backend_module(OP, backend).logits_forward(source, targets, table, options, loss, metrics, grad_logits)
 
 
@@ -178,7 +177,7 @@ class LogitsWeightedSurrogate(torch.autograd.Function):
         gradient = logits.detach() if overwrite else _empty(logits, wanted)
         source = None if overwrite else logits
         logits_weighted_surrogate_forward(
-            source, targets, table, loss, metrics, gradient, *options[:8], backend, *options[8:]
+            source, targets, table, loss, metrics, gradient, *options[:6], options.entropy_coef, backend, *options[8:]
         )
         ctx.save_for_backward(gradient)
         ctx.backend, ctx.factor = backend, None

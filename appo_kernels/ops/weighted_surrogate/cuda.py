@@ -40,7 +40,6 @@ class SurrogateParams(cuda_library.Params):
         ("tokens", ctypes.c_int64),
         ("vocabulary", ctypes.c_int64),
         ("inverse_temperature", ctypes.c_float),
-        ("softcap", ctypes.c_float),
         ("element", ctypes.c_int),
     )
 
@@ -108,7 +107,6 @@ def logits_forward(
             tokens=T,
             vocabulary=V,
             inverse_temperature=1.0 / options.temperature,
-            softcap=options.softcap or 0.0,
             element=ELEMENTS[logits.dtype],
         )
         cuda_library.call(OP, launcher, params, logits.device)

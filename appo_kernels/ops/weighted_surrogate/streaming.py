@@ -73,7 +73,6 @@ def logits_forward(
                     if with_gradient
                     else None,
                     temperature=options.temperature,
-                    softcap=options.softcap,
                 )
                 logprobs[b, position], entropy[b, position] = result.logprobs, result.entropy
                 if grad_logits is not None and result.kept is not None:

@@ -106,7 +106,7 @@ def logits_forward(
         logits = logits.contiguous()
     table, targets = table.flatten(1), targets.reshape(-1)
     state = new_state(B * T, table)
-    scaling: dict[str, Any] = {"mask": table[MASK], "temperature": options.temperature, "softcap": options.softcap}
+    scaling: dict[str, Any] = {"mask": table[MASK], "temperature": options.temperature}
     fold(logits, targets, state, **scaling)
     rows = None if grad_logits is None else torch.empty_like(state)
     terms(state, table, options, tokens=T, loss=loss, metrics=metrics, rows=rows)
