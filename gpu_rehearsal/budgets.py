@@ -1,5 +1,6 @@
 """Counted costs of each call on the host, its launches, and what they may be: ``budgets.txt``."""
 
+import collections
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -63,6 +64,25 @@ def refused(recordings: list[Recording]) -> list[str]:
     """Reasons for which a GPU would refuse."""
     kinds = (MIXED, REFUSED)
     return [str(event) for found in recordings for kind in kinds for event in found.of_kind(kind)]
+
+
+def of_step(recording: Recording) -> Cost:
+    """Of a whole training step, whose checks of values are not told apart."""
+    return Cost(
+        len(recording.of_kind(SYNC)), 0, recording.operations, recording.products, len(recording.launches),
+        len(recording.of_kind(UPLOAD)),
+    )  # fmt: skip
+
+
+def risen(name: str, cost: Cost) -> list[str]:
+    """Numbers of a training step that are more than a tenth above those of the table's line."""
+    return [f"{a} -> {b}" for a, b in zip(read()[name].numbers, cost.numbers, strict=True) if b > 1.1 * a]
+
+
+def new_by_place(short: Recording, long: Recording, kind: str) -> dict[str, tuple[int, int]]:
+    """Places that asked for more events of a kind in the ``long`` one than in the ``short``, and how many in both."""
+    before, after = (collections.Counter(e.where for e in found.of_kind(kind)) for found in (short, long))
+    return {where: (before[where], n) for where, n in after.items() if n > before[where]}
 
 
 def line(name: str, cost: Cost) -> str:

@@ -239,7 +239,7 @@ class FrameMassRecorder:
 
     def _move_to(self, device: torch.device) -> None:
         """Layers of one model may lie on several devices; the recorder follows them."""
-        if self._frame_ids.device != device:
+        if self._frame_ids.device != device or self._rows.positions.device != device:  # rows of a slice: the host's
             self._frame_ids, self._rows.positions = self._frame_ids.to(device), self._rows.positions.to(device)
             self._plans = {}
         if self._total is not None and self._total.device != device:

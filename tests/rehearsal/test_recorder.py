@@ -13,8 +13,9 @@ from gpu_rehearsal.recording import SYNC, UPLOAD, Recording
 from gpu_rehearsal.tensors import DEVICE
 
 # Operations on the GPU of one more tapped layer, launches of kernels left out: of a packed row with two groups (rows
-# and lse gathered, two buffers a group, masses joined and added), and of separate sequences (a buffer for the lse).
-BUDGETS = {"packed": 10, "separate": 1}
+# and lse gathered, two buffers a group, masses joined and added), and of separate sequences (a buffer for the lse), with
+# rows on the GPU or as a slice.
+BUDGETS = {"packed": 10, "separate": 1, "slice": 1}
 
 
 def recorded(form: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> Recording:
@@ -31,7 +32,8 @@ def recorded(form: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> Recordi
         else:
             ids, frames = (x[:, inputs.alone[0]].repeat(2, 1) for x in (inputs.ids, inputs.frame_ids))
             rows, more = torch.arange(18, 27).expand(2, -1), {}
-        with torch.no_grad(), record_frame_mass(model, frames.to(DEVICE), rows=rows.to(DEVICE), layers=layers):
+        recorded_rows = slice(18, 27) if form == "slice" else rows.to(DEVICE)
+        with torch.no_grad(), record_frame_mass(model, frames.to(DEVICE), rows=recorded_rows, layers=layers):
             recording.clear()
             model.model(input_ids=ids.to(DEVICE), use_cache=False, **more)
     return recording
