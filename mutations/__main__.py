@@ -36,6 +36,7 @@ def main() -> int:
     began = time.monotonic()
     missing = [m for m in planned if (known := results.of(m)) is None or known.result == "survived"]
     random.Random(arguments.seed).shuffle(missing)  # what a time limit leaves out is of every file
+    missing.sort(key=lambda mutant: mutant.key in explained())  # and what takes longest and is known comes last
     with contextlib.ExitStack() as stack:
         for number, mutant in enumerate(missing, 1):
             if arguments.minutes and time.monotonic() - began > 60 * arguments.minutes:

@@ -31,9 +31,10 @@ class Suite:
         return " ".join((*self.tests, *(("-k", self.only) if self.only else ())))
 
 
-def _interpreted(only: str) -> Suite:
-    """A part of what tests/ptx/test_interpreter.py runs, in the process that is asked to."""
-    return Suite(("tests/ptx/interpreted_kernels.py",), only, (("TRITON_INTERPRET", "1"),))
+def _interpreted(*names: str) -> Suite:
+    """Some of the tests that tests/ptx/test_interpreter.py runs, in the process that is asked to."""
+    tests = tuple(f"tests/ptx/interpreted_kernels.py::test_{name}" for name in names)
+    return Suite(tests, environment=(("TRITON_INTERPRET", "1"),))
 
 
 def _cuda(*names: str) -> Suite:
@@ -49,11 +50,16 @@ ON_EMULATED = (EMULATED, PLANTED, EVERY_HEAD_DIM)
 ATTENTION = Suite(("tests/ptx/test_attention_kernels.py",))
 LOGITS = Suite(("tests/ptx/test_logits_kernels.py", "tests/ptx/test_offsets.py"))
 HOPPER = Suite(("tests/ptx/test_hopper.py",), "test_forward")
-SURROGATES = _interpreted("surrogate or scaled or second_backward")
+ONE_HEAD, MASS = "nothing_behind_a_head_is_read", ("frame_mass", "mass_where_rows_miss_the_end")
+INTERPRETED = _interpreted(ONE_HEAD, *MASS, "attention")
+BACKWARD = _interpreted(ONE_HEAD, "attention")
+ON_TOKENS = ("weighted_surrogate", "weighted_surrogate_of_nothing", "gradients_are_scaled_in_place")
+SURROGATES = _interpreted(*ON_TOKENS, "a_second_backward_says_when_it_cannot_be")
 
 SUITES: dict[str, tuple[Suite, ...]] = {
     "csrc/attention_tiles.cuh": ON_EMULATED,
     "csrc/attention_forward.cuh": ON_EMULATED,
+    "csrc/attention_backward.cuh": ON_EMULATED,
     "csrc/attention_backward_rows.cuh": ON_EMULATED,
     "csrc/attention_backward_keys.cuh": ON_EMULATED,
     "csrc/attention_backward.cu": ON_EMULATED,
@@ -65,15 +71,15 @@ SUITES: dict[str, tuple[Suite, ...]] = {
     "csrc/logit_rows.cuh": (_cuda("logits_weighted_surrogate", "group_divergence", "zero_rows", "tile_ends"), PLANTED),
     "csrc/group_divergence.cuh": (_cuda("group_divergence", "zero_rows", "tile_ends"), PLANTED),
     "csrc/weighted_surrogate.cuh": (_cuda("logits_weighted_surrogate", "zero_rows", "surrogate_kinds"), PLANTED),
-    "appo_kernels/attention/triton_device.py": (_interpreted("attention or mass"), ATTENTION, HOPPER),
-    "appo_kernels/attention/triton_forward.py": (_interpreted("attention or mass"), ATTENTION, HOPPER),
-    "appo_kernels/attention/triton_delta.py": (_interpreted("test_attention"), ATTENTION),
-    "appo_kernels/attention/triton_backward.py": (_interpreted("test_attention"), ATTENTION),
-    "appo_kernels/attention/triton_mass.py": (_interpreted("frame_mass"), ATTENTION),
+    "appo_kernels/attention/triton_device.py": (INTERPRETED, ATTENTION, HOPPER),
+    "appo_kernels/attention/triton_forward.py": (INTERPRETED, ATTENTION, HOPPER),
+    "appo_kernels/attention/triton_delta.py": (BACKWARD, ATTENTION),
+    "appo_kernels/attention/triton_backward.py": (BACKWARD, ATTENTION),
+    "appo_kernels/attention/triton_mass.py": (_interpreted(*MASS), ATTENTION),
     "appo_kernels/attention/triton_plan.py": (_interpreted("block_mask"), ATTENTION),
-    "appo_kernels/ops/group_divergence/triton_fold.py": (_interpreted("test_logits"), LOGITS),
+    "appo_kernels/ops/group_divergence/triton_fold.py": (_interpreted("logits"), LOGITS),
     "appo_kernels/ops/weighted_surrogate/triton_terms.py": (SURROGATES, LOGITS),
-    "appo_kernels/vocabulary/triton_rows.py": (_interpreted("test_logits or surrogate"), LOGITS),
+    "appo_kernels/vocabulary/triton_rows.py": (_interpreted("logits", *ON_TOKENS), LOGITS),
 }
 
 

@@ -13,8 +13,8 @@ from gpu_rehearsal.recording import SYNC, UPLOAD, Recording
 from gpu_rehearsal.tensors import DEVICE
 
 # Operations on the GPU of one more tapped layer, launches of kernels left out: of a packed row with two groups (rows
-# and lse gathered, two buffers a group, masses joined and added), and of separate sequences (a buffer for the lse), with
-# rows on the GPU or as a slice.
+# and lse gathered, two buffers a group, masses joined and added), and of separate sequences (a buffer for the lse),
+# with rows on the GPU or as a slice.
 BUDGETS = {"packed": 10, "separate": 1, "slice": 1}
 
 
