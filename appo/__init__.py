@@ -1,4 +1,4 @@
-"""APPO: reinforcement learning of video models in which tokens that look at a group's crucial frames learn harder.
+"""APPO: reinforcement learning of video models that gives tokens which look at a group's key frames a larger weight.
 
 The names below are loaded when they are first used: ``import appo`` alone imports neither torch nor transformers.
 """

@@ -27,9 +27,9 @@ class APPOConfig:
     # What to train, on what, and where results go.
     model: str = setting("")  # a folder or hub name that transformers can load
     data: str = setting("")  # records (docs/data.md)
-    data_root: str | None = setting(None, required=True)  # media paths are relative to it (default: the folder of data)
-    eval_data: str | None = setting(None, required=True)
-    output: str = setting("runs/appo", required=True)
+    data_root: str | None = setting(None, not_empty=True)  # media paths are relative to it (default: data's folder)
+    eval_data: str | None = setting(None, not_empty=True)
+    output: str = setting("runs/appo", not_empty=True)
     seed: int = setting(0, at_least=0)
 
     # Video.
@@ -38,7 +38,7 @@ class APPOConfig:
     max_pixels: int = setting(64 * 28 * 28, at_least=14 * 14)  # of one frame
     decode_timeout: float = setting(60.0, above=0, at_most=86_400)
     video_decoder: str = setting("auto", choices=("auto", "pyav", "decord"))  # PyAV, then decord; or one of them
-    frame_cache: str | None = setting(None, required=True)  # folder in which decoded clips are kept
+    frame_cache: str | None = setting(None, not_empty=True)  # folder in which decoded clips are kept
     frame_cache_gib: float = setting(20.0, above=0)  # of it at most
     # Decoded prompts that a process keeps; a step's own are kept in any case.
     prompt_cache_gib: float = setting(4.0, above=0)
@@ -55,13 +55,13 @@ class APPOConfig:
     top_p: float = setting(1.0, above=0, at_most=1)
     # name: weight in the sum
     rewards: dict[str, float] = setting(
-        factory=lambda: {"accuracy": 1.0}, required=True, hint="For example {accuracy: 0.9, format: 0.1}."
+        factory=lambda: {"accuracy": 1.0}, not_empty=True, hint="For example {accuracy: 0.9, format: 0.1}."
     )
     rewards_lenient: bool = setting(False)  # read answers as models write them: "**B**", "\\boxed{B}", "00:13 - 00:29"
 
     # The engine that samples responses (docs/engines.md).
     engine: str = setting("transformers", choices=("transformers", "vllm", "vllm-server"))
-    engine_urls: list[str] = setting(factory=list, each=Constraint(required=True))  # servers that run already
+    engine_urls: list[str] = setting(factory=list, each=Constraint(not_empty=True))  # servers that run already
     engine_token: str = setting("")  # their APPO_SERVER_TOKEN
     engine_timeout: float = setting(600.0, above=0, at_most=86_400)  # seconds for a server to start, and for a request
     engine_retries: int = setting(2, at_least=0, at_most=100)  # further tries of a request that got no answer
@@ -155,7 +155,7 @@ class APPOConfig:
     lora_alpha: int = setting(32, at_least=1)
     dora: bool = setting(False)  # adapters with a trained norm of each row (DoRA)
     lora_targets: list[str] = setting(
-        factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], required=True, each=Constraint(required=True)
+        factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], not_empty=True, each=Constraint(not_empty=True)
     )
 
     # Keeping track.
@@ -171,7 +171,7 @@ class APPOConfig:
     tensorboard: bool = setting(True)
     # Further ones, by their names in accelerate.
     trackers: list[str] = setting(factory=list, each=Constraint(choices=TRACKERS))
-    project: str = setting("appo", required=True)  # in which they keep the run
+    project: str = setting("appo", not_empty=True)  # in which they keep the run
 
     # Going on after what goes wrong.
     # A run in `output` goes on when its settings are the same; "force": whatever they are.

@@ -23,7 +23,7 @@ class ConfigError(ValueError):
 class Constraint:
     """The values that a field takes beside its type. Numbers are always finite; ints lie within 31 bits.
 
-    required: a text or a container that may not be empty. each: the constraint of a container's values.
+    not_empty: a text or a container that may not be empty. each: the constraint of a container's values.
     hint: one sentence on what to do instead.
     """
 
@@ -32,7 +32,7 @@ class Constraint:
     at_most: float | None = None
     below: float | None = None
     choices: tuple[str, ...] = ()
-    required: bool = False
+    not_empty: bool = False
     each: "Constraint | None" = None
     hint: str = ""
 
@@ -134,7 +134,7 @@ def _checked_text(name: str, value: Any, constraint: Constraint) -> str:
     if not isinstance(value, str):
         hint = constraint.hint or ("Put it in quotes." if isinstance(value, (int, float)) else "")
         _fail(name, "str", value, hint)
-    if constraint.required and not value.strip():
+    if constraint.not_empty and not value.strip():
         _fail(name, "text that is not empty", value, constraint.hint)
     if len(value) > LONGEST_TEXT:
         _fail(name, f"at most {LONGEST_TEXT:,} characters", value, constraint.hint)
@@ -147,10 +147,9 @@ def _checked_text(name: str, value: Any, constraint: Constraint) -> str:
 
 
 def _checked_items(name: str, value: Any, kind: Any, constraint: Constraint) -> Iterator[tuple[str, Any]]:
-    if not isinstance(value, dict) or (constraint.required and not value):
-        _fail(
-            name, "at least one `name: value`" if constraint.required else "`name: value` pairs", value, constraint.hint
-        )
+    if not isinstance(value, dict) or (constraint.not_empty and not value):
+        expected = "at least one `name: value`" if constraint.not_empty else "`name: value` pairs"
+        _fail(name, expected, value, constraint.hint)
     for key, item in value.items():
         if not isinstance(key, str) or not key:
             _fail(name, "names that are text", key, constraint.hint)
@@ -158,8 +157,8 @@ def _checked_items(name: str, value: Any, kind: Any, constraint: Constraint) -> 
 
 
 def _checked_list(name: str, value: Any, kind: Any, constraint: Constraint) -> list[Any]:
-    if not isinstance(value, (list, tuple)) or (constraint.required and not value):
-        _fail(name, "a list that is not empty" if constraint.required else "a list", value, constraint.hint)
+    if not isinstance(value, (list, tuple)) or (constraint.not_empty and not value):
+        _fail(name, "a list that is not empty" if constraint.not_empty else "a list", value, constraint.hint)
     each = constraint.each or Constraint()
     return [checked(f"{name}[{index}]", item, kind, each) for index, item in enumerate(value)]
 

@@ -126,9 +126,9 @@ def run_one(options: argparse.Namespace, variant: str, seed: int, builder: Promp
 def where_they_look(work: Path, task: str, number: int) -> dict[str, float]:
     """Frames that right and wrong responses look at, in those of 64 groups of warm start ``number`` that have both.
 
-    right, wrong: the share of responses that have a crucial frame among their K2 most attended ones, the psi of
+    right, wrong: the share of responses that have a labelled frame among their K2 most attended ones, the psi of
     `select_frames`. hard-empty: the share of groups in which the difference of sets is empty. hard-precision:
-    the share of the frames picked in the others that are crucial. chance: the share of all frames that are.
+    the share of the frames picked in the others that are labelled. chance: the share of all frames that are.
     """
     clips, warm = prepare(work, task, number)
     settings = SETTINGS | TASKS[task].settings | {"preset": "paper", "prompts_per_step": 64, "model": str(warm)}
@@ -144,14 +144,14 @@ def where_they_look(work: Path, task: str, number: int) -> dict[str, float]:
     for group in groups:
         if group.mass is None or group.target_frames is None or group.accuracy.min() == group.accuracy.max():
             continue
-        crucial = set(group.prompt.crucial_frames())
+        labelled = set(group.prompt.labelled_frames())
         for mass, mask, accuracy in zip(group.mass, group.mask, group.accuracy, strict=True):
             seen = select_frames(mass[None], mask[None], torch.ones(1), strategy="all", **how)
-            found["right" if accuracy >= 0.5 else "wrong"].append(float(bool(crucial & set(seen.tolist()))))
+            found["right" if accuracy >= 0.5 else "wrong"].append(float(bool(labelled & set(seen.tolist()))))
         picked = set(group.target_frames.tolist())
         found["hard-empty"].append(float(not picked))
-        found["hard-precision"] += [float(frame in crucial) for frame in picked]
-        found["chance"].append(len(crucial) / group.prompt.num_frames)
+        found["hard-precision"] += [float(frame in labelled) for frame in picked]
+        found["chance"].append(len(labelled) / group.prompt.num_frames)
     return {"warm start": number, "groups": len(found["chance"])} | {
         name: statistics.fmean(values) for name, values in found.items() if values
     }

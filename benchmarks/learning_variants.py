@@ -29,7 +29,7 @@ def entropy_weights(group: Group, divergence: Divergence, config: APPOConfig) ->
 
 def true_frames(group: Group, config: APPOConfig) -> Tensor:
     """The frames that decide the question, given: what a perfect selection would bring."""
-    return torch.tensor(group.prompt.crucial_frames(), dtype=torch.int64)
+    return torch.tensor(group.prompt.labelled_frames(), dtype=torch.int64)
 
 
 # Name -> functions given to the trainer, and settings.

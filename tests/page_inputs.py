@@ -119,7 +119,7 @@ def _sample(step: int, chance: random.Random, weighted: bool) -> dict[str, Any]:
         "question": QUESTION,
         "options": OPTIONS,
         "answer": "B",
-        "crucial_frames": [5],
+        "labelled_frames": [5],
         "completions": completions,
     }
 
@@ -156,7 +156,7 @@ def inspection(G: int = 4, F: int = 8, N: int = 24) -> dict[str, Any]:
         "question": QUESTION,
         "options": OPTIONS,
         "answer": "B",
-        "crucial": [F // 2, F // 2 + 1],
+        "labelled": [F // 2, F // 2 + 1],
     }
 
 
@@ -197,8 +197,8 @@ def write_hostile_run(folder: Path, attack: str) -> Path:
     ]  # fmt: skip
     completions += [attack, None, [attack], {}, {"tokens": attack, "weights": attack, "frames": attack}]
     completions += [{"tokens": ["a", "b"], "weights": [1.0]}, {"text": attack, "weights": [2.0]}]
-    sample = {"question": attack, "options": [attack, 3, None], "answer": attack, "crucial_frames": [attack, 3]}
-    bare = [{"step": 1}, {"step": 2, "completions": attack, "options": attack, "crucial_frames": attack}]
+    sample = {"question": attack, "options": [attack, 3, None], "answer": attack, "labelled_frames": [attack, 3]}
+    bare = [{"step": 1}, {"step": 2, "completions": attack, "options": attack, "labelled_frames": attack}]
     _write(folder / "samples.jsonl", [*bare, {"step": 3, "completions": completions} | sample])
     return folder
 

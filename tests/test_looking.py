@@ -25,9 +25,9 @@ from appo.train.trainer import Trainer
 RESPONSE = 6
 
 
-def group_of(mass: Tensor, mask: Tensor, ids: list[int], crucial: list[int], reduction: str) -> Group:
+def group_of(mass: Tensor, mask: Tensor, ids: list[int], labelled: list[int], reduction: str) -> Group:
     prompt = SimpleNamespace(
-        frame_ids=torch.tensor(ids), num_frames=mass.shape[-1], crucial_frames=lambda: crucial, record=None
+        frame_ids=torch.tensor(ids), num_frames=mass.shape[-1], labelled_frames=lambda: labelled, record=None
     )
     empty = torch.zeros(len(mask))
     return Group(
@@ -68,12 +68,12 @@ def test_shares_are_counted_token_by_token(reduction):
     for part in range(4):
         own = [v for (g, n), v in looked.items() if n * 4 // (9, 5)[g] == part]
         assert found[f"mass/quarter_{part + 1}"] == pytest.approx(sum(own) / len(own))
-    crucial = [float(shares[at][[0, 2]].sum()) / value for at, value in looked.items() if value > 0]
-    assert found["mass/crucial"] == pytest.approx(sum(crucial) / len(crucial))
-    assert found["mass/crucial_chance"] == pytest.approx(5 / 6)
+    labelled = [float(shares[at][[0, 2]].sum()) / value for at, value in looked.items() if value > 0]
+    assert found["mass/labelled"] == pytest.approx(sum(labelled) / len(labelled))
+    assert found["mass/labelled_chance"] == pytest.approx(5 / 6)
     without = Meter()
     measure_looking(without, group_of(recorded, mask, ids, [], reduction))
-    assert "mass/crucial" not in without.means()
+    assert "mass/labelled" not in without.means()
 
 
 # Rows that count and rows that do not, all layers and some, with attention weights as the measure.
@@ -149,8 +149,8 @@ def test_what_inspection_writes_of_heads(tmp_path):
     for row in rows:
         place = shares.layers.index(int(row["layer"])), int(row["head"])
         assert float(row["video"]) == pytest.approx(float(shares.video[place]), rel=1e-4)
-        if shares.key_frames is not None:
-            assert float(row["key_frames"]) == pytest.approx(float(shares.key_frames[place]), rel=1e-4)
+        if shares.labelled_share is not None:
+            assert float(row["labelled_share"]) == pytest.approx(float(shares.labelled_share[place]), rel=1e-4)
 
 
 def test_a_run_and_an_evaluation_say_what_was_looked_at(tmp_path):

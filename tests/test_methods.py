@@ -12,7 +12,8 @@ from torch import Tensor
 
 from appo.config import APPOConfig, ConfigError
 from appo.method.attention_policy import attention_divergence, attention_loss
-from appo.method.visual_dependence import filtered_weights, gated_weights, position_slots, top_tokens
+from appo.method.selection import position_slots
+from appo.method.visual_dependence import filtered_weights, gated_weights, top_share
 from appo.models.loaded import disable_checkpointing
 from appo.presets import OTHER_METHODS, PRESETS
 from appo.train.groups import Group, batch_parts, whole_groups
@@ -64,12 +65,12 @@ def test_tw_grpo_is_the_authors_divergence_over_dense_logits() -> None:
 @pytest.mark.parametrize(("share", "counts"), [(0.4, [3, 2, 2, 1]), (0.2, [2, 1, 1, 1]), (1.0, [7, 5, 3, 1])])
 def test_the_filter_keeps_the_tokens_that_look_most(share: float, counts: list[int]) -> None:
     score = shares().sum(-1).masked_fill(~mask(), torch.nan)
-    kept = top_tokens(score, mask(), share=share)
+    kept = top_share(score, mask(), share=share)
     assert kept.sum(1).tolist() == counts
     for row, values, valid in zip(kept, score, mask(), strict=True):
         if not bool(row[valid].all()):
             assert float(values[row].min()) >= float(values[valid & ~row].max())
-    assert top_tokens(torch.ones(1, 5), torch.ones(1, 5, dtype=torch.bool), share=0.4).tolist() == [
+    assert top_share(torch.ones(1, 5), torch.ones(1, 5, dtype=torch.bool), share=0.4).tolist() == [
         [True, True, False, False, False]
     ]
 
@@ -81,7 +82,7 @@ def test_vppo_scales_responses_by_how_much_they_look_and_its_mean_factor_is_one(
     means = torch.stack([row[valid].mean() for row, valid in zip(score, mask(), strict=True)])
     place = (means - means.min()) / (means.max() - means.min())
     factor = 0.9 + place * 0.1 / place.mean()
-    assert torch.equal(weights > 0, top_tokens(score, mask(), share=0.4))
+    assert torch.equal(weights > 0, top_share(score, mask(), share=0.4))
     torch.testing.assert_close(weights.amax(1), factor)
     torch.testing.assert_close(factor.mean(), torch.tensor(1.0))
     # Equal responses have the factor 1, and empty ones take no part.

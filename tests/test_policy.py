@@ -138,15 +138,15 @@ def test_dense_masks_are_refused_where_torch_is_wrong():
         refuse_dense_mask(model, whole, "cuda")
 
 
-def test_crucial_frames_hold_the_deciding_moment(tmp_path):
+def test_labelled_frames_hold_the_deciding_moment(tmp_path):
     model, processor = training.tiny()
     builder = PromptBuilder(processor, model.config, training.config(tmp_path))
     for record in training.records():
         prompt = builder(record)
-        crucial = prompt.crucial_frames()
-        assert crucial and all(0 <= frame < prompt.num_frames for frame in crucial)
+        labelled = prompt.labelled_frames()
+        assert labelled and all(0 <= frame < prompt.num_frames for frame in labelled)
         middles = [(start + end) / 2 for start, end in record.time_spans]
-        for frame in crucial:  # 4 samples a second, 2 a frame: a crucial frame is within 0.75 s of a moment's middle
+        for frame in labelled:  # 4 samples a second, 2 a frame: a labelled frame is within 0.75 s of a moment's middle
             first, last = prompt.frame_times[frame]
             assert min(abs((first + last) / 2 - middle) for middle in middles) < 0.75
 

@@ -153,7 +153,7 @@ def test_tokens_are_tinted_by_weight(tmp_path: Path) -> None:
         "accuracy": 1.0,
         "frames": [2],
     }
-    sample = {"step": 1, "question": "?", "answer": "b", "crucial_frames": [2, 3], "completions": [completion]}
+    sample = {"step": 1, "question": "?", "answer": "b", "labelled_frames": [2, 3], "completions": [completion]}
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     text = write_report([run], tmp_path / "report.html").read_text()
     assert 'title="weight 1.00" style="background:rgba(245,158,11,0.000)">a<' in text
@@ -242,7 +242,7 @@ def test_inspection_carries_what_was_measured(tmp_path: Path) -> None:
     picture, page = write_inspection(tmp_path / "out", **inputs)
     data = page_data(page)
     assert [frame["picked"] for frame in data["frames"]] == [False] * 4 + [True, False, True, False]
-    assert [frame["crucial"] for frame in data["frames"]] == [False] * 4 + [True, True, False, False]
+    assert [frame["labelled"] for frame in data["frames"]] == [False] * 4 + [True, True, False, False]
     assert data["frames"][1]["time"] == "0.5-0.8 s"
     for i, response in enumerate(data["responses"]):
         n = len(inputs["tokens"][i])
@@ -257,7 +257,7 @@ def test_inspection_carries_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_inspection_without_weights_frames_or_truth(tmp_path: Path) -> None:
-    inputs = inspection() | {"weights": None, "selected": [], "crucial": [], "answer": "", "options": []}
+    inputs = inspection() | {"weights": None, "selected": [], "labelled": [], "answer": "", "options": []}
     _, page = write_inspection(tmp_path, **inputs)
     data = page_data(page)
     assert (data["top"], data["truthKnown"]) == (1.0, False)
@@ -272,7 +272,7 @@ def test_inspection_of_hostile_groups(tmp_path: Path) -> None:
     inputs["tokens"] = [[], ["$x$", " ", "\t"], [f"w{i}" for i in range(200)]]
     inputs["mass"] = torch.zeros(3, 200, 5)
     inputs["weights"] = torch.ones(3, 200)
-    inputs["selected"] = inputs["crucial"] = [0]
+    inputs["selected"] = inputs["labelled"] = [0]
     picture, page = write_inspection(tmp_path, **inputs)
     assert picture.is_file()
     assert [len(response["tokens"]) for response in page_data(page)["responses"]] == [0, 3, 200]
@@ -296,7 +296,7 @@ def test_inspection_of_hostile_groups(tmp_path: Path) -> None:
         ({"rewards": [1.0]}, "rewards"),
         ({"accuracy": [1.0]}, "accuracy"),
         ({"selected": [8]}, "selected"),
-        ({"crucial": [-1]}, "crucial"),
+        ({"labelled": [-1]}, "labelled"),
     ],
 )
 def test_inspection_refuses(tmp_path: Path, changed: dict, named: str) -> None:

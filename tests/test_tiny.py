@@ -160,14 +160,14 @@ def test_words_seen_follow_the_spans(prompts):
         assert len(words) == prompt.num_frames
         if prompt.record.meta["task"] == "cue":
             assert words == [word for _, _, word in prompt.record.meta["seen"] for _ in range(2)]
-            assert [words[frame] for frame in prompt.crucial_frames()] == [
+            assert [words[frame] for frame in prompt.labelled_frames()] == [
                 prompt.record.meta["seen"][time_marked(prompt.record)][2]
             ] * 2
             continue
         events = [index for index, word in enumerate(words) if word != "nothing"]
         # A moment of half a second touches one or two steps of half a second, and each span is found.
         assert len(prompt.record.time_spans) <= len(events) <= 2 * len(prompt.record.time_spans)
-        assert set(events) <= set(prompt.crucial_frames())
+        assert set(events) <= set(prompt.labelled_frames())
 
 
 def test_warm_up_learns_and_is_deterministic(prompts):

@@ -85,9 +85,9 @@ def test_an_engine_that_returns_too_little_is_named(tmp_path):
 def test_frames_weights_and_loss_are_functions(tmp_path):
     seen = []
 
-    def crucial(group, config):
+    def labelled(group, config):
         assert group.mass.shape[2] == group.prompt.num_frames and group.entropy.shape == group.mask.shape
-        return torch.tensor(group.prompt.crucial_frames(), dtype=torch.int64)
+        return torch.tensor(group.prompt.labelled_frames(), dtype=torch.int64)
 
     def doubled(group, divergence, config):
         slots = torch.zeros(1, 4, 1, dtype=torch.int64)  # the first token of every response
@@ -101,7 +101,7 @@ def test_frames_weights_and_loss_are_functions(tmp_path):
     model, processor = training.tiny()
     trainer = Trainer(
         model, processor, training.records(), config=training.config(tmp_path, sample_every=1),
-        choose_frames=crucial, weigh_tokens=doubled, surrogate=counted,
+        choose_frames=labelled, weigh_tokens=doubled, surrogate=counted,
     )  # fmt: skip
     metrics = trainer.step(1)
     assert metrics["frames/recall"] == metrics["frames/precision"] == 1 and metrics["weight/mean"] >= 2

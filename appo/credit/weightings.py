@@ -9,9 +9,9 @@ from torch import Tensor
 
 from appo.config import APPOConfig
 from appo.credit.evidence import Evidence
+from appo.method.selection import position_slots
 from appo.method.token_filters import top_entropy_tokens
 from appo.method.token_weights import token_weights
-from appo.method.visual_dependence import position_slots
 from appo.presets import PAPER_AND_BASELINES
 from appo.train.groups import Group, known
 from appo.train.rules import Divergence, choose_frames, weigh_tokens
@@ -31,7 +31,7 @@ class ScoredGroup:
 
     @property
     def labelled_frames(self) -> list[int]:
-        return self.group.prompt.crucial_frames()
+        return self.group.prompt.labelled_frames()
 
     def weights(self, **changes: Any) -> Tensor:
         """APPO's weights (G, N) under the run's settings with ``changes``."""

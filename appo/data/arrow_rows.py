@@ -58,7 +58,7 @@ class ArrowRows:
     def places(self, begin: int, end: int) -> Any:
         return begin, end
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         return repr([(str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in _parts(self.path)])
 
     def scan(self) -> Iterator[tuple[int, Any]]:

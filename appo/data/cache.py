@@ -16,9 +16,9 @@ from filelock import FileLock
 def cache_path(source: Path, suffix: str) -> Path:
     """The place of a file made from ``source`` as it is now; ``suffix`` says what is made of it."""
     state = source.stat()
-    told = f"{source.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{suffix}"
+    state_of_file = f"{source.resolve()}\0{state.st_size}\0{state.st_mtime_ns}\0{suffix}"
     folder = Path(os.environ.get("APPO_CACHE") or Path.home() / ".cache" / "appo")
-    return folder / f"{hashlib.sha256(told.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}{suffix}"
+    return folder / f"{hashlib.sha256(state_of_file.encode('utf-8', 'surrogateescape')).hexdigest()[:32]}{suffix}"
 
 
 def cached(source: Path, suffix: str, make: Callable[[Path], None]) -> Path:

@@ -63,8 +63,8 @@ def keep(source: Source, rows: Rows, notice: str) -> None:
 def _place(source: Source, rows: Rows) -> Path | None:
     if rows.text or not rows.large:
         return None
-    told = f"{source.root.resolve()}\0{source.allow_outside}\0{rows.told()}"
-    where = hashlib.sha256(told.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    state = f"{source.root.resolve()}\0{source.allow_outside}\0{rows.fingerprint()}"
+    where = hashlib.sha256(state.encode("utf-8", "surrogateescape")).hexdigest()[:16]
     return cache_path(source.path, f"-{_code()}-{where}.npz")
 
 

@@ -71,8 +71,8 @@ class Prompt:
         tensors = [self.input_ids, self.frame_ids, *self.vision.values()]
         return sum(t.nbytes for t in tensors + ([] if self.token_types is None else [self.token_types]))
 
-    def crucial_frames(self) -> list[int]:
-        """Frames that were sampled within one of the record's time spans [start, end); empty where none are known.
+    def labelled_frames(self) -> list[int]:
+        """Frames sampled within the time spans [start, end) that the record says decide; empty where it has none.
 
         A span that falls between two samples counts for the frame nearest to its middle.
         """

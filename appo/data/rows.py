@@ -41,8 +41,8 @@ class Rows(Protocol):
     def scan_places(self, places: Any) -> Iterator[tuple[int, Any]]:
         """(index, value) of the rows at ``places`` of the file, as those of ``scan``."""
 
-    def told(self) -> str:
-        """The file's state beyond the path, size and time of what was opened."""
+    def fingerprint(self) -> str:
+        """State of the file beyond the path, size and time of what was opened: of its parts, where it has several."""
 
     def __len__(self) -> int:
         """The number of rows that have been found."""

@@ -55,7 +55,7 @@ class SpanRows:
         self._state, self.starts, self.sizes, self.indices = places
         yield from ((index, self.read(row)) for row, index in enumerate(self.indices))
 
-    def told(self) -> str:
+    def fingerprint(self) -> str:
         return ""
 
     def __len__(self) -> int:

@@ -39,13 +39,13 @@ class MatrixSettings:
     ``settings`` are fields of APPOConfig that all models share: frames, pixels, dtype, timeouts.
     """
 
-    data: str = setting("", required=True)
+    data: str = setting("", not_empty=True)
     data_root: str | None = setting(None)
-    output: str = setting("matrix", required=True)
+    output: str = setting("matrix", not_empty=True)
     limit: int | None = setting(None, at_least=1)  # of records
     with_question: bool = setting(True)  # whether those that describe know what will be asked
-    perceivers: dict[str, SpeakerSettings] = setting(factory=dict, required=True)
-    reasoners: dict[str, SpeakerSettings] = setting(factory=dict, required=True)
+    perceivers: dict[str, SpeakerSettings] = setting(factory=dict, not_empty=True)
+    reasoners: dict[str, SpeakerSettings] = setting(factory=dict, not_empty=True)
     settings: APPOConfig = field(default_factory=APPOConfig)
 
     def __post_init__(self) -> None:

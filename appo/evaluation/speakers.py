@@ -34,7 +34,7 @@ class Reply:
 class SpeakerSettings:
     """One model of a matrix, by ``model`` alone or behind ``url``."""
 
-    model: str = setting("", required=True)  # folder or hub name; behind an endpoint its name there
+    model: str = setting("", not_empty=True)  # folder or hub name; behind an endpoint its name there
     url: str = setting("")  # such as http://localhost:8000/v1; empty: loaded here
     key: str = setting("")  # the environment variable that holds the endpoint's key
     price_read: float = setting(0.0, at_least=0)  # of a million tokens, in any currency

@@ -99,7 +99,7 @@ class APPOTrainer(GRPOTrainer):
             mask = loss_mask(output)
             log_mean(self, "appo/weight_mean", found.weights[mask].mean(), mask.sum())
             counts = torch.tensor([float(len(frames)) for frames in found.frames], device=mask.device)
-            log_mean(self, "appo/key_frames", counts.mean(), counts.new_tensor(len(counts)))
+            log_mean(self, "appo/target_frames", counts.mean(), counts.new_tensor(len(counts)))
         return output
 
     @torch.no_grad()

@@ -1,1 +1,1 @@
-"""The method: from frame mass to key frames, slots, token weights, and advantages."""
+"""The method: from frame mass to target frames, slots, token weights, and advantages."""

@@ -1,4 +1,4 @@
-"""How much the tokens of perception slots leave open: what makes a look a weight (docs/method.md section 5).
+"""Disagreement of the tokens of a slot, from which token weights are made: divergence or entropy (docs/method.md 5).
 
 Shapes: K target frames, G responses of one prompt, J slots per frame, N response tokens.
 """
@@ -16,14 +16,13 @@ DISAGREEMENTS = ("divergence", "entropy", "mixture")
 def slot_disagreement(
     kind: str, slots: Tensor, divergence: Callable[[Tensor], Tensor], entropy: Tensor | None = None
 ) -> Tensor:
-    """What `token_weights` scales: a value for each slot, or for each member of each slot.
+    """The values that `token_weights` scales, one for each slot, or for each member of each slot.
 
     With p_i the distribution that member i's token is drawn from, H its entropy, and pbar the mean of the members':
 
-        kind="divergence" (paper):  D[k, j], of eq. (11) or (12): what the members' prefixes have decided already.
-        kind="entropy" (ours):      H(p_i), of each member by itself: what its token decides. No alignment by place.
-        kind="mixture" (ours):      H(pbar) = D[k, j] + mean_i H(p_i), of the members together: what a token decides
-                                    before it is known whose prefix stands before it. D is eq. (11).
+        kind="divergence" (paper):  D[k, j] of eq. (11) or (12): how much the p_i of a slot differ.
+        kind="entropy" (ours):      H(p_i), of each member by itself.
+        kind="mixture" (ours):      H(pbar) = D[k, j] + mean_i H(p_i), of the mean distribution; D is eq. (11).
 
     The divergence is small where all members are about to choose alike-distributed, and large where each repeats what
     it has chosen; the entropy is the other way round; the mixture's is large in both places.

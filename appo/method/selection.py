@@ -1,4 +1,4 @@
-"""From frame mass to target frames and perception tokens: the key frames of a group, and its tokens that look at them.
+"""From frame mass to target frames, the key frames of a group, and perception slots, its tokens that look at them.
 
 The path of one token: ``mass[i, t, f]`` is the attention of response token t to frame f; ``select_frames`` finds
 the frames that matter for the group; ``perception_slots`` finds the tokens that look at them;
@@ -52,7 +52,8 @@ def select_frames(
     Args:
         mass: (G, N, F) floating point, non-negative; what stands at invalid tokens is ignored, NaN included.
         mask: (G, N) bool, True at valid response tokens.
-        rewards: (G,) accuracy reward of each response.
+        rewards: (G,) accuracy of each response: what divides right from wrong, not the weighted sum of all rewards.
+        top_tokens: K1, of a response and frame; ``perception_slots`` has another, K3.
 
     Returns:
         (K,) int64 on the device of ``mass``.
@@ -115,6 +116,7 @@ def perception_slots(
         mass: (G, N, F) floating point; what stands at invalid tokens is ignored.
         mask: (G, N) bool.
         frames: (K,) int, from ``select_frames``; K may be 0.
+        top_tokens: K3; ``select_frames`` has another, K1.
 
     Returns:
         (K, G, J) int64 on the device of ``mass``.
@@ -148,6 +150,15 @@ def perception_slots(
     missing_GJ = rank_J >= mask.sum(dim=1, keepdim=True)
     slots_KGJ = best_KGJ.masked_fill(missing_GJ, N).sort(dim=-1).values
     return slots_KGJ.masked_fill(slots_KGJ == N, -1)
+
+
+def position_slots(mask: Tensor) -> Tensor:
+    """Slots (1, G, N) that line responses up by position, -1 where a response has ended (TW-GRPO)."""
+    op = "position_slots"
+    checks.rank(op, "mask", mask, 2, "(G, N)")
+    checks.dtype(op, "mask", mask, checks.BOOLS)
+    places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    return places.masked_fill(~mask, -1)[None]
 
 
 def _frame_attention(mass_GNF: Tensor, mask_GN: Tensor, top_tokens: int) -> Tensor:

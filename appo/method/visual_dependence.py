@@ -11,21 +11,12 @@ from appo.method.token_weights import mean_one
 from appo_kernels import checks
 
 
-def position_slots(mask: Tensor) -> Tensor:
-    """Slots (1, G, N) that line responses up by position, -1 where a response has ended (TW-GRPO)."""
-    op = "position_slots"
-    checks.rank(op, "mask", mask, 2, "(G, N)")
-    checks.dtype(op, "mask", mask, checks.BOOLS)
-    places = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
-    return places.masked_fill(~mask, -1)[None]
-
-
-def top_tokens(score: Tensor, mask: Tensor, *, share: float) -> Tensor:
+def top_share(score: Tensor, mask: Tensor, *, share: float) -> Tensor:
     """True (G, N) at the ceil(share * valid tokens) valid tokens of each response with the largest score.
 
     Ties go to the earlier token. Raises ValueError for a share outside (0, 1], wrong shapes and dtypes.
     """
-    op = "top_tokens"
+    op = "top_share"
     _check(op, score, mask)
     share = checks.number(op, "share", share, "a number in (0, 1]", "0.4 keeps two fifths.", above=0.0, most=1.0)
     # In double: 0.2 * 5 in single precision is a little more than 1.
@@ -56,7 +47,7 @@ def filtered_weights(score: Tensor, mask: Tensor, *, share: float, floor: float)
     _check(op, score, mask)
     floor = checks.number(op, "floor", floor, "a number in [0, 1]", "0.9 in VPPO's scripts.", least=0.0, most=1.0)
     score = score.detach().float().masked_fill(~mask, 0)
-    kept = top_tokens(score, mask, share=share).float()
+    kept = top_share(score, mask, share=share).float()
     some = mask.any(1)
     if not bool(some.any()):
         return kept
@@ -81,7 +72,7 @@ def gated_weights(score: Tensor, mask: Tensor, *, share: float, alpha: float, no
     score = score.detach().float()
     low = score.masked_fill(~mask, torch.inf).amin(1, keepdim=True)
     high = score.masked_fill(~mask, -torch.inf).amax(1, keepdim=True)
-    scaled = ((score - low) / (high - low + 1e-8)).where(top_tokens(score, mask, share=share), 0)
+    scaled = ((score - low) / (high - low + 1e-8)).where(top_share(score, mask, share=share), 0)
     weights = 1 + alpha * scaled
     return mean_one(weights, mask) if normalise == "mean" else weights
 

@@ -34,7 +34,7 @@ def write_inspection(
     question: str = "",
     options: Sequence[str] = (),
     answer: str = "",
-    crucial: Sequence[int] = (),
+    labelled: Sequence[int] = (),
 ) -> list[Path]:
     """Write ``inspection.png`` and ``inspection.html`` (self-contained) into ``output_dir`` and return their paths.
 
@@ -48,7 +48,7 @@ def write_inspection(
         weights: (G, N) token weights; None stands for ones.
         rewards: (G,). accuracy: (G,), at least 0.5 means right (default: the rewards).
         question, options, answer: what was asked; ``answer`` is an option's letter, or a text.
-        crucial: the frames that decide the question, where they are known.
+        labelled: the frames that decide the question, where they are known.
 
     Raises:
         ValueError: shapes that do not fit together, or a frame index out of range.
@@ -76,8 +76,8 @@ def write_inspection(
         checks.fail(
             OP, "tokens", f"at most N = {N} tokens a response", max(lengths), "Pass the tokens mass was read for."
         )
-    picked, deciding = (sorted(map(int, indices)) for indices in (() if selected is None else selected, crucial))
-    for name, indices in (("selected", picked), ("crucial", deciding)):
+    picked, deciding = (sorted(map(int, indices)) for indices in (() if selected is None else selected, labelled))
+    for name, indices in (("selected", picked), ("labelled", deciding)):
         if any(not 0 <= index < F for index in indices):
             checks.fail(OP, name, f"frames in 0..{F - 1}", indices, "Pass frame indices, not seconds.")
 
@@ -93,7 +93,7 @@ def write_inspection(
         thumbnails=list(pictures),
         times=[(float(first), float(last)) for first, last in times],
         selected=picked,
-        crucial=deciding,
+        labelled=deciding,
         tokens=[[shown(token) for token in row] for row in tokens],
         mass=[mass_GNF[i, :length] for i, length in enumerate(lengths)],
         weights=[weights_GN[i, :length] for i, length in enumerate(lengths)],
@@ -127,7 +127,7 @@ def _body(found: Inspection) -> str:
     )
     truth = (
         '<span><i style="background:var(--truth)"></i>decides the question (known for this clip)</span>'
-        if found.crucial
+        if found.labelled
         else ""
     )
     return f"""<main>
@@ -163,9 +163,11 @@ def _selection(found: Inspection) -> str:
         return "No frame was picked, so every word counts once."
     count = len(found.selected)
     text = f"APPO picked {count} of {len(found.times)} frames."
-    if found.crucial:
-        hit = len(set(found.selected) & set(found.crucial))
-        text += f" {len(found.crucial)} decide the question, and {hit} of these {'was' if hit == 1 else 'were'} picked."
+    if found.labelled:
+        hit = len(set(found.selected) & set(found.labelled))
+        text += (
+            f" {len(found.labelled)} decide the question, and {hit} of these {'was' if hit == 1 else 'were'} picked."
+        )
     return text
 
 
@@ -176,7 +178,7 @@ def _data(found: Inspection) -> str:
             "image": jpeg_uri(picture, side=max(160, 160 * picture.shape[0] // picture.shape[1])),
             "time": (f"video {found.videos[index] + 1}, " if found.videos[-1] else "") + _clock(*found.times[index]),
             "picked": index in found.selected,
-            "crucial": index in found.crucial,
+            "labelled": index in found.labelled,
         }
         for index, picture in enumerate(found.thumbnails)
     ]
@@ -188,7 +190,7 @@ def _data(found: Inspection) -> str:
         }
         for tokens, weights, mass in zip(found.tokens, found.weights, found.mass, strict=True)
     ]
-    data = {"frames": frames, "responses": responses, "top": found.top_weight, "truthKnown": bool(found.crucial)}
+    data = {"frames": frames, "responses": responses, "top": found.top_weight, "truthKnown": bool(found.labelled)}
     return json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 

@@ -12,7 +12,7 @@ from appo.reports.charts import MUTED, STYLE
 from appo.reports.heatmap import BLUES
 from appo.train.looking import HeadShares
 
-COLUMNS = ("layer", "head", "video", "key_frames", "key_frames_chance")
+COLUMNS = ("layer", "head", "video", "labelled_share", "labelled_chance")
 
 
 def write_heads(shares: HeadShares, folder: Path) -> list[Path]:
@@ -32,8 +32,8 @@ def ranked(shares: HeadShares) -> list[dict[str, Any]]:
         | {"layer": layer, "head": head, "video": float(shares.video[place, head])}
         | (
             {}
-            if shares.key_frames is None
-            else {"key_frames": float(shares.key_frames[place, head]), "key_frames_chance": shares.chance}
+            if shares.labelled_share is None
+            else {"labelled_share": float(shares.labelled_share[place, head]), "labelled_chance": shares.chance}
         )
         for place, layer in enumerate(shares.layers)
         for head in range(shares.video.shape[1])
@@ -54,8 +54,8 @@ def _table(shares: HeadShares, path: Path) -> Path:
 
 def _picture(shares: HeadShares, path: Path) -> Path:
     panels = [("Attention on the video", shares.video)]
-    if shares.key_frames is not None:
-        panels.append((f"Of that, on deciding frames (by chance {shares.chance:.0%})", shares.key_frames))
+    if shares.labelled_share is not None:
+        panels.append((f"Of that, on deciding frames (by chance {shares.chance:.0%})", shares.labelled_share))
     depth, heads = shares.video.shape
     size = ((1.6 + max(2.4, 0.16 * heads)) * len(panels), 1.1 + max(1.2, 0.16 * depth))
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):

@@ -74,7 +74,7 @@ def _thumbnails(axes: Any, found: "Inspection", height: float) -> None:
                 color=PICK,
                 fontweight="bold",
             )
-        if index in found.crucial:
+        if index in found.labelled:
             axes.add_patch(Rectangle((index - 0.46, -0.08 / height), 0.92, 0.05 / height, color=TRUTH, linewidth=0))
         label = f"{found.times[index][0]:.1f} s"
         if found.videos[-1] > 0 and found.videos[index] != found.videos[index - 1]:  # the first frame of each video

@@ -36,11 +36,11 @@ function drawStrip() {
     const cell = element("div", frame.picked ? "frame pick" : "frame");
     const image = element("img");
     image.src = frame.image;
-    image.alt = `frame at ${frame.time}${frame.picked ? ", picked" : ""}${frame.crucial ? ", decides the question" : ""}`;
+    image.alt = `frame at ${frame.time}${frame.picked ? ", picked" : ""}${frame.labelled ? ", decides the question" : ""}`;
     const look = element("div", "look");
     look.append(element("i"));
     cell.append(element("span", "mark", frame.picked ? "picked" : ""), image);
-    if (data.truthKnown) cell.append(element("span", frame.crucial ? "truth yes" : "truth"));
+    if (data.truthKnown) cell.append(element("span", frame.labelled ? "truth yes" : "truth"));
     cell.append(element("span", "", frame.time.split("-")[0].replace(" s", "") + " s"), look);
     strip.append(cell);
   });

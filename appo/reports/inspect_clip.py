@@ -133,7 +133,7 @@ def draw_group(trainer: Trainer, group: Group, output: Path) -> list[Path]:
         question=record.question,
         options=record.options,
         answer=record.answer,
-        crucial=group.prompt.crucial_frames(),
+        labelled=group.prompt.labelled_frames(),
     )
 
 

@@ -15,7 +15,7 @@ class Inspection:
     thumbnails: list[np.ndarray]  # F of (H, W, 3) uint8; several sampled frames of one frame stand above each other
     times: list[tuple[float, float]]  # F of (first, last) seconds
     selected: list[int]  # the target frames
-    crucial: list[int]  # the frames that decide the question, where known
+    labelled: list[int]  # the frames that decide the question, where known
     tokens: list[list[str]]  # G of n_i
     mass: list[np.ndarray]  # G of (n_i, F)
     weights: list[np.ndarray]  # G of (n_i,)

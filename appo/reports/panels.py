@@ -123,7 +123,7 @@ GROUPS = (
             _panel(
                 "Attention on deciding frames",
                 "Of the attention on the video, the share on frames that decide the question.",
-                {"answers": "mass/crucial", "spread evenly": "mass/crucial_chance"},
+                {"answers": "mass/labelled", "spread evenly": "mass/labelled_chance"},
                 percent=True,
                 floor=0.0,
             ),

@@ -110,7 +110,7 @@ def _frames(sample: Mapping[str, Any], responses: list[Response]) -> str:
     picked = next((response.frames for response in responses if response.frames is not None), None)
     if picked is None:
         return ""
-    deciding = indices(sample.get("crucial_frames"))
+    deciding = indices(sample.get("labelled_frames"))
     line = f"Frames picked: {', '.join(map(str, picked)) or 'none, so every token counts once'}."
     if deciding:
         hit = len(set(picked) & set(deciding))

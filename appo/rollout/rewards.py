@@ -195,23 +195,23 @@ class Rewards:
 
 
 def combine(
-    names_and_scales: Mapping[str, float], completions: list[str], records: list[Record], *, lenient: bool = False
+    reward_weights: Mapping[str, float], completions: list[str], records: list[Record], *, lenient: bool = False
 ) -> Rewards:
     """The weighted sum of the named rewards per response; a reward that does not apply to a record adds nothing to it.
 
-    names_and_scales: a registered name, or "FILE.py:NAME" for a function of the user's (`get_reward`), and its weight.
+    reward_weights: a registered name, or "FILE.py:NAME" for a function of the user's (`get_reward`), and its weight.
     lenient: read answers as models write them (`appo.rollout.lenient`); rewards of the user's get the text as it is.
 
     Raises:
         ValueError: an unknown name, a scale that is not finite, a reward function that returns something else than one
             finite number or None per response, or a record to which none of the rewards applies.
     """
-    if not names_and_scales:
-        raise ValueError("combine: `names_and_scales`: expected at least one reward, got none. Pass {'accuracy': 1.0}.")
+    if not reward_weights:
+        raise ValueError("combine: `reward_weights`: expected at least one reward, got none. Pass {'accuracy': 1.0}.")
     if len(completions) != len(records):
         raise ValueError(f"combine: `records`: expected one per completion, {len(completions)}, got {len(records)}.")
     by_name, unreadable = {}, {}
-    for name, scale in names_and_scales.items():
+    for name, scale in reward_weights.items():
         if not math.isfinite(scale):
             raise ValueError(f"combine: scale of `{name}`: expected a finite number, got {scale!r}.")
         texts = completions
@@ -228,7 +228,7 @@ def combine(
                 f"{record.place}: none of the rewards {', '.join(by_name)} applies to a record of kind "
                 f"{record.kind!r}. Add `accuracy`, which applies to every kind."
             )
-    scaled = [scale * by_name[name].nan_to_num(nan=0.0) for name, scale in names_and_scales.items()]
+    scaled = [scale * by_name[name].nan_to_num(nan=0.0) for name, scale in reward_weights.items()]
     total = torch.stack(scaled).sum(dim=0)
     if not bool(total.isfinite().all()):
         raise ValueError(f"combine: expected a sum of rewards within float32, got {total.tolist()}. Scale them down.")

@@ -145,8 +145,11 @@ def stack_tokens(tensors: Sequence[Tensor], padding: float) -> Tensor:
     return torch.cat([torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=padding) for t in tensors])
 
 
-def portion(batch: ResponseBatch, aggregation: str, tokens: float, responses: float) -> float:
-    """The share of a batch of ``tokens`` and ``responses`` that the loss of these responses is."""
+def loss_factor(batch: ResponseBatch, aggregation: str, tokens: float, responses: float) -> float:
+    """Factor of the loss of some responses: with it, the losses of a batch's parts add up to the loss of the batch.
+
+    batch: the part's responses; the whole batch has ``tokens`` and ``responses``.
+    """
     count = sum(map(sum, batch.lengths))
     # "dapo" divides by the tokens of the whole batch itself; the others are means over these responses alone.
     return {"dapo": 1.0, "bnpo": count / max(tokens, 1.0)}.get(aggregation, len(batch.mask) / responses)

@@ -26,12 +26,12 @@ class HeadShares:
     L layers, Hq query heads, F frames.
 
     layers: numbers of the L layers. mass: (L, Hq, F) fp32, the share of attention on each frame, mean over tokens.
-    crucial: the frames that decide the question, where known. sizes: (F,) fp32, tokens of each frame.
+    labelled: the frames that decide the question, where known. sizes: (F,) fp32, tokens of each frame.
     """
 
     layers: list[int]
     mass: Tensor
-    crucial: list[int]
+    labelled: list[int]
     sizes: Tensor
 
     @property
@@ -40,24 +40,24 @@ class HeadShares:
         return self.mass.sum(-1)
 
     @property
-    def key_frames(self) -> Tensor | None:
+    def labelled_share(self) -> Tensor | None:
         """(L, Hq) fp32: of what is on the video, the share on the frames that decide; None where they are not known."""
-        if not self.crucial:
+        if not self.labelled:
             return None
-        return self.mass[..., self.crucial].sum(-1) / self.video.clamp(min=torch.finfo(torch.float32).tiny)
+        return self.mass[..., self.labelled].sum(-1) / self.video.clamp(min=torch.finfo(torch.float32).tiny)
 
     @property
     def chance(self) -> float:
-        """The share of the video's tokens that are of the frames that decide: ``key_frames`` by chance."""
-        return float(self.sizes[self.crucial].sum() / self.sizes.sum())
+        """The share of the video's tokens that are of the frames that decide: ``labelled_share`` by chance."""
+        return float(self.sizes[self.labelled].sum() / self.sizes.sum())
 
     def as_json(self) -> dict[str, Any]:
-        """A line of heads.jsonl: ``layers``, ``video``, ``key_frames`` (or null), ``chance``; L lists of Hq numbers."""
-        known = self.key_frames is not None
+        """A line of heads.jsonl: L ``layers``; ``video``, ``labelled_share`` (or null), L lists of Hq; ``chance``."""
+        known = self.labelled_share is not None
         return {
             "layers": self.layers,
             "video": _rounded(self.video),
-            "key_frames": None if self.key_frames is None else _rounded(self.key_frames),
+            "labelled_share": None if self.labelled_share is None else _rounded(self.labelled_share),
             "chance": self.chance if known else None,
         }
 
@@ -70,8 +70,8 @@ def measure_looking(meter: Meter, group: Group) -> None:
     """Shares of attention of a group whose frame mass was recorded, each a mean over tokens.
 
     mass/frames: the share on frames at all; mass/quarter_1 to 4: the same in the quarters of each response.
-    mass/crucial: of what is on frames, the share on those that decide the question (where they are known);
-    mass/crucial_chance: the share of the video's tokens that are theirs, which attention spread evenly would give.
+    mass/labelled: of what is on frames, the share on those that decide the question (where they are known);
+    mass/labelled_chance: the share of the video's tokens that are theirs, which attention spread evenly would give.
     """
     mass, mask = frame_shares(group), group.mask  # (G, N, F), (G, N)
     looked = mass.sum(-1)
@@ -80,13 +80,13 @@ def measure_looking(meter: Meter, group: Group) -> None:
     for part in range(PARTS):
         chosen = parts == part
         meter.add(f"mass/quarter_{part + 1}", looked[chosen].mean(), int(chosen.sum()))
-    crucial = group.prompt.crucial_frames()
+    labelled = group.prompt.labelled_frames()
     seen = mask & (looked > 0)
-    if crucial and seen.any():
+    if labelled and seen.any():
         sizes = frame_sizes(group)
-        share = mass[..., crucial].sum(-1)[seen] / looked[seen]
-        meter.add("mass/crucial", share.mean(), int(seen.sum()))
-        meter.add("mass/crucial_chance", sizes[crucial].sum() / sizes.sum(), int(seen.sum()))
+        share = mass[..., labelled].sum(-1)[seen] / looked[seen]
+        meter.add("mass/labelled", share.mean(), int(seen.sum()))
+        meter.add("mass/labelled_chance", sizes[labelled].sum() / sizes.sum(), int(seen.sum()))
 
 
 def frame_sizes(group: Group) -> Tensor:
@@ -110,19 +110,19 @@ def quarters(mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def record_mass(
-    groups: Sequence[Group], wrapped: nn.Module, policy: Policy, config: APPOConfig, pad_id: int, device: torch.device
+    groups: Sequence[Group], policy: nn.Module, unwrapped: Policy, config: APPOConfig, pad_id: int, device: torch.device
 ) -> None:
     """Fill in the frame mass of groups with frames, in one forward, whatever method is trained.
 
-    wrapped: ``policy`` as it is called, inside what synchronises or shards it.
+    policy: ``unwrapped`` inside what synchronises or shards it, as it is called.
     """
     groups = [group for group in groups if group.prompt.num_frames > 0]
     if not groups:
         return
     batch = batch_parts(whole_groups(groups), pad_id, device)
-    sequences = policy.sequences(batch)
-    with policy.recorder(sequences, config, reduction="sum") as recorder:
-        wrapped(batch, _nothing, sequences)
+    sequences = unwrapped.sequences(batch)
+    with unwrapped.recorder(sequences, config, reduction="sum") as recorder:
+        policy(batch, _nothing, sequences)
     mass = batch.split(sequences.per_response(recorder.mass).cpu())
     for group, own in zip(groups, mass, strict=True):
         group.mass, group.mass_reduction = own[:, : group.mask.shape[1], : group.prompt.num_frames], "sum"
@@ -130,25 +130,25 @@ def record_mass(
 
 @torch.no_grad()
 def head_shares(
-    group: Group, wrapped: nn.Module, policy: Policy, pad_id: int, device: torch.device
+    group: Group, policy: nn.Module, unwrapped: Policy, pad_id: int, device: torch.device
 ) -> HeadShares | None:
     """Heads that look: one forward over a group, recorded in every layer that has attention. None without frames."""
     batch = batch_parts(whole_groups([group]), pad_id, device)
-    sequences = policy.sequences(batch)
+    sequences = unwrapped.sequences(batch)
     if group.prompt.num_frames == 0:
-        wrapped(batch, _nothing, sequences)  # processes call alike
+        policy(batch, _nothing, sequences)  # processes call alike
         return None
     # A packed row has the tokens of responses alone, separate sequences have padding.
     valid = torch.ones_like(sequences.rows, dtype=torch.bool) if sequences.places is not None else batch.mask
-    recorder = record_head_mass(policy.model, sequences.frame_ids, rows=sequences.rows, valid=valid)
+    recorder = record_head_mass(unwrapped.model, sequences.frame_ids, rows=sequences.rows, valid=valid)
     with recorder:
-        wrapped(batch, _nothing, sequences)
+        policy(batch, _nothing, sequences)
     tokens = valid.sum(1).cpu()[:, None, None]
     mass = (recorder.heads * tokens).sum(1) / tokens.sum()
     return HeadShares(
         layers=recorder.layers,
         mass=mass[..., : group.prompt.num_frames],
-        crucial=group.prompt.crucial_frames(),
+        labelled=group.prompt.labelled_frames(),
         sizes=frame_sizes(group),
     )
 

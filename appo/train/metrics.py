@@ -53,13 +53,13 @@ def measure_frames(meter: Meter, group: Group) -> None:
     picked = set() if group.target_frames is None else set(group.target_frames.tolist())
     meter.add("frames/target", len(picked))
     meter.add("frames/empty", float(not picked))
-    crucial = set(group.prompt.crucial_frames())
-    if crucial:
-        meter.add("frames/recall", len(picked & crucial) / len(crucial))
+    labelled = set(group.prompt.labelled_frames())
+    if labelled:
+        meter.add("frames/recall", len(picked & labelled) / len(labelled))
         meter.add("frames/recall_chance", len(picked) / group.prompt.num_frames)
         if picked:
-            meter.add("frames/precision", len(picked & crucial) / len(picked))
-            meter.add("frames/precision_chance", len(crucial) / group.prompt.num_frames)
+            meter.add("frames/precision", len(picked & labelled) / len(picked))
+            meter.add("frames/precision_chance", len(labelled) / group.prompt.num_frames)
 
 
 def measure_loss(meter: Meter, result: SurrogateOutput, parts: Sequence[Part]) -> None:
@@ -138,6 +138,6 @@ def sample_record(group: Group, processor: Any) -> dict[str, Any]:
         "question": record.question,
         "options": list(record.options),
         "answer": record.answer,
-        "crucial_frames": group.prompt.crucial_frames(),
+        "labelled_frames": group.prompt.labelled_frames(),
         "completions": completions,
     }

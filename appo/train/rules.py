@@ -8,9 +8,9 @@ from torch import Tensor
 
 from appo.config import APPOConfig
 from appo.method.disagreement import slot_disagreement
-from appo.method.selection import perception_slots, select_frames
+from appo.method.selection import perception_slots, position_slots, select_frames
 from appo.method.token_weights import token_weights
-from appo.method.visual_dependence import filtered_weights, gated_weights, position_slots
+from appo.method.visual_dependence import filtered_weights, gated_weights
 from appo.rollout.registry import user_function
 from appo.train.groups import known
 from appo_kernels import checks

@@ -17,24 +17,24 @@ from appo_kernels import group_divergence, token_logprobs
 
 @torch.no_grad()
 def score_parts(
-    parts: Sequence[Part], batch: ResponseBatch, wrapped: nn.Module, policy: Policy, config: APPOConfig
+    parts: Sequence[Part], batch: ResponseBatch, policy: nn.Module, unwrapped: Policy, config: APPOConfig
 ) -> None:
     """Fill in log-probabilities and entropy, and what the method asks for: frame mass, and what weighing needs.
 
-    batch: the parts side by side. wrapped: ``policy`` as it is called, inside what synchronises or shards it.
+    batch: the parts side by side. policy: ``unwrapped`` inside what synchronises or shards it, as it is called.
     """
-    sequences = policy.sequences(batch)
+    sequences = unwrapped.sequences(batch)
     recorder: Any = None
     recorded = config.records_mass and batch.prompts.num_frames > 0
     if recorded and sequences.rows.numel():  # responses that are all empty have no row to record
-        recorder = policy.recorder(sequences, config)
+        recorder = unwrapped.recorder(sequences, config)
 
     # A function that the policy calls, because its head's weight may be in shards, and is whole inside a forward only.
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, list[Tensor]]:
-        return hidden, _token_values(batch, hidden, weight, bias, policy.logit_arguments(config))
+        return hidden, _token_values(batch, hidden, weight, bias, unwrapped.logit_arguments(config))
 
     with recorder or nullcontext():
-        hidden, (logprobs, entropy, lse) = wrapped(batch, head, sequences)
+        hidden, (logprobs, entropy, lse) = policy(batch, head, sequences)
     mass = None
     if recorder is not None:
         mass = sequences.per_response(recorder.mass).cpu()
@@ -82,16 +82,16 @@ def score_reference(
 
 
 @torch.no_grad()
-def response_logprobs(batch: ResponseBatch, wrapped: nn.Module, policy: Policy, config: APPOConfig) -> Tensor:
+def response_logprobs(batch: ResponseBatch, policy: nn.Module, unwrapped: Policy, config: APPOConfig) -> Tensor:
     """Log-probabilities (B, N) fp32 of the responses, on the CPU, in a forward of their own; 0 at padding.
 
-    batch: of `batch_parts`, or one whose ``prompts.inputs`` were changed. wrapped: as for `score_parts`.
+    batch: of `batch_parts`, or one whose ``prompts.inputs`` were changed. policy: as for `score_parts`.
     """
 
     def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return _token_values(batch, hidden, weight, bias, policy.logit_arguments(config))[0]
+        return _token_values(batch, hidden, weight, bias, unwrapped.logit_arguments(config))[0]
 
-    logprobs: Tensor = wrapped(batch, head)
+    logprobs: Tensor = policy(batch, head)
     return logprobs.cpu()
 
 

@@ -26,7 +26,7 @@ from appo.train.collective import total_of
 from appo.train.drawing import draw_prompts
 from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
-from appo.train.groups import Group, Part, batch_parts, loss_operands, portion, whole_groups
+from appo.train.groups import Group, Part, batch_parts, loss_factor, loss_operands, whole_groups
 from appo.train.logs import Meter, peak_memory_gib
 from appo.train.metrics import measure_groups, measure_loss, measure_padding, measure_rewards, speed
 from appo.train.micro_batches import micro_batches
@@ -138,7 +138,7 @@ class Trainer:
         with self.timed("score"):
             moving = [group for group in groups if self.has_gradient(group)]
             if not self.total(len(moving)) and self.accelerator.is_main_process:
-                moving = groups[:1]  # its numbers are those of the step
+                moving = groups[:1]  # all have equal rewards: one is scored, for the step's numbers
             batches = list(self.micro_batches(moving))
             idle = [whole_groups([idle_group(groups[0], self.pad_id)])]
             for parts in batches + idle * missing(self.policy, len(batches), self.accelerator.device):
@@ -258,7 +258,7 @@ class Trainer:
             result = self.policy(batch, head, sequences)
         measure_padding(self.meter, batch, shared=self.unwrapped.share_prompt)
         measure_loss(self.meter, result, parts)
-        return result.loss * portion(batch, config.aggregation, tokens, responses)
+        return result.loss * loss_factor(batch, config.aggregation, tokens, responses)
 
     def idle_backward(self, group: Group) -> None:
         """A forward and backward of no weight: those of a sharded policy are collectives, and others have more."""

@@ -35,11 +35,11 @@ def shares(groups: Sequence[Group], most: int) -> list[list[Group]]:
 
 
 class Updates:
-    """The optimizer of a policy. ``wrapped``: the policy as it is called, inside what synchronises or shards it."""
+    """The optimizer of a policy: ``policy`` is ``unwrapped`` inside what synchronises or shards it, as it is called."""
 
-    def __init__(self, policy: nn.Module, wrapped: nn.Module, accelerator: Accelerator, config: APPOConfig) -> None:
-        self.policy, self.wrapped, self.accelerator, self.config = policy, wrapped, accelerator, config
-        self.optimizer = build_optimizer(policy, config)
+    def __init__(self, unwrapped: nn.Module, policy: nn.Module, accelerator: Accelerator, config: APPOConfig) -> None:
+        self.unwrapped, self.policy, self.accelerator, self.config = unwrapped, policy, accelerator, config
+        self.optimizer = build_optimizer(unwrapped, config)
         # fp16 gradients are scaled up, or small ones would be 0.
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=config.dtype == "float16")
         self._skipped: list[str] = []  # those in a row
@@ -58,7 +58,7 @@ class Updates:
         the weights are not finite after it.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = float(whole(self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.max_grad_norm)))
+        norm = float(whole(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)))
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
             self.scaler.step(self.optimizer)
@@ -87,7 +87,7 @@ class Updates:
     def check_weights(self, when: str) -> None:
         """Raise NonFiniteError, in all processes, when a trained weight is not finite in any."""
         trained = {
-            name: own(parameter) for name, parameter in self.policy.named_parameters() if parameter.requires_grad
+            name: own(parameter) for name, parameter in self.unwrapped.named_parameters() if parameter.requires_grad
         }
         finite = torch.stack([value.isfinite().all() for value in trained.values()])
         if float(self.accelerator.reduce((~finite).any().float().to(self.accelerator.device), "sum")) > 0:
