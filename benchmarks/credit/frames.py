@@ -49,7 +49,7 @@ def quality(groups: list[Group], strategy: str, top_tokens: int, top_frames: int
             known(group.mass), group.mask, group.accuracy,
             strategy=strategy, top_tokens=top_tokens, top_frames=top_frames,
         )  # fmt: skip
-        labelled = group.prompt.crucial_frames()
+        labelled = group.prompt.labelled_frames()
         hits = int(torch.isin(frames, torch.tensor(labelled)).sum())
         precision += [hits / len(frames)] if len(frames) else []
         recall.append(hits / len(labelled))
@@ -65,8 +65,8 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--batches", type=int, default=8, help="of the run's prompts, from the first")
     options = parser.parse_args()
-    groups = [group for group in scored_groups(options.folder, options.batches) if group.prompt.crucial_frames()]
-    chance = statistics.fmean(len(group.prompt.crucial_frames()) / group.prompt.num_frames for group in groups)
+    groups = [group for group in scored_groups(options.folder, options.batches) if group.prompt.labelled_frames()]
+    chance = statistics.fmean(len(group.prompt.labelled_frames()) / group.prompt.num_frames for group in groups)
     print(f"{len(groups)} groups; labelled are {chance:.0%} of all frames")
     print(f"{'strategy':14s} {'K1':>3s} {'K2':>3s}  picked that are labelled  labelled that are picked  none picked")
     for strategy, tokens, frames in CHOICES:

@@ -208,7 +208,7 @@ def weights_of(dense: Dense, group: Any, words: Sequence[Sequence[str]]) -> dict
     fifth = (entropy.double() >= limit).float().split([len(each) for each in words])
     attention = torch.stack([m.sort(0, descending=True).values[: config.top_tokens].mean(0) for m in dense.mass])
     everyone = sorted({frame for row in attention for frame in top(row, config.top_frames)})
-    key = list(group.prompt.crucial_frames())
+    key = list(group.prompt.labelled_frames())
     return {
         "grpo": [torch.ones(len(each)) for each in words],
         "only-told": told,
