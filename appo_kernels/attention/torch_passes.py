@@ -19,6 +19,9 @@ MAX_KEYS = 256
 TILE_SCORES = 1 << 19
 # What is kept of all query heads while a tile of rows walks the keys: 4 Mi numbers are 16 MiB in fp32.
 STATE_NUMBERS = 4 << 20
+# Of at most this many keys all are read for the mass and its gradient, whose probabilities then add up to 1. Of more,
+# the errors of a given lse average out: below twice those of eager attention, and frames are most keys.
+FEW_KEYS = 2048
 
 
 def base_two(scale: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -199,20 +202,32 @@ def _rows_backward(
     """Some rows of the heads that share one key head: adds to dkey and dvalue (S, d), returns dquery (g, rows, d).
 
     query and grad_out (g, rows, d), shift and delta (g, rows), frame_grad (g, rows, F + 1), key and value (S, d).
-    delta comes without the term of the mass, which takes a pass of its own over the keys of frames.
+    delta comes without the term of the mass, which takes a pass of its own over the keys of frames, or over all where
+    they are few: their sum then takes the rounding of the lse out of the probabilities.
     """
     heads_per_kv = query.shape[0]
     masked = [part.masked(tile) for tile in tiles]
+    inverse: Tensor | None = None
     if frame_grad is not None:
-        delta = delta.clone()
+        of_mass, sums = torch.zeros_like(delta), torch.zeros_like(delta) if len(key) <= FEW_KEYS else None
         for tile, tile_mask in zip(tiles, masked, strict=True):
-            if tile_mask is True or tile.runs[0][0] == frame_grad.shape[-1] - 1:
+            no_frames = tile.runs[0][0] == frame_grad.shape[-1] - 1
+            if tile_mask is True or (no_frames and sums is None):
                 continue
             column = tile.take(key, query.dtype).t()
             for head in range(heads_per_kv):
                 probabilities = _probabilities(query[head], column, shift[head], tile_mask, factor)
-                delta[head] += probabilities.mul_(frame_grad[head].index_select(1, tile.frames)).sum(-1)
+                if sums is not None:
+                    sums[head] += probabilities.sum(-1)
+                of_mass[head] += probabilities.mul_(frame_grad[head].index_select(1, tile.frames)).sum(-1)
+        if sums is not None:
+            inverse = torch.where(sums == 0, 1, 1 / sums)[..., None]
+            of_mass *= inverse[..., 0]
+        delta = delta + of_mass
     dquery = torch.zeros_like(query)
+    # Not the probabilities, of which there are more, but what they are multiplied with is times `inverse`
+    key_query = query if inverse is None else query * inverse
+    value_grad = grad_out if grad_out is None or inverse is None else grad_out * inverse
     for tile, tile_mask in zip(tiles, masked, strict=True):
         if tile_mask is True:
             continue
@@ -222,8 +237,8 @@ def _rows_backward(
         for head in range(heads_per_kv):
             probabilities = _probabilities(query[head], keys.t(), shift[head], tile_mask, factor)
             minus_delta = -delta[head, :, None]
-            if values is not None and grad_out is not None:
-                dvalues.addmm_(probabilities.t(), grad_out[head])
+            if values is not None and grad_out is not None and value_grad is not None:
+                dvalues.addmm_(probabilities.t(), value_grad[head])
                 dscores = torch.addmm(minus_delta, grad_out[head], values.t())
             else:
                 dscores = minus_delta.expand_as(probabilities).clone()
@@ -231,11 +246,11 @@ def _rows_backward(
                 dscores += frame_grad[head].index_select(1, tile.frames)
             dscores *= probabilities
             dquery[head].addmm_(dscores, keys, alpha=scale)
-            dkeys.addmm_(dscores.t(), query[head], alpha=scale)
+            dkeys.addmm_(dscores.t(), key_query[head], alpha=scale)
         tile.add_to(dkey, dkeys)
         if values is not None:
             tile.add_to(dvalue, dvalues)
-    return dquery
+    return dquery if inverse is None else dquery.mul_(inverse)
 
 
 def _probabilities(query: Tensor, column: Tensor, shift: Tensor, masked: bool | Tensor, factor: float) -> Tensor:

@@ -30,7 +30,8 @@ from torch import Tensor
 from appo_kernels import checks, dispatch
 from appo_kernels.attention import arguments
 from appo_kernels.attention.arguments import AttentionLayout, Gradients, Upstream
-from appo_kernels.attention.frame_plan import FramePlan, planned
+from appo_kernels.attention.frame_plan import FramePlan, GroupRows, planned
+from appo_kernels.attention.torch_passes import FEW_KEYS
 from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
 
@@ -62,8 +63,8 @@ def frame_mass(
         frame_ids: (B, S) int32 or int64, the frame of each key in [0, num_frames), -1 for none, in any order.
         num_frames: F. A frame may have no key.
         lse: (B, Hq, R) fp32 (fp64 for fp64 inputs): natural-log log-sum-exp of scale * query . key over **all**
-            keys that the row sees, as attention kernels return it. With it only the keys of frames are read. None:
-            computed here.
+            keys that the row sees, as attention kernels return it. With it only the keys of frames are read, but on a
+            CPU in small groups of a plan's layout, where it is computed anew. None: computed here.
         first_key, last_key: (B, R) int. Row r sees keys first..last inclusive; None: 0 and S - 1. first > last: none of
             them. A negative first_key is as 0 (a window that starts before the sequence).
         prefix_keys: (B, R) int in [0, S]: keys 0..prefix-1 are seen as well; a key in both counts once. None: 0.
@@ -91,12 +92,20 @@ def frame_mass(
     frame_ids, num_frames, bounds = planned(OP, plan, frame_ids, num_frames, (first_key, last_key, prefix_keys))
     if plan is not None and plan.groups:
         plan.check_call(OP, query, key)
+        _check_lse(query, lse)
+
+        def lse_of(group: GroupRows) -> Tensor | None:
+            """None where the sum of these very products costs next to nothing (on a GPU: launches): with another
+            pass's lse their errors, and 2 |lse| roundings, do not cancel in a probability."""
+            few = query.device.type == "cpu" and group.keys.stop - group.keys.start <= FEW_KEYS
+            return None if lse is None or few else lse[:, :, group.rows]
+
         parts = [
             frame_mass(
-                query[:, :, chosen], key[:, :, keys], lse=None if lse is None else lse[:, :, chosen], scale=scale,
-                reduction=reduction, per_head=per_head, plan=own, backend=backend,
+                query[:, :, group.rows], key[:, :, group.keys], lse=lse_of(group), scale=scale, reduction=reduction,
+                per_head=per_head, plan=group.plan, backend=backend,
             )
-            for chosen, keys, own in plan.groups
+            for group in plan.groups
         ]  # fmt: skip
         total = plan.joined(parts, -2)
         return total if out is None else out.add_(total)
@@ -108,10 +117,8 @@ def frame_mass(
     checks.flag(OP, "per_head", per_head)
     batch, heads, rows, head_dim = query.shape
     dtype = compute_dtype(query.dtype)
-    if lse is not None:
-        checks.shape(OP, "lse", lse, (batch, heads, rows), "(B, Hq, R)", "Pass the lse of exactly the rows of `query`.")
-        checks.dtype(OP, "lse", lse, (dtype,))
-        lse = lse.detach()
+    _check_lse(query, lse)
+    lse = None if lse is None else lse.detach()
     shape = (batch, heads, rows, num_frames) if per_head else (batch, rows, num_frames)
     if out is not None:
         legend = "(B, Hq, R, F)" if per_head else "(B, R, F)"
@@ -133,6 +140,13 @@ def frame_mass(
     new_lse = query.new_empty((batch, heads, rows), dtype=dtype) if lse is None else None
     forward_op(query, key, *operands, mass, new_lse, backend)
     return mass
+
+
+def _check_lse(query: Tensor, lse: Tensor | None) -> None:
+    if lse is not None:
+        rows = tuple(query.shape[:3])
+        checks.shape(OP, "lse", lse, rows, "(B, Hq, R)", "Pass the lse of exactly the rows of `query`.")
+        checks.dtype(OP, "lse", lse, (compute_dtype(query.dtype),))
 
 
 def _check_out(out: Tensor, **others: Tensor | None) -> None:
