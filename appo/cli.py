@@ -130,6 +130,7 @@ command("report")(report_runs)
 
 @command()
 def plan(
+    context: typer.Context,
     model: Annotated[
         str | None, typer.Option(help="Name as published, such as Qwen2.5-VL-7B, or a folder or config.json.")
     ] = None,
@@ -150,6 +151,10 @@ def plan(
     rollout_tokens: Annotated[int, typer.Option(help="Tokens that are sampled at a time.")] = 262_144,
     memory: Annotated[float, typer.Option(help="Of a GPU, GiB.")] = 80.0,
     gradient_checkpointing: Annotated[bool, typer.Option(help="Compute activations again in the backward.")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="Of every n-th layer alone.")] = 1,
+    checkpoint_offload: Annotated[
+        bool, typer.Option("--checkpoint-offload", help="Inputs of these layers in the host's memory.")
+    ] = False,
     micro_groups: Annotated[int, typer.Option(help="Groups in one forward and backward.")] = 1,
     micro_tokens: Annotated[
         int, typer.Option(help="Tokens in one forward and backward, at most; a larger group is split. 0: any number.")
@@ -175,11 +180,19 @@ def plan(
     from appo.config import APPOConfig, ConfigError
     from appo.models.architectures import find_architecture
     from appo.planning.fit import fit as find_fit
+    from appo.planning.fit import options
     from appo.planning.plan import GIB, Plan, planned
     from appo.planning.workload import Machine, Workload
 
     machine = Machine(memory, rate, bandwidth)
     if config is not None:
+        beside = {"config", "gpus", "memory", "fit", "rate", "bandwidth", "overrides"}
+        for name in context.params.keys() - beside:
+            if str(context.get_parameter_source(name)).endswith("COMMANDLINE"):
+                raise ConfigError(
+                    f"`{name}`: expected settings as name=value beside --config, got an option. For example: appo plan "
+                    "--config FILE gradient_checkpointing=true"
+                )
         found = planned(APPOConfig.load(config, overrides or []), gpus)
     elif model is None or overrides:
         raise ConfigError("`model`: expected its name, or --config with a settings file, got neither.")
@@ -194,6 +207,8 @@ def plan(
             micro_groups=micro_groups,
             micro_tokens=micro_tokens,
             checkpointing=gradient_checkpointing,
+            checkpoint_every=checkpoint_every,
+            checkpoint_offload=checkpoint_offload,
             freeze_vision=not train_vision,
             share_prompt=share_prompt,
             lora_rank=lora_rank,
@@ -209,8 +224,9 @@ def plan(
         if fitting is None:
             typer.echo(f"Nothing that was tried fits in {machine.memory:g} GiB: options, LoRA, 64 times the GPUs.\n")
         else:
-            found, options = fitting
-            typer.echo(f"Fits with: {' '.join(options) or 'no change'}\n")
+            changes = options(found, fitting, settings=config is not None)
+            typer.echo(f"Fits with: {' '.join(changes) or 'no change'}\n")
+            found = fitting
     typer.echo(found.text(memory=machine.memory * GIB, rate=machine.rate * 1e12, bandwidth=machine.bandwidth * 1e12))
 
 

@@ -144,7 +144,9 @@ class APPOConfig:
     video_positions: str = setting("original", choices=("original", "transformers"))
     # Compute a group's prompt once, groups in one row without padding: needs full attention in every layer.
     share_prompt: str = setting("auto", choices=("auto", "on", "off"))
-    gradient_checkpointing: bool = setting(False)
+    gradient_checkpointing: bool = setting(False)  # compute a layer's activations again; its input is kept
+    checkpoint_every: int = setting(1, at_least=1)  # with it: of every n-th layer; the others keep their activations
+    checkpoint_offload: bool = setting(False)  # with it: these inputs wait in the host's memory
     # Over processes: "none": each holds everything (DDP); "fsdp": weights, gradients and optimizer state in shards.
     shard: str = setting("none", choices=("none", "fsdp"))
     # Of them: how many processes share one set of shards, such as the GPUs of a node, copied between nodes; 0: all.

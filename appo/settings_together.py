@@ -32,7 +32,7 @@ def check_together(config: Any) -> None:
                 f"`{name}`: expected at most {limit} = {getattr(config, limit)}, got {getattr(config, name)}. "
                 "Change either."
             )
-    for check in (_engine, _shards, _correction, _method, _loss):
+    for check in (_engine, _checkpointing, _shards, _correction, _method, _loss):
         if (reason := check(config)) is not None:
             raise ConfigError(reason)
 
@@ -75,6 +75,16 @@ def _engine(config: Any) -> str | None:
         arguments = None
     if not isinstance(arguments, dict):
         return f"`vllm_arguments`: expected a JSON object, got {shown(config.vllm_arguments)}."
+    return None
+
+
+def _checkpointing(config: Any) -> str | None:
+    for name, off in (("checkpoint_every", 1), ("checkpoint_offload", False)):
+        if not config.gradient_checkpointing and getattr(config, name) != off:
+            return (
+                f"`{name}`: expected {shown(off)} without gradient_checkpointing, got {shown(getattr(config, name))}. "
+                "Set `gradient_checkpointing: true`, or leave it out."
+            )
     return None
 
 

@@ -35,10 +35,11 @@ def sizes() -> Architecture:
     )  # fmt: skip
 
 
-def plan(lora_rank: int, gradient_checkpointing: bool, dtype: str) -> Plan:
+def plan(lora_rank: int, gradient_checkpointing: bool, dtype: str, checkpoint_every: int = 1) -> Plan:
     work = Workload(
         gpus=2, prompts=2, frames=1, frame_tokens=1, text=P - 1 - sizes().frame_text, response=N, responses=B,
         mixed=dtype == "bfloat16", lora_rank=lora_rank, checkpointing=gradient_checkpointing,
+        checkpoint_every=checkpoint_every,
     )  # fmt: skip
     return Plan(sizes(), work)
 

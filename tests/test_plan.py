@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 from published_models import BOTH, build, small
 from torch.utils.flop_counter import FlopCounterMode
 
-from appo.config import ConfigError
+from appo.config import APPOConfig, ConfigError
 from appo.models.architectures import ARCHITECTURES
-from appo.planning.fit import fit
-from appo.planning.plan import GIB, Plan
+from appo.planning.fit import fit, options
+from appo.planning.plan import GIB, Plan, planned
 from appo.planning.workload import Machine, Workload
 from appo.train.micro_batches import micro_batches
 from appo_kernels import GroupLayout, frame_mass, group_divergence, linear_weighted_surrogate, token_logprobs
@@ -186,20 +187,45 @@ def test_splits_are_those_of_the_trainer(micro_tokens: int, shared: bool) -> Non
     assert split.activations() <= plan.activations() and split.update_flop() >= plan.update_flop()
 
 
-def test_a_fit_is_the_first_that_fits() -> None:
+def test_a_fit_has_no_change_that_it_fits_without() -> None:
     base = Plan(ARCHITECTURES["Qwen2.5-VL-7B"], Workload(micro_groups=4))
-    found = fit(base, 1000 * GIB)
-    assert found is not None and found == (base, [])
+    assert fit(base, 1000 * GIB) == base
     for memory in (150, 80, 24):
-        found = fit(base, memory * GIB)
-        assert found is not None
-        plan, options = found
-        assert plan.peak() <= memory * GIB < base.peak() and options
-        assert [o for o in options if "--lora-rank" in o] == (["--lora-rank 64"] if plan.work.lora_rank else [])
+        plan = fit(base, memory * GIB)
+        assert plan is not None and plan.peak() <= memory * GIB < base.peak() and options(base, plan)
         assert plan.work.prompts % plan.work.gpus == 0
+        for name in ("share_prompt", "micro_groups", "checkpoint_offload", "micro_tokens", "rollout_tokens", "offload"):
+            fewer = replace(plan, work=replace(plan.work, **{name: getattr(base.work, name)}))
+            assert fewer == plan or fewer.peak() > memory * GIB, name
     large = fit(Plan(ARCHITECTURES["Qwen2.5-VL-72B"], Workload()), 80 * GIB)
-    assert large is not None and large[0].work.gpus > 1
+    assert large is not None and large.work.gpus > 1
     assert fit(base, 1.0) is None
+
+
+def test_a_fit_changes_what_costs_least_first() -> None:
+    """With less and less memory each kind of change comes when those before it are made."""
+    base = Plan(ARCHITECTURES["Qwen2.5-VL-7B"], Workload(gpus=8, shard_group=1, micro_groups=4, own_rollout=False))
+    order = ["share_prompt", "micro_groups", "checkpointing", "checkpoint_offload", "shard_group", "offload"]
+    seen, found = list[Workload](), fit(base, base.peak() - 1)
+    while found is not None:
+        seen.append(found.work)
+        found = fit(base, found.peak() - 1)
+    firsts = [[getattr(work, name) != getattr(base.work, name) for work in seen].index(True) for name in order]
+    assert firsts == sorted(firsts)
+    again = [work.checkpoint_every for work in seen if work.checkpointing]
+    assert list(dict.fromkeys(again)) == [4, 2, 1]
+    assert not any(work.lora_rank or work.gpus > 8 for work in seen[: firsts[-1] + 1])
+
+
+def test_a_fit_of_settings_is_written_as_settings() -> None:
+    path = str(Path(__file__).parents[1] / "examples" / "qwen2_5_vl_7b_8gpu.yaml")
+    plan = planned(APPOConfig.load(path, ["shard=none", "checkpoint_every=2"]), 8)
+    found = fit(plan, 80 * GIB)
+    assert found is not None
+    changes = options(plan, found, settings=True)
+    assert changes and found == planned(APPOConfig.load(path, ["checkpoint_every=2", *" ".join(changes).split()]), 8)
+    tight = fit(replace(plan, work=replace(plan.work, micro_groups=4)), 0.9 * plan.peak())
+    assert tight is not None and tight.work.checkpointing and tight.work.checkpoint_every <= 2  # never loosened
 
 
 def test_the_command_finds_options_that_fit() -> None:
@@ -211,8 +237,9 @@ def test_the_command_finds_options_that_fit() -> None:
     assert found.exit_code == 0
     first = found.output.splitlines()[0]
     assert first.startswith("Fits with: --gradient-checkpointing") and "fits in 24 GiB" in found.output
-    options = first.removeprefix("Fits with: ").split()
-    again = CliRunner().invoke(app, ["plan", "--model", "Qwen2.5-VL-7B", "--memory", "24", *options])
+    again = CliRunner().invoke(
+        app, ["plan", "--model", "Qwen2.5-VL-7B", "--memory", "24", *first.removeprefix("Fits with: ").split()]
+    )
     assert again.exit_code == 0 and found.output.endswith(again.output)
 
 
@@ -262,6 +289,16 @@ def test_the_command_refuses_numbers_that_are_none(option: str) -> None:
 
     found = CliRunner().invoke(app, ["plan", "--model", "Qwen2.5-VL-7B", option])
     assert found.exit_code == 2 and found.output.startswith("appo: `") and found.output.count("\n") == 1
+
+
+def test_options_beside_a_file_are_refused() -> None:
+    from typer.testing import CliRunner
+
+    from appo.cli import app
+
+    path = str(Path(__file__).parents[1] / "examples" / "qwen2_5_vl_7b.yaml")
+    found = CliRunner().invoke(app, ["plan", "--config", path, "--micro-groups", "1"])
+    assert found.exit_code == 2 and found.output.startswith("appo: `micro_groups`: expected settings as name=value")
 
 
 def test_the_command_loads_nothing() -> None:

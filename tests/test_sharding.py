@@ -64,6 +64,11 @@ CASES: dict[str, dict[str, Any]] = {
     "lora with a reference": {"lora_rank": 4, "beta": 0.1},
     "tied": {"tied": True},
     "frozen tower, checkpointing": {"freeze_vision": True, "gradient_checkpointing": True},
+    "every second layer again, on the host": {
+        "gradient_checkpointing": True,
+        "checkpoint_every": 2,
+        "checkpoint_offload": True,
+    },
     "reference": {"beta": 0.1},
     "text-only groups learn": {"rewards": {"length_parity": 1.0}},
     "offload": {"offload": True},

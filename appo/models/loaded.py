@@ -2,9 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+
+from appo.constraints import ConfigError
 
 
 def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -58,9 +62,53 @@ def cache_argument(model: Any) -> str:
     )
 
 
-def enable_checkpointing(model: Any, *, reentrant: bool = False) -> None:
-    """Compute activations again in the backward; the method has another name since transformers 5.24."""
+def enable_checkpointing(model: Any, *, reentrant: bool = False, every: int = 1, offload: bool = False) -> None:
+    """Compute the activations of layers again in the backward; the method has another name since transformers 5.24.
+
+    every: of every n-th layer of the text model, and of the vision tower, from their first on; others keep theirs.
+    offload: what such a layer keeps, the hidden states that it reads, waits in the host's memory.
+
+    Raises ConfigError for a model whose layers transformers does not checkpoint, or has fewer of.
+    """
+    plain = unwrapped(model)
+    if not plain.supports_gradient_checkpointing:
+        raise ConfigError(
+            "`gradient_checkpointing`: expected a model whose layers transformers can compute again, got "
+            f"{type(plain).__name__}. Set it to false."
+        )
     _either(model, "activation_checkpointing_enable", "gradient_checkpointing_enable")({"use_reentrant": reentrant})
+    if every == 1 and not offload:
+        return
+    text_layers = max(map(len, _checkpointed_stacks(plain.get_decoder())), default=0)
+    if text_layers < every or not text_layers:
+        name, value = ("checkpoint_every", every) if every > 1 else ("checkpoint_offload", offload)
+        raise ConfigError(
+            f"`{name}`: expected at most the layers that transformers checkpoints one by one, {text_layers} in the "
+            f"text model of {type(plain).__name__}, got {value}. Lower it, or leave it out."
+        )
+    for stack in _checkpointed_stacks(model):
+        for index, layer in enumerate(stack):
+            layer.gradient_checkpointing = index % every == 0
+            if offload:
+                layer._gradient_checkpointing_func = partial(_inputs_on_host, layer._gradient_checkpointing_func)
+
+
+def _checkpointed_stacks(model: nn.Module) -> list[list[Any]]:
+    """The lists of layers that transformers checkpoints one by one, in their order."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    stacks = [[layer for layer in found if isinstance(layer, GradientCheckpointingLayer)] for found in lists]
+    return [stack for stack in stacks if stack]
+
+
+def _inputs_on_host(checkpoint: Callable[..., Any], layer: Callable[..., Any], *inputs: Any) -> Any:
+    """``checkpoint(layer, *inputs)`` whose inputs are copied to the host, and back for the backward."""
+    kept = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    if not kept:  # of a frozen tower
+        return checkpoint(layer, *inputs)
+    with save_on_cpu(pin_memory=kept[0].is_cuda):
+        return checkpoint(layer, *inputs)
 
 
 def disable_checkpointing(model: Any) -> None:

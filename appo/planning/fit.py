@@ -1,40 +1,86 @@
 """Settings with which a plan fits: `appo plan --fit`."""
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from appo.planning.plan import Plan
 
+Change = dict[str, Any]  # field of a Workload -> value
+# A field as an option of the command, and as a setting of a run.
+NAMES = {
+    "share_prompt": ("--share-prompt", "share_prompt=on"),
+    "micro_groups": ("--micro-groups {}", "micro_groups={}"),
+    "checkpointing": ("--gradient-checkpointing", "gradient_checkpointing=true"),
+    "checkpoint_every": ("--checkpoint-every {}", "checkpoint_every={}"),
+    "checkpoint_offload": ("--checkpoint-offload", "checkpoint_offload=true"),
+    "micro_tokens": ("--micro-tokens {}", "micro_tokens={}"),
+    "rollout_tokens": ("--rollout-tokens {}", "rollout_tokens={}"),
+    "shard_group": ("--shard-group {}", "shard=fsdp shard_group={}"),
+    "own_rollout": ("--other-engine", "engine=vllm-server"),
+    "offload": ("--offload", "shard=fsdp offload=true"),
+    "lora_rank": ("--lora-rank {}", "lora_rank={}"),
+    "gpus": ("--gpus {}", "--gpus {}"),
+    "prompts": ("--prompts {}", "prompts_per_step={}"),
+}
 
-def fit(plan: Plan, memory: float) -> tuple[Plan, list[str]] | None:
-    """The plan with the fewest changes that fits in ``memory`` bytes a GPU, and these as options; None if none does.
 
-    In this order: activations once more in the backward, a group behind one prompt, one group at a time, one response
-    at a time, fewer tokens sampled at a time (none of which changes what is learned), where the model is in shards
-    another engine that samples, then LoRA, then up to 64 times the GPUs.
+def fit(plan: Plan, memory: float) -> Plan | None:
+    """The plan that fits in ``memory`` bytes a GPU, with the fewest of the cheapest changes; None if none does.
+
+    Cheapest first: a group behind one prompt, one group at a time, the activations of every fourth layer once more in
+    the backward, of every second, of all, their inputs in the host's memory, shards, fewer tokens sampled at a time,
+    one response at a time (none of which changes what is learned). Then another engine that samples, where the model
+    is in shards, or these in the host's memory; LoRA; up to 64 times the GPUs.
     """
-    changes: list[tuple[str, dict[str, Any]]] = [
-        ("--gradient-checkpointing", {"checkpointing": True}),
-        ("--share-prompt", {"share_prompt": True}),
-        ("--micro-groups 1", {"micro_groups": 1}),
-        (f"--micro-tokens {plan.least_tokens}", {"micro_tokens": plan.least_tokens}),
-        ("--rollout-tokens 32768", {"rollout_tokens": min(32_768, plan.work.rollout_tokens)}),
-    ]
-    apart, lora = ("--other-engine", {"own_rollout": False}), ("--lora-rank 64", {"lora_rank": 64})
-    ways = [changes[:count] for count in range(len(changes) + 1)]
     gpus = plan.work.gpus
     for factor in (1, 2, 4, 8, 16, 32, 64):
-        more = []
-        if factor > 1:
-            prompts = -(-plan.work.prompts // (gpus * factor)) * gpus * factor
-            more = [(f"--gpus {gpus * factor} --prompts {prompts}", {"gpus": gpus * factor, "prompts": prompts})]
-        tried = [way + more for way in ways]
-        if gpus * factor > 1:
-            tried.append([*changes, apart, *more])
-        for way in [*tried, [*changes, lora, *more]]:
-            new = {name: value for _, values in way for name, value in values.items()}
-            found = replace(plan, work=replace(plan.work, **new))
-            if found.peak() <= memory:
-                used = [option for option, values in way if any(getattr(plan.work, k) != v for k, v in values.items())]
-                return found, used
+        prompts = -(-plan.work.prompts // (gpus * factor)) * gpus * factor
+        more = {"gpus": gpus * factor, "prompts": prompts} if factor > 1 else {}
+        for way in _ways(plan, many=gpus * factor > 1):
+            if _changed(plan, [*way, more]).peak() <= memory:
+                return _changed(plan, [*_needed(plan, way, more, memory), more])
     return None
+
+
+def options(before: Plan, after: Plan, *, settings: bool = False) -> list[str]:
+    """What makes the one plan of the other: options of the command, or settings of a run."""
+    found = [(names[settings], getattr(after.work, field)) for field, names in NAMES.items()
+             if getattr(before.work, field) != getattr(after.work, field)]  # fmt: skip
+    return [name.format(value) for name, value in found]
+
+
+def _ways(plan: Plan, *, many: bool) -> Iterator[list[Change]]:
+    """Changes to try together, cheapest first. many: on several GPUs."""
+    work = plan.work
+    largest = work.checkpoint_every if work.checkpointing else plan.model.layers
+    changes: list[Change] = [
+        {"share_prompt": True},
+        {"micro_groups": 1},
+        *({"checkpointing": True, "checkpoint_every": every} for every in (4, 2, 1) if every <= largest),
+        {"checkpointing": True, "checkpoint_offload": True},
+        *([{"shard_group": 0}] if many and work.shard_group == 1 else []),
+        {"rollout_tokens": min(32_768, work.rollout_tokens)},
+        {"micro_tokens": plan.least_tokens},
+    ]
+    yield from ([*itertools.islice(changes, count)] for count in range(len(changes) + 1))
+    apart, offload = {"own_rollout": False}, {"offload": True}
+    if many:
+        yield [*changes, apart]
+    yield [*changes, offload]
+    yield [*changes, {"lora_rank": work.lora_rank or 64}]
+
+
+def _needed(plan: Plan, way: list[Change], more: Change, memory: float) -> list[Change]:
+    """``way`` without the changes that it fits without, the dearest left out first."""
+    for change in reversed(way[:-1]):
+        fewer = [other for other in way if other is not change]
+        if _changed(plan, [*fewer, more]).peak() <= memory:
+            way = fewer
+    return way
+
+
+def _changed(plan: Plan, way: list[Change]) -> Plan:
+    new = {field: value for change in way for field, value in change.items()}
+    return replace(plan, work=replace(plan.work, **new))

@@ -70,7 +70,7 @@ class PlannedFlops(PlannedTokens):
         frozen weights have no gradient, so that one product of two is left."""
         work, rows = self.work, self.work.prompts_per_gpu * self.work.responses
         matrices, attention = self.layers_flop(work.prompts_per_gpu * self.group_tokens, self.keys)
-        again = 1.0 if work.checkpointing else 0.0
+        again = self.checkpointed.count(True) / self.model.layers
         matrix_backward = MATRIX_BACKWARD / 2 if work.lora_rank else MATRIX_BACKWARD
         layers = matrices * (1 + again + matrix_backward) + attention * (1 + again + ATTENTION_BACKWARD)
         frozen_tower = work.freeze_vision or work.lora_rank

@@ -50,13 +50,19 @@ class PlannedMemory(PlannedTokens):
         # Gate, its activation, up, and the product that a trained matrix reads.
         return residual_and_norm + inputs + attention + (3 if lora else 4) * m.intermediate * w
 
+    def layer_input(self) -> float:
+        """Bytes that a checkpointed layer keeps, for each token; a frozen model's hidden states have its dtype."""
+        return float(self.model.hidden * (self.work.width if self.work.lora_rank else 4))
+
+    def kept(self) -> list[float]:
+        """Bytes on the GPU that each layer keeps for its backward, for each token."""
+        checkpointed = 0.0 if self.work.checkpoint_offload else self.layer_input()
+        return [checkpointed if again else self.layer_activations() for again in self.checkpointed]
+
     def activations(self) -> float:
         """Bytes kept by the forward of one micro-batch."""
-        m, work = self.model, self.work
-        ends = 4 * m.hidden * 3  # embeddings, and the last norm's input and normalised input
-        passed = work.width if work.lora_rank else 4  # a frozen model's hidden states have its dtype
-        layer = passed * m.hidden if work.checkpointing else self.layer_activations()
-        return self.micro_tokens * (m.layers * layer + ends)
+        ends = 4 * self.model.hidden * 3  # embeddings, and the last norm's input and normalised input
+        return self.micro_tokens * (sum(self.kept()) + ends)
 
     def layer_workspace(self) -> float:
         """Bytes that the backward of the last feed-forward layer adds: two gradients of its hidden units beyond what it
@@ -64,9 +70,12 @@ class PlannedMemory(PlannedTokens):
         return 2.0 * self.micro_tokens * self.model.intermediate * self.work.width
 
     def backward_workspace(self) -> float:
-        """Bytes that the backward of a layer adds; with checkpointing its activations are made for it."""
-        again = self.micro_tokens * self.layer_activations() if self.work.checkpointing else 0.0
-        return again + self.layer_workspace()
+        """Bytes that the backward of a layer adds to all that was kept. The activations of a checkpointed layer are
+        made for it, when those of the layers behind it are gone."""
+        kept = self.kept()
+        made = self.layer_activations() + (self.layer_input() if self.work.checkpoint_offload else 0.0)
+        added = [(made if again else 0.0) - sum(kept[i + 1 :]) for i, again in enumerate(self.checkpointed)]
+        return self.micro_tokens * max(added) + self.layer_workspace()
 
     def head_tile(self) -> float:
         """Bytes of the logits that the loss makes at a time: all of a micro-batch where they take less than a gradient
@@ -144,7 +153,7 @@ class PlannedMemory(PlannedTokens):
         if not work.sharded or work.lora_rank:
             return max(self.backward_workspace(), self.head_workspace())
         # The head's gradient and a layer's, whose activations are gone unless it has just computed them again.
-        gone = 0.0 if work.checkpointing else self.micro_tokens * self.layer_activations()
+        gone = 0.0 if self.checkpointed[-1] else self.micro_tokens * self.layer_activations()
         reduced = 4 * m.layer_parameters if work.mixed else 0  # once more, in fp32, on its way
         gradients = max(0.0, work.width * (m.head_parameters + m.layer_parameters) + reduced - gone)
         # At the end those of all that is in no layer, and in fp32 once more, on their way; no activations are left.
@@ -167,9 +176,13 @@ class PlannedMemory(PlannedTokens):
         return {"gradients": (2 if self.work.foreach else 1) * self.gradient_bytes()}
 
     def host_bytes(self) -> float:
-        """Bytes of the host's memory that a GPU's shards are in."""
+        """Bytes of the host's memory that a GPU's shards and the inputs of its checkpointed layers are in."""
+        inputs = self.layer_input() * self.micro_tokens * self.checkpointed.count(True)
+        found = inputs if self.work.checkpoint_offload else 0.0
+        if not self.work.offload:
+            return found
         whole = replace(self, work=replace(self.work, offload=False))
-        return sum(whole.standing().values()) + whole.gradient_bytes() if self.work.offload else 0.0
+        return found + sum(whole.standing().values()) + whole.gradient_bytes()
 
     def memory(self) -> dict[str, dict[str, float]]:
         """Phase -> part -> bytes."""

@@ -45,6 +45,8 @@ class Plan(PlannedFlops, PlannedMemory):
         lines.append(
             f"  peak            {self.peak() / GIB:6.1f}   {verdict} in {memory / GIB:.0f} GiB{self._advice(memory)}"
         )
+        if self.host_bytes():
+            lines.append(f"  of the host     {self.host_bytes() / GIB:6.1f}")
         lines.append(f"  not made: attention matrices of one group's generation, {self.eager_bytes() / GIB:.1f} GiB")
         lines += ["", f"Work of a GPU in a step, and time at {rate / 1e12:.0f} TFLOP/s and {bandwidth / 1e12:.1f} TB/s"]
         seconds = self.seconds(rate, bandwidth)
@@ -92,6 +94,8 @@ def planned(config: APPOConfig, gpus: int) -> Plan:
             gpus=gpus,
             mixed=config.dtype != "float32",
             checkpointing=config.gradient_checkpointing,
+            checkpoint_every=config.checkpoint_every,
+            checkpoint_offload=config.checkpoint_offload,
             freeze_vision=config.freeze_vision,
             share_prompt=config.share_prompt != "off" and "flash" not in config.attn_implementation,
             lora_rank=config.lora_rank,

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from appo.constraints import ConfigError
 from appo.models.architectures import Architecture
 from appo.planning.workload import Workload
 
@@ -12,6 +13,19 @@ class PlannedTokens:
 
     model: Architecture
     work: Workload
+
+    def __post_init__(self) -> None:
+        if self.work.checkpoint_every > self.model.layers:
+            raise ConfigError(
+                f"`checkpoint_every`: expected at most the {self.model.layers} layers of {self.model.name}, got "
+                f"{self.work.checkpoint_every}. Lower it, or leave gradient_checkpointing out."
+            )
+
+    @property
+    def checkpointed(self) -> list[bool]:
+        """Whether each decoder layer is computed again in the backward (`appo.models.loaded.enable_checkpointing`)."""
+        work = self.work
+        return [work.checkpointing and layer % work.checkpoint_every == 0 for layer in range(self.model.layers)]
 
     @property
     def prompt_tokens(self) -> int:

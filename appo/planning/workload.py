@@ -26,6 +26,8 @@ class Workload:
     gpus: int = setting(1, at_least=1)
     mixed: bool = setting(True)  # bf16 autocast; False: fp32
     checkpointing: bool = setting(False)
+    checkpoint_every: int = setting(1, at_least=1)  # with it: of every n-th layer of the decoder, and of the tower
+    checkpoint_offload: bool = setting(False)  # with it: inputs of such layers are in the host's memory
     freeze_vision: bool = setting(True)
     share_prompt: bool = setting(False)  # a group behind one prompt, in a packed row without a mask
     lora_rank: int = setting(0, at_least=0)  # adapters on query, key, value and output; 0: all weights are trained
@@ -47,6 +49,12 @@ class Workload:
         if self.shard_group and self.gpus % self.shard_group:
             raise ConfigError(
                 f"`shard_group`: expected a divisor of the {self.gpus} GPUs, got {self.shard_group}. Change either."
+            )
+
+        if not self.checkpointing and (self.checkpoint_every > 1 or self.checkpoint_offload):
+            raise ConfigError(
+                "`gradient_checkpointing`: expected true with checkpoint_every or checkpoint_offload, which are of the "
+                "layers that it computes again, got false. Set it, or leave them out."
             )
 
     @property

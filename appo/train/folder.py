@@ -18,7 +18,8 @@ from appo.train.collective import from_main
 FREE = {
     "output", "max_steps", "resume", "on_broken", "max_skipped", "data_root", "eval_data", "eval_every", "eval_batch",
     "eval_samples", "save_every", "keep_checkpoints", "sample_every", "tensorboard", "decode_timeout", "micro_groups",
-    "rollout_tokens", "gradient_checkpointing", "share_prompt", "attn_implementation", "micro_tokens", "shard",
+    "rollout_tokens", "gradient_checkpointing", "checkpoint_every", "checkpoint_offload", "share_prompt",
+    "attn_implementation", "micro_tokens", "shard",
     "shard_group", "offload", "save_best", "trackers", "project",
     "heads_every", "eval_looking", "frame_cache", "frame_cache_gib", "prompt_cache_gib", "allow_outside", "engine_urls",
     "engine_token", "engine_timeout", "engine_retries", "vllm_python", "vllm_arguments", "weight_transfer", "liger",

@@ -105,7 +105,7 @@ def prepare_model(model: Any, config: APPOConfig) -> nn.Module:
     for part in vision_parts(model) * config.freeze_vision + audio_towers(model):
         part.requires_grad_(False)
     if config.gradient_checkpointing:
-        enable_checkpointing(model)
+        enable_checkpointing(model, every=config.checkpoint_every, offload=config.checkpoint_offload)
     if config.lora_rank and not hasattr(model, "peft_config"):
         from peft import LoraConfig, get_peft_model
 
