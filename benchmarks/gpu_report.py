@@ -4,7 +4,7 @@ import csv
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,7 @@ class Report:
         """Written at once: what comes after may fail, or be cut off."""
         self.rows += rows
         partial = self.path("csv.partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in self.rows)
+        harness.write_csv(partial, [asdict(row) for row in self.rows])
         partial.replace(self.path("csv"))
         self.path("md").write_text(self.page())
 

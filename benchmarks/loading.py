@@ -56,28 +56,18 @@ def write(folder: Path, count: int) -> Iterator[Path]:
     yield folder / "records.parquet"
 
 
-def resident(name: str) -> int:
-    """Bytes of this process by a name in /proc/self/status: "VmRSS" now, "VmHWM" at most.
-
-    ru_maxrss is no measure of a new process, which starts with the peak of the one that it comes from.
-    """
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise SystemExit(f"loading: /proc/self/status: expected a line {name}, found none; this needs Linux.")
-
-
 def load(path: str) -> None:
     from appo.data.load import load_records
+    from appo.process_memory import resident_bytes
 
-    there, before, start = resident("VmRSS"), resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+    there, before, start = resident_bytes("VmRSS"), resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     count = len(load_records(path))
     seconds = time.perf_counter() - start
     after, workers = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     print(
         f"{Path(path).name:16} {count:,} records  {seconds:6.2f} s  CPU {cpu:5.2f} s, workers "
-        f"{workers.ru_utime + workers.ru_stime:5.2f} s  {(resident('VmHWM') - there) / 2**20:4.0f} MiB more"
+        f"{workers.ru_utime + workers.ru_stime:5.2f} s  {(resident_bytes('VmHWM') - there) / 2**20:4.0f} MiB more"
     )
 
 

@@ -7,8 +7,8 @@ import torch
 import training
 from torch import Tensor, nn
 
+from appo.data.clip_times import video_of
 from appo.data.messages import prompt_messages
-from appo.data.prompts import video_of
 from appo.models.layout import Layout, text_arguments
 from appo.train.policy import Policy
 

@@ -190,6 +190,22 @@ def test_a_large_file_is_checked_once(tmp_path: Path, monkeypatch: pytest.Monkey
                 load_records(path)
 
 
+@pytest.mark.parametrize("name", CONTAINERS)  # each has a way of its own to go through places
+def test_a_file_that_one_process_checks_is_opened_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / "a").mkdir()
+    for i in range(8):
+        (tmp_path / f"a/{i}.mp4").touch()
+    path = write(tmp_path, *(CHOICE | {"problem_id": str(i), "path": f"a/{i}.mp4"} for i in range(9)), name=name)
+    monkeypatch.setattr(all_records, "open_records", None)
+    records = load_records(path)
+    assert records[:8].missing().count == records[2:5].missing().count == 0
+    assert (records.missing().count, records[6:].missing().count) == (1, 1)
+    # Looking through a part has not moved the places of the others.
+    assert [record.id for record in records] == [str(i) for i in range(9)]
+
+
 @pytest.mark.parametrize("name", CONTAINERS)  # each keeps what it has found in a way of its own
 def test_what_is_known_of_a_large_file_is_not_written_again(tmp_path: Path, name: str) -> None:
     path = write(tmp_path, CHOICE, CHOICE | {"problem_id": 18}, name=name)

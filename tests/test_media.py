@@ -15,7 +15,8 @@ from appo.config import APPOConfig
 from appo.data.locate import locate
 from appo.data.messages import prompt_messages
 from appo.data.pictures import ImageError, read_image
-from appo.data.prompts import PromptBuilder, collate
+from appo.data.prompt_batch import collate
+from appo.data.prompts import PromptBuilder
 from appo.data.records import DataError, Media, Record
 
 FACTOR = 28

@@ -11,7 +11,8 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from appo.config import ConfigError
-from appo.data.prompts import PromptBuilder, collate
+from appo.data.prompt_batch import collate
+from appo.data.prompts import PromptBuilder
 from appo.models.merge import merge_adapters
 from appo.train.setup import prepare_model
 

@@ -12,7 +12,8 @@ import vision_models
 from transformers import AutoConfig
 
 from appo.config import APPOConfig, ConfigError
-from appo.data.prompts import PromptBuilder, collate
+from appo.data.prompt_batch import collate
+from appo.data.prompts import PromptBuilder
 from appo.data.records import DataError
 from appo.models.loaded import prompt_positions, vision_token_ids
 from appo.rollout.build import build_engine

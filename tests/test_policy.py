@@ -4,7 +4,8 @@ import pytest
 import torch
 import training
 
-from appo.data.prompts import PromptBuilder, collate
+from appo.data.prompt_batch import collate
+from appo.data.prompts import PromptBuilder
 from appo.models.loaded import refuse_dense_mask
 from appo.recording.recorder import record_frame_mass
 from appo.train.groups import Group, batch_parts, whole_groups

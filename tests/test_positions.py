@@ -9,7 +9,8 @@ import training
 import vision_models
 
 from appo.config import ConfigError
-from appo.data.prompts import PromptBuilder, collate
+from appo.data.prompt_batch import collate
+from appo.data.prompts import PromptBuilder
 from appo.models.loaded import prompt_positions
 from appo.models.positions import rule_of, use_positions
 from appo.rollout.build import build_engine

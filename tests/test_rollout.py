@@ -6,7 +6,7 @@ import pytest
 import torch
 from rollout_cases import FAMILIES, QUESTIONS, as_prompts, build, one_prompt, rollout, scored
 
-from appo.data.prompts import collate
+from appo.data.prompt_batch import collate
 from appo.models import loaded
 from appo.models.loaded import (
     cache_argument,

@@ -16,7 +16,8 @@ from transformers import (
 
 from appo.config import APPOConfig
 from appo.data.load import load_records
-from appo.data.prompts import PromptBuilder, collate
+from appo.data.prompt_batch import collate
+from appo.data.prompts import PromptBuilder
 from appo.data.records import Record
 from appo.demo import SETTINGS
 from appo.rollout.engine import Sampling

@@ -6,7 +6,7 @@ The processes import no torch, so that they start in a fraction of a second and 
 import logging
 import os
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -54,19 +54,29 @@ class Checked:
     missing: Missing = field(default_factory=Missing)
 
 
-def check_all(source: Source, rows: Rows, numbers: range, *, media: bool = False) -> Checked:
-    """Check the records ``numbers`` of an opened file, whose places are known; with ``media`` look for theirs too."""
+def check_all(
+    source: Source, rows: Rows, parse: Callable[[Any, int], Record], numbers: range, *, media: bool = False
+) -> Checked:
+    """Check the records ``numbers`` of an opened file, whose places are known; with ``media`` look for theirs too.
+
+    rows, parse: of `open_records`. Other processes open ``source`` themselves.
+    """
     count = max(1, min(_cores(), PROCESSES, len(numbers) // SMALLEST_PART))
     edges = [numbers.start + len(numbers) * i // count for i in range(count + 1)]
     requests = [(source, rows.places(begin, end), media) for begin, end in pairwise(edges)]
+    if count == 1:
+        return check_opened(rows, parse, *requests[0][1:])
     with ThreadPoolExecutor(count) as pool:
-        parts = [check(*requests[0])] if count == 1 else pool.map(_ask, requests)
-        return _joined(parts)
+        return _joined(pool.map(_ask, requests))
 
 
 def check(source: Source, places: Any, media: bool) -> Checked:
+    """`check_opened` of a file that is opened for it."""
+    return check_opened(*open_records(source), places, media)
+
+
+def check_opened(rows: Rows, parse: Callable[[Any, int], Record], places: Any, media: bool) -> Checked:
     """Check the records at ``places`` of a file, up to the first that cannot be used."""
-    rows, parse = open_records(source)
     found = Checked()
     try:
         for index, raw in rows.scan_places(places):

@@ -48,7 +48,7 @@ class Records(Sequence[Record]):
         """The media that cannot be found."""
         numbers = self._numbers
         if isinstance(numbers, range) and numbers.step == 1 and self._rows.large:
-            found = check_all(self._source, self._rows, numbers, media=True)
+            found = check_all(self._source, self._rows, self._parse, numbers, media=True)
             if found.broken:  # since it was loaded
                 raise DataError(found.broken)
             return found.missing
@@ -119,7 +119,7 @@ def load_records(
 
 def _check_all(source: Source, rows: Rows, parse: Callable[[Any, int], Record]) -> tuple[range, str]:
     """The numbers of all records, none of which is broken, and what there is to say of equal ids."""
-    found = check_all(source, rows, range(len(rows)))
+    found = check_all(source, rows, parse, range(len(rows)))
     if found.broken:
         raise DataError(found.broken)
     return range(len(rows)), _notice(source.path, rows, parse, EqualIds(found.hashes))

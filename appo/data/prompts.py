@@ -1,4 +1,4 @@
-"""From a record to what the model reads: one `Prompt` per record, collated by left padding.
+"""From a record to what the model reads: one `Prompt` per record, which `appo.data.prompt_batch` joins with others.
 
 Everything of one prompt is kept apart (its ids, its pixels), so that groups can be split over micro-batches at will and
 the vision tower runs once per prompt, not once per response.
@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 
 from appo.config import APPOConfig
+from appo.data.clip_times import frame_times, video_of
 from appo.data.math_answers import reads
 from appo.data.media import check_spans, load_clip, load_image
 from appo.data.messages import prompt_messages
 from appo.data.records import DataError, Record
 from appo.data.video import Clip
 from appo.data.video_cache import GIB, ClipCache
-from appo.models.layout import LayoutError, Video
+from appo.models.layout import LayoutError
 from appo.models.layouts import layout_of
 
 # Names under which processors and tokenizers have the tokens of media.
@@ -222,7 +223,7 @@ class PromptBuilder:
             text=encoded.text,
             builder=self,
             resized=self.sizes.pixels > 0,
-            frame_times=_frame_times(clips, self.sizes.merged),
+            frame_times=frame_times(clips, self.sizes.merged),
         )
 
     def _check_text(self, record: Record, messages: Sequence[dict[str, Any]]) -> None:
@@ -237,74 +238,3 @@ class PromptBuilder:
                 raise DataError(
                     f"{record.place}: `question`: expected text, got the model's own token {token!r} in it."
                 )
-
-
-TICKS = 1000.0  # per second: the clock of the times below
-
-
-def metadata_of(clip: Clip) -> Any:
-    """Metadata that processors turn into timestamps and second-per-grid values: the true time of each sampled frame.
-
-    Processors know a time as an index divided by a rate. Frames counted at the average rate of a file would be off
-    where its rate varies, so the indices here count milliseconds; ``total_num_frames`` is the length of what was
-    sampled in the same unit, from which they take the samples per second.
-    """
-    from transformers.video_utils import VideoMetadata
-
-    return VideoMetadata(
-        total_num_frames=max(len(clip.timestamps), round((clip.end - clip.start) * TICKS)),
-        fps=TICKS,
-        duration=clip.duration,
-        frames_indices=[round(time * TICKS) for time in clip.timestamps.tolist()],
-    )
-
-
-def video_of(clip: Clip) -> Video:
-    """A clip as layouts take it."""
-    return Video(clip.frames, metadata_of(clip), (clip.end - clip.start) / len(clip.timestamps))
-
-
-def _frame_times(clips: Sequence[Clip], temporal_patch: int) -> list[tuple[float, float]]:
-    times = []
-    for clip in clips:
-        stamps = clip.timestamps.tolist()
-        times += [
-            (stamps[i], stamps[min(i + temporal_patch, len(stamps)) - 1]) for i in range(0, len(stamps), temporal_patch)
-        ]
-    return times
-
-
-@dataclass
-class PromptBatch:
-    """Prompts padded on the left to P tokens."""
-
-    inputs: dict[str, Tensor]  # input_ids, attention_mask (B, P), mm_token_type_ids, and the vision tensors of all
-    rows: dict[str, list[int]]  # of each vision tensor, how many rows are each prompt's
-    frame_ids: Tensor  # (B, P) int32, -1 on padding
-    num_frames: int  # F, the largest
-
-
-def collate(prompts: Sequence[Prompt], pad_id: int, device: torch.device | str = "cpu") -> PromptBatch:
-    """Pad prompts on the left and join their vision tensors in order."""
-    length = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), length), pad_id, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    types = torch.zeros_like(ids)
-    frames = torch.full((len(prompts), length), -1, dtype=torch.int32)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = prompt.input_ids
-        mask[row, length - len(prompt) :] = 1
-        frames[row, length - len(prompt) :] = prompt.frame_ids
-        if prompt.token_types is not None:
-            types[row, length - len(prompt) :] = prompt.token_types
-    inputs = {"input_ids": ids, "attention_mask": mask}
-    if prompts[0].token_types is not None:
-        inputs["mm_token_type_ids"] = types
-    names = dict.fromkeys(name for prompt in prompts for name in prompt.vision)
-    inputs |= {name: torch.cat([p.vision[name] for p in prompts if name in p.vision]) for name in names}
-    return PromptBatch(
-        inputs={name: value.to(device) for name, value in inputs.items()},
-        rows={name: [len(p.vision[name]) if name in p.vision else 0 for p in prompts] for name in names},
-        frame_ids=frames.to(device),
-        num_frames=max(prompt.num_frames for prompt in prompts),
-    )

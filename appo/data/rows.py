@@ -36,7 +36,7 @@ class Rows(Protocol):
         """Find where all rows are without decoding them; False where only `scan` can."""
 
     def places(self, begin: int, end: int) -> Any:
-        """The places of rows that were found, for `scan_places` of another process."""
+        """The places of rows that were found, for `scan_places`, also of another process."""
 
     def scan_places(self, places: Any) -> Iterator[tuple[int, Any]]:
         """(index, value) of the rows at ``places`` of the file, as those of ``scan``."""

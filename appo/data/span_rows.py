@@ -52,8 +52,9 @@ class SpanRows:
         return self._state, *(part[begin:end] for part in (self.starts, self.sizes, self.indices))
 
     def scan_places(self, places: Any) -> Iterator[tuple[int, Any]]:
-        self._state, self.starts, self.sizes, self.indices = places
-        yield from ((index, self.read(row)) for row, index in enumerate(self.indices))
+        self._state, *columns = places
+        for start, size, index in zip(*columns, strict=True):
+            yield index, self.decode(self._bytes(start, size), index)
 
     def fingerprint(self) -> str:
         return ""
@@ -69,16 +70,19 @@ class SpanRows:
         return state.st_size, state.st_mtime_ns
 
     def line(self, row: int) -> bytes:
+        return self._bytes(self.starts[row], self.sizes[row])
+
+    def _bytes(self, start: int, size: int) -> bytes:
         if self._kept is not None:
-            return self._kept[self.starts[row] : self.starts[row] + self.sizes[row]]
+            return self._kept[start : start + size]
         if self._now() != self._state:
             raise DataError(f"{self.path}: expected the file as it was when it was loaded, got one that has changed.")
         # pread has no position that threads or forked processes could take from each other.
         if hasattr(os, "pread"):
-            return os.pread(self._file.fileno(), self.sizes[row], self.starts[row])
+            return os.pread(self._file.fileno(), size, start)
         with _lock:
-            self._file.seek(self.starts[row])
-            return self._file.read(self.sizes[row])
+            self._file.seek(start)
+            return self._file.read(size)
 
     def keep(self, index: int, start: int, size: int) -> None:
         if size > LARGEST:

@@ -98,6 +98,10 @@ class Layout(ABC):
         left_out = {*PER_TOKEN, self.token_types, "video_metadata"}
         return {name: torch.as_tensor(value) for name, value in encoded.items() if name not in left_out}
 
+    def named_types(self, token_types: Tensor | None) -> dict[str, Tensor]:
+        """The argument of a forward that says which tokens are text, image and video; none where it takes none."""
+        return {} if token_types is None or self.token_types is None else {self.token_types: token_types}
+
     def find_frames(self, input_ids: Tensor, config: Any, vision: Mapping[str, Tensor]) -> FrameIds:
         """Frames of the (1, P) tokens of one prompt."""
         return frame_ids(input_ids, config)

@@ -43,7 +43,7 @@ def examine_parity(trainer: Trainer, records: Sequence[Record]) -> list[Parity]:
 
 
 def _examine(trainer: Trainer, prompt: Prompt) -> Parity:
-    from appo.data.prompts import collate
+    from appo.data.prompt_batch import collate
 
     inputs = collate([prompt], trainer.pad_id, trainer.accelerator.device).inputs
     position = int(prompt_positions(trainer.model, inputs)[..., -1].max()) + 1

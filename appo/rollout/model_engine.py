@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import DynamicCache
 
-from appo.data.prompts import Prompt, PromptBatch, collate
+from appo.data.prompt_batch import PromptBatch, collate
+from appo.data.prompts import Prompt
 from appo.models.layouts import layout_of
 from appo.models.loaded import (
     cache_argument,
@@ -158,8 +159,7 @@ class TransformersRollout:
         plain, inputs = unwrapped(self.model), batch.inputs
         layout = layout_of(plain.config)
         found = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        if layout.token_types is not None and "mm_token_type_ids" in inputs:
-            found[layout.token_types] = inputs["mm_token_type_ids"]
+        found |= layout.named_types(inputs.get("mm_token_type_ids"))
         return found | layout.features(plain.base_model, inputs, batch.rows, [1] * len(inputs["input_ids"]))
 
     def _positions(self, prompts: Sequence[Prompt]) -> Tensor:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from appo.data.prompts import Prompt, metadata_of
+from appo.data.clip_times import metadata_of
+from appo.data.prompts import Prompt
 from appo.data.video import Clip
 from appo.rollout.engine import Completion, Sampling
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from appo.data.prompts import Prompt, collate
+from appo.data.prompt_batch import collate
+from appo.data.prompts import Prompt
 from appo.data.records import Record
 from appo.tasks import response_text, think_text
 from appo.tasks.questions import NUMBERS

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from appo.data.prompts import Prompt, PromptBatch, collate
+from appo.data.prompt_batch import PromptBatch, collate
+from appo.data.prompts import Prompt
 from appo.rollout.engine import Completion
 
 T = TypeVar("T")

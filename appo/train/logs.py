@@ -14,6 +14,7 @@ from accelerate.tracking import GeneralTracker
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from appo.process_memory import peak_resident_bytes
 from appo.train.trackers import as_markdown, log_numbers, log_table, rollout_table
 
 FILES = ("metrics.jsonl", "eval.jsonl", "samples.jsonl", "heads.jsonl", "broken.jsonl")
@@ -165,9 +166,7 @@ def _truncate(path: Path, step: int) -> None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory of this process so far: the allocator's on CUDA, the resident set on a CPU."""
+    """Largest memory of this process so far, in GiB: the allocator's on CUDA, the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return peak_resident_bytes() / 2**30

@@ -122,9 +122,7 @@ class Policy(nn.Module):
         )
 
     def _hidden(self, batch: ResponseBatch, sequences: Sequences) -> Tensor:
-        base, arguments = self.causal.base_model, dict[str, Any]()
-        if sequences.token_types is not None and self.layout.token_types is not None:
-            arguments[self.layout.token_types] = sequences.token_types
+        base, arguments = self.causal.base_model, dict[str, Any](self.layout.named_types(sequences.token_types))
         if sequences.position_ids is not None:
             arguments["position_ids"] = sequences.position_ids
         if sequences.layout is not None:
