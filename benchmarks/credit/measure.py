@@ -117,17 +117,18 @@ def passed_on(folder: Path, kept: list[Unit]) -> Iterator[Unit]:
         kept.append(unit)
 
 
-def write(folders: dict[int, Path], checks: dict[int, dict[str, float]], task: str, groups: int, name: str) -> None:
+def write(folders: dict[int, Path], checks: dict[int, dict[str, float]], study: Study, groups: int, name: str) -> None:
     """results/NAME.npz and .json of all units that are there. checks: of the warm starts."""
+    rows = {row: WEIGHTINGS[row] for row in study.rows}
     kept: dict[str, list[Unit]] = {}
     models = {}
     for seed, folder in folders.items():
         kept[str(seed)] = []
-        models[str(seed)] = blocks(passed_on(folder, kept[str(seed)]), whole=True)
+        models[str(seed)] = blocks(passed_on(folder, kept[str(seed)]), whole=True, weightings=rows)
     path = harness.RESULTS / f"{name}.npz"
     save_blocks(path, models)
     content = {
-        "task": task, "groups_asked": groups, "environment": harness.environment("cpu", 1),
+        "task": study.task, "groups_asked": groups, "environment": harness.environment("cpu", 1),
         "warm_starts": {str(seed): found for seed, found in checks.items()},
         "records": {seed: [unit.records for unit in units] for seed, units in kept.items()},
         "totals": {seed: totals([units]) for seed, units in kept.items()},
@@ -162,7 +163,7 @@ def main() -> None:
     for folder in folders.values():
         folder.mkdir(exist_ok=True)
     measure(study, folders, trainers, groups, options.minutes)
-    write(folders, checks, study.task, groups, options.name or f"credit-{options.study}")
+    write(folders, checks, study, groups, options.name or f"credit-{options.study}")
 
 
 if __name__ == "__main__":
