@@ -10,16 +10,16 @@ JOBS   ?= 2
 SUITE  := pytest -n $(JOBS) --dist loadfile -m 'not slow and not browser and not gpu and not vllm'
 
 .PHONY: setup demo test test-slow test-mutations test-browser test-gpu test-newest renew lint format clean
-.PHONY: test-integrations test-vllm bench bench-check bench-gpu bench-learning
+.PHONY: test-integrations renew-integrations test-vllm bench bench-check bench-gpu bench-learning
 
-# $(call install,ENVIRONMENT,EXTRAS[,CONSTRAINTS]): the package, editable. pip comes first, since a Python may bring an old one.
+# $(call install,ENVIRONMENT,EXTRAS[,CONSTRAINTS[,MORE PACKAGES]]): the package, editable. pip comes first, since a Python may bring an old one.
 # What a package is built with is installed elsewhere, under constraints of its own.
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "appo needs Python 3.10 or later: make PYTHON=...")'
 	@echo "Installing into $(1), which takes some minutes"
 	$(PYTHON) -m venv $(1)
 	$(1)/bin/python -m pip install --quiet --upgrade $(if $(3),--constraint $(3)) pip
-	$(1)/bin/python -m pip install --quiet $(if $(3),--constraint $(3) --build-constraint $(3)) --editable '.[$(2)]'
+	$(1)/bin/python -m pip install --quiet $(if $(3),--constraint $(3) --build-constraint $(3)) --editable '.[$(2)]' $(4)
 endef
 
 setup: $(STAMP)
@@ -90,34 +90,28 @@ $(BENCH)/.installed: pyproject.toml constraints.txt
 	$(call install,$(BENCH),$(BENCH_EXTRAS),constraints.txt)
 	@touch $@
 
-# Other trainers have requirements of their own, which no environment fulfils together; TRL's alone go with ours.
-TRL := .venv-trl
-TRL_EXTRAS := train,dev,trl
-$(TRL)/.installed: pyproject.toml constraints.txt
-	$(call install,$(TRL),$(TRL_EXTRAS),constraints.txt)
+# Other trainers have requirements of their own, which no environment fulfils together: one for each, with the versions of
+# tests/integrations/constraints. Resolved anew, verl's alone take pip longer than all tests; `make renew-integrations`
+# renews them.
+TRAINERS := trl verl swift
+EXTRAS_trl := train,dev,trl
+EXTRAS_verl := dev,verl
+EXTRAS_swift := dev,swift
+$(TRAINERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml tests/integrations/constraints/%.txt
+	$(call install,.venv-$*,$(EXTRAS_$*),tests/integrations/constraints/$*.txt,av torchvision)
 	@touch $@
 
-VERL := .venv-verl
-$(VERL)/.installed: pyproject.toml
-	$(call install,$(VERL),dev$(comma)verl)
-	$(VERL)/bin/python -m pip install --quiet av torchvision
-	@touch $@
-
-SWIFT := .venv-swift
-$(SWIFT)/.installed: pyproject.toml
-	$(call install,$(SWIFT),dev$(comma)swift)
-	$(SWIFT)/bin/python -m pip install --quiet av torchvision
-	@touch $@
-
-comma := ,
 # What verl, Ray and ms-swift warn of while they are imported is theirs.
 THEIRS := -W ignore::DeprecationWarning -W ignore::FutureWarning
-test-integrations: $(TRL)/.installed $(VERL)/.installed $(SWIFT)/.installed
-	OMP_NUM_THREADS=1 $(TRL)/bin/python -m pytest -n $(JOBS) tests/integrations
-	OMP_NUM_THREADS=1 $(VERL)/bin/python -m pytest $(THEIRS) tests/integrations/test_verl*.py
-	OMP_NUM_THREADS=1 $(SWIFT)/bin/python -m pytest $(THEIRS) tests/integrations/test_ms_swift.py
+test-integrations: $(TRAINERS:%=.venv-%/.installed)
+	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -n $(JOBS) tests/integrations
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -n $(JOBS) $(THEIRS) tests/integrations/test_verl*.py
+	OMP_NUM_THREADS=1 .venv-swift/bin/python -m pytest -n $(JOBS) $(THEIRS) tests/integrations/test_ms_swift*.py
 
-bench: $(BENCH)/.installed $(VERL)/.installed
+renew-integrations:
+	PYTHON=$(PYTHON) .ci/renew_integrations.sh
+
+bench: $(BENCH)/.installed .venv-verl/.installed
 	$(BENCH)/bin/python -m pytest benchmarks
 	$(BENCH)/bin/python -m benchmarks
 	$(BENCH)/bin/python -m benchmarks.whole_model
@@ -125,7 +119,7 @@ bench: $(BENCH)/.installed $(VERL)/.installed
 	$(BENCH)/bin/python -m benchmarks.training_step
 	$(BENCH)/bin/python -m benchmarks.growth
 	$(BENCH)/bin/python -m benchmarks.peer_losses
-	$(VERL)/bin/python -m benchmarks.peer_losses --peer verl
+	.venv-verl/bin/python -m benchmarks.peer_losses --peer verl
 	$(BENCH)/bin/python -m benchmarks.page
 	$(BENCH)/bin/python -m benchmarks.readme --write
 
@@ -138,4 +132,4 @@ bench-learning: $(BENCH)/.installed
 	$(BENCH)/bin/python -m benchmarks.page
 
 clean:
-	rm -rf $(VENV) $(BENCH) $(TRL) $(VERL) $(SWIFT) .venv-newest .venv-renew build .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(BENCH) $(TRAINERS:%=.venv-%) .venv-newest .venv-renew build .pytest_cache .mypy_cache .ruff_cache
