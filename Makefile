@@ -92,11 +92,12 @@ $(BENCH)/.installed: pyproject.toml constraints.txt
 
 # Other trainers have requirements of their own, which no environment fulfils together: one for each, with the versions of
 # tests/integrations/constraints. Resolved anew, verl's alone take pip longer than all tests; `make renew-integrations`
-# renews them.
+# renews them. Their tests run on the CPU.
 TRAINERS := trl verl swift
 EXTRAS_trl := train,dev,trl
 EXTRAS_verl := dev,verl
 EXTRAS_swift := dev,swift
+$(TRAINERS:%=.venv-%/.installed): export APPO_CUDA := OFF
 $(TRAINERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml tests/integrations/constraints/%.txt
 	$(call install,.venv-$*,$(EXTRAS_$*),tests/integrations/constraints/$*.txt,av torchvision)
 	@touch $@
@@ -104,9 +105,9 @@ $(TRAINERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml tests/integ
 # What verl, Ray and ms-swift warn of while they are imported is theirs.
 THEIRS := -W ignore::DeprecationWarning -W ignore::FutureWarning
 test-integrations: $(TRAINERS:%=.venv-%/.installed)
-	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -n $(JOBS) tests/integrations
-	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -n $(JOBS) $(THEIRS) tests/integrations/test_verl*.py
-	OMP_NUM_THREADS=1 .venv-swift/bin/python -m pytest -n $(JOBS) $(THEIRS) tests/integrations/test_ms_swift*.py
+	OMP_NUM_THREADS=1 .venv-trl/bin/python -m pytest -n $(JOBS) --dist loadfile tests/integrations
+	OMP_NUM_THREADS=1 .venv-verl/bin/python -m pytest -n $(JOBS) --dist loadfile $(THEIRS) tests/integrations/test_verl*.py
+	OMP_NUM_THREADS=1 .venv-swift/bin/python -m pytest -n $(JOBS) --dist loadfile $(THEIRS) tests/integrations/test_ms_swift*.py
 
 renew-integrations:
 	PYTHON=$(PYTHON) .ci/renew_integrations.sh
