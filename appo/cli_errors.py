@@ -51,7 +51,7 @@ def _names_the_data(error: Exception) -> bool:
     from appo.data.records import DataError
     from appo.data.video import VideoError
     from appo.reports.runs import ReportError
-    from appo.rollout.registry import UserCodeError
+    from appo.rollout.user_code import UserCodeError
 
     return isinstance(error, (DataError, ReportError, UserCodeError, VideoError))
 

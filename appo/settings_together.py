@@ -52,7 +52,9 @@ def _check_name(setting: str, name: str, known: Collection[str], others: str = "
             raise ConfigError(f"`{setting}`: {shown(file)}: no such file. Paths start from the working directory.")
     elif name not in known:
         expected = f"one of {', '.join(sorted(known))}, {others}or FILE.py:NAME"
-        raise ConfigError(f"`{setting}`: expected {expected}, got {shown(name)}.{suggestion(name, known)}")
+        unnamed = name.removesuffix(":").endswith(".py")
+        end = " The function's name is missing." if unnamed else suggestion(name, known)
+        raise ConfigError(f"`{setting}`: expected {expected}, got {shown(name)}.{end}")
 
 
 # Each returns a reason why settings cannot stand beside each other, or None.

@@ -11,6 +11,7 @@ from appo import perception_slots, select_frames, token_weights
 from appo.config import APPOConfig, ConfigError
 from appo.integrations import group_weights
 from appo.integrations.weights import Responses
+from appo.rollout.user_code import UserCodeError
 from appo.settings_together import METHODS
 from appo.train.rules import RULES, weigh_tokens
 from appo_kernels.ops.group_divergence import reference
@@ -102,14 +103,23 @@ def test_groups_without_frames_or_method_have_weights_of_one(method: str, tmp_pa
     assert torch.equal(group_weights(**given, config=config, group_size=G).weights, torch.ones(2 * G, N))
 
 
-# Another shape, a negative weight and one that is no number: each at a valid token.
+# No tensor, another shape, a negative weight and one that is no number, at one valid token and at all; an error.
 @pytest.mark.parametrize(
     ("returned", "named"),
-    [("group.mask[0]", "shape"), ("-group.entropy", ">= 0"), ("group.mask / 0 * float('nan')", "finite")],
+    [
+        ("None", "`weights`: expected a torch.Tensor, got None"),
+        ("group.mask[0]", "`weights`: expected .*shape"),
+        ("-group.entropy", r"`weights`: expected .*>= 0 .*got -[\d.]+ at response 0, token 0 \(\d+ such\)"),
+        (
+            "group.mask.float().index_fill(1, group.mask[0].nonzero()[0], float('nan'))",
+            "`weights`: expected finite .*got nan at response 0",
+        ),
+        ("group.mass[9]", r"IndexError: .* \(mine\.py, line \d\)"),
+    ],
 )
-def test_a_rule_that_returns_other_things_is_named(returned: str, named: str, tmp_path: Path) -> None:
+def test_a_rule_that_fails_or_returns_other_things_is_named(returned: str, named: str, tmp_path: Path) -> None:
     config = own_rule(tmp_path, returned)
-    with pytest.raises(ValueError, match=rf"method .*mine\.py:weigh: `weights`: expected .*{named}"):
+    with pytest.raises(UserCodeError, match=rf"method .*mine\.py:weigh: {named}"):
         group_weights(**inputs(), config=config, group_size=G)
 
 
@@ -119,7 +129,7 @@ def test_what_is_masked_may_be_anything(tmp_path: Path) -> None:
     assert bool((found.weights[~inputs()["mask"]] == 1).all()) and bool(found.weights.isfinite().all())
 
 
-# A name that is none, one that is nearly a method's, a file that is not there.
+# A name that is none, one that is nearly a method's, a file that is not there, a file alone.
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
@@ -129,6 +139,8 @@ def test_what_is_masked_may_be_anything(tmp_path: Path) -> None:
         ),
         ({"method": "vpo"}, "Did you mean"),
         ({"method": "nowhere.py:weigh"}, "`method`: .*no such file"),
+        ({"method": "nowhere.py"}, "or FILE.py:NAME, got 'nowhere.py'. The function's name is missing."),
+        ({"rewards": {"nowhere.py:": 1.0}}, "The function's name is missing"),
     ],
 )
 def test_unknown_methods_are_refused_by_the_settings(settings: dict[str, Any], named: str) -> None:

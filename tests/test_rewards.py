@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from appo.data.records import Record
-from appo.rollout.registry import UserCodeError, check_user_code
+from appo.rollout.registry import check_user_code
 from appo.rollout.rewards import (
     REWARDS,
     combine,
@@ -19,6 +19,7 @@ from appo.rollout.rewards import (
     think_length,
     time_spans,
 )
+from appo.rollout.user_code import UserCodeError
 
 CHOICE = Record("q1", "Which colour?", "B", "multiple choice", options=("A. red", "B. green ball", "C. blue"))
 GROUNDED = Record("q2", "When?", "A", "multiple choice", time_spans=((2.0, 4.0), (6.0, 8.0)), meta={"grounding": True})
@@ -302,6 +303,7 @@ def more(text, record, extra): return 1.0
 def words(text, record): return "1.0"
 def none(text, record): return None
 def boom(text, record): return record.missing
+class Judge: ...
 number = 3
 """
 
@@ -313,14 +315,14 @@ def users(tmp_path: Path) -> str:
     return f"{tmp_path}/my.py"
 
 
-# Too few arguments, too many, no function, nothing of that name.
+# Too few arguments, too many, a class, no function, nothing of that name.
 @pytest.mark.parametrize(
     ("name", "says"),
     [
         ("one", r"expected a function of \(text, record\), got one of \(text\)"),
         ("more", r"expected a function of \(text, record\)"),
-        ("number", "expected a function of that name in the file, got 3"),
-        ("absent", "expected a function of that name in the file, got None"),
+        ("Judge", r"expected a function of \(text, record\), got the class Judge\."),
+        ("number", r"expected a function of \(text, record\), got 3"),
     ],
 )
 def test_a_users_function_is_looked_at_before_it_is_called(name: str, says: str, users: str) -> None:
@@ -328,9 +330,16 @@ def test_a_users_function_is_looked_at_before_it_is_called(name: str, says: str,
         check_user_code([f"{users}:{name}"], "appo")
 
 
+def test_the_functions_of_a_users_file_are_named_where_one_is_missing(users: str) -> None:
+    says = r"reward .*my\.py: no function `booom` in it; it has right, one, more, words, none, boom, Judge\. .*`boom`"
+    with pytest.raises(UserCodeError, match=says):
+        check_user_code([f"{users}:booom"], "appo")
+
+
 # Text in the place of a number, and an error of its own.
 @pytest.mark.parametrize(
-    ("name", "says"), [("words", "expected a number or None, got '1.0'"), ("boom", "AttributeError")]
+    ("name", "says"),
+    [("words", "expected a number or None, got '1.0'"), ("boom", r"AttributeError: .*\(my\.py, line 7\)")],
 )
 def test_a_users_function_that_fails_names_the_record(name: str, says: str, users: str) -> None:
     with pytest.raises(UserCodeError, match=rf"reward .*my\.py:{name}: .*record.*{says}"):
@@ -343,4 +352,6 @@ def test_a_users_file_that_does_not_load_and_a_method_of_other_arguments(users: 
         check_user_code([f"{tmp_path}/broken.py:x"], "appo")
     with pytest.raises(UserCodeError, match=r"expected a function of \(group, divergence, config\)"):
         check_user_code(["accuracy"], f"{users}:right")
+    with pytest.raises(UserCodeError, match=r"got the class Judge\. A subclass of Trainer is started from Python"):
+        check_user_code(["accuracy"], f"{users}:Judge")
     check_user_code([f"{users}:right", "accuracy"], "appo")

@@ -14,7 +14,7 @@ from appo.credit.evidence import FindSpans
 from appo.credit.weightings import BASE
 from appo.data.load import check_media, load_records
 from appo.data.records import Record
-from appo.rollout.registry import user_function
+from appo.rollout.user_code import user_function
 from appo.tasks.dataset import SOURCE
 from appo.tasks.thoughts import telling_spans
 from appo.train.setup import load_model

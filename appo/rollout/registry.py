@@ -1,26 +1,15 @@
 """Rewards by name: those of `appo.rollout.rewards`, those that a program registers, and functions of a user's file."""
 
 import functools
-import importlib.util
-import inspect
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
 
 from appo.constraints import suggestion
 from appo.data.records import Record
+from appo.rollout.user_code import user_errors, user_function
 from appo.settings_together import REWARD_NAMES
 
-# What functions of a user's file are called with, by what they are for.
-ARGUMENTS = {"reward": ("text", "record"), "told": ("text", "record"), "method": ("group", "divergence", "config")}
 Reward = Callable[[list[str], list[Record]], list[float | None]]
 REWARDS: dict[str, Reward] = {}
-
-
-class UserCodeError(ValueError):
-    """A file of the user's that cannot be used: the message names file and function, and what went wrong in it."""
 
 
 class _Unreadable(float):
@@ -79,13 +68,11 @@ def _from_file(name: str) -> Reward:
     found, place = user_function(name, "reward"), f"reward {name}"
 
     def score(text: str, record: Record) -> float | None:
-        try:
+        with user_errors(f"{place}: {record.place}", name):
             value = found(text, record)
             if isinstance(value, (str, bytes)):
                 raise TypeError(f"expected a number or None, got {value!r}")
             return value if value is None or value is UNREADABLE else float(value)
-        except Exception as error:
-            raise UserCodeError(f"{place}: {record.place}: {type(error).__name__}: {error}") from error
 
     return per_response(score)
 
@@ -100,43 +87,3 @@ def check_user_code(rewards: Iterable[str], method: str) -> None:
             get_reward(name)
     if ".py:" in method:
         user_function(method, "method")
-
-
-def user_function(name: str, what: str) -> Callable[..., Any]:
-    """The function NAME of a user's file "FILE.py:NAME", which is run: name only files that you trust.
-
-    Raises UserCodeError naming ``what`` it is for, of `ARGUMENTS`, and what is wrong with the file, the name or the
-    arguments that it takes.
-    """
-    file, _, function = name.rpartition(":")
-    found = getattr(user_module(str(Path(file).resolve()), what), function, None)
-    if not callable(found):
-        raise UserCodeError(
-            f"{what} {name}: expected a function of that name in the file, got {found!r}. Define it there."
-        )
-    try:
-        signature = inspect.signature(found)
-    except (TypeError, ValueError):  # some callables of C have none
-        return cast(Callable[..., Any], found)
-    try:
-        signature.bind(*ARGUMENTS[what])
-    except TypeError as error:
-        wanted = ", ".join(ARGUMENTS[what])
-        raise UserCodeError(f"{what} {name}: expected a function of ({wanted}), got one of {signature}.") from error
-    return cast(Callable[..., Any], found)
-
-
-@functools.cache
-def user_module(file: str, what: str) -> ModuleType:
-    """A user's Python file, run once. Raises UserCodeError naming ``what`` it is for and what is wrong with it."""
-    if not Path(file).is_file():
-        raise UserCodeError(f"{what} {file}: no such file. Relative paths start from the working directory.")
-    specification = importlib.util.spec_from_file_location(f"appo_{what}_{Path(file).stem}_{abs(hash(file))}", file)
-    assert specification is not None and specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module  # dataclasses of the file look themselves up
-    try:
-        specification.loader.exec_module(module)
-    except Exception as error:
-        raise UserCodeError(f"{what} {file}: cannot be loaded: {type(error).__name__}: {error}") from error
-    return module

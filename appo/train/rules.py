@@ -11,7 +11,7 @@ from appo.method.disagreement import slot_disagreement
 from appo.method.selection import perception_slots, position_slots, select_frames
 from appo.method.token_weights import token_weights
 from appo.method.visual_dependence import filtered_weights, gated_weights
-from appo.rollout.registry import user_function
+from appo.rollout.user_code import UserCodeError, user_errors, user_function
 from appo.train.groups import known
 from appo_kernels import checks
 
@@ -49,16 +49,30 @@ def choose_frames(group: Scored, config: APPOConfig) -> Tensor:
 def weigh_tokens(group: Scored, divergence: Divergence, config: APPOConfig) -> Tensor:
     """The weight (G, N) fp32 of each token of a scored group, by the rule of ``config.method``.
 
-    Raises ValueError where a rule of a user's file returns other things than weights.
+    Raises UserCodeError where a rule of a user's file fails, or returns other things than weights.
     """
     if config.method in RULES:
         return RULES[config.method](group, divergence, config)
-    weights = user_function(config.method, "method")(group, divergence, config)
-    op, shape = f"method {config.method}", tuple(group.mask.shape)
-    checks.shape(op, "weights", weights, shape, "(G, N)", "Return one weight for each token of the group.")
-    weights = torch.where(group.mask, weights.detach().float(), 1.0)
-    if not bool((weights.isfinite() & (weights >= 0)).all()):
-        checks.fail(op, "weights", "finite numbers >= 0 at valid tokens", "others", "Clamp them, or look for NaN.")
+    prompt = getattr(group, "prompt", None)  # which groups of other trainers do not have
+    place = f"method {config.method}" + (f": {prompt.record.place}" if prompt else "")
+    with user_errors(place, config.method):
+        weights = user_function(config.method, "method")(group, divergence, config)
+    try:
+        return _checked(weights, group.mask, place)
+    except ValueError as error:
+        raise UserCodeError(str(error)) from error
+
+
+def _checked(weights: Any, mask: Tensor, op: str) -> Tensor:
+    """The weights (G, N) fp32 that a user's rule returned, 1 outside of ``mask``. Raises ValueError."""
+    checks.tensor(op, "weights", weights)
+    checks.shape(op, "weights", weights, tuple(mask.shape), "(G, N)", "Return one weight for each token of the group.")
+    weights = torch.where(mask, weights.detach().float(), 1.0)
+    wrong = (~(weights.isfinite() & (weights >= 0))).nonzero().tolist()
+    if wrong:
+        (response, token), others = wrong[0], f" ({len(wrong)} such)" if len(wrong) > 1 else ""
+        got = f"{float(weights[response, token]):g} at response {response}, token {token}{others}"
+        checks.fail(op, "weights", "finite numbers >= 0 at valid tokens", got, "Clamp them, or look for NaN.")
     return weights
 
 
