@@ -11,6 +11,9 @@ from ptxsim import instructions
 from ptxsim.asynchronous import Copies
 from ptxsim.memory import GlobalMemory, Pointer, SharedMemory
 from ptxsim.parser import Immediate, Instruction, Negated, Operand, Program, Register, Special, Symbol
+from ptxsim.phases import Phases
+from ptxsim.proxies import Proxies
+from ptxsim.tensor_memory import TensorMemory
 from ptxsim.values import UNSIGNED, Array, decode, dtype, encode, is_float, resize, width
 from ptxsim.warpgroup import Products
 
@@ -99,7 +102,10 @@ class Machine:
         self.registers: dict[str, Array] = {}
         self.shared = SharedMemory(blocks, program.static_shared_bytes + shared_bytes)
         self.copies = Copies(self)
+        self.proxies = Proxies(self)
         self.products = Products(self)
+        self.tensor_memory = TensorMemory(self)
+        self.phases = Phases(self)
         self.constants: dict[tuple[str, str], Array] = {}
         self.pc = np.zeros(self.threads, np.int64)
         self.state = np.full(self.threads, RUNNING, np.int8)
@@ -156,7 +162,8 @@ class Machine:
     def store_shared(self, threads: Array, addresses: Array, values: Array) -> None:
         """Store to the shared memory of each thread's block, (threads, count) values."""
         offsets = self.shared.store(self.block[threads], addresses, values)
-        self.products.wrote_shared(threads, offsets, values.itemsize * values.shape[1])
+        self.proxies.wrote(threads, offsets, values.itemsize * values.shape[1])
+        self.phases.wrote(offsets, values.itemsize * values.shape[1])
 
     # -- scheduling ----------------------------------------------------------------------------------------------------
 
@@ -164,13 +171,16 @@ class Machine:
         while (active := self._pick()) is not None:
             self._run_block(active)
         self.products.finish()
+        self.tensor_memory.finish()
 
     def _pick(self) -> Array | None:
         """The threads to go on with: in each block the warps of highest priority, of these the ones furthest behind."""
         if (self.state == CONVERGING).any():
             self._reconverge()
-        ready = self.state == RUNNING
+        ready = (self.state == RUNNING) & ~self.phases.waiting
         if not ready.any():
+            if self.phases.ask_again():
+                return self._pick()
             if (self.state == EXITED).all():
                 return None
             raise RuntimeError(f"{self.program.name}: deadlock: {self._where()}")
@@ -208,8 +218,10 @@ class Machine:
             self._count(instruction)
             mask = active if instruction.guard is None else active & self.read(instruction.guard, "pred")
             if instruction.opcode == "bra":
+                target = self.program.labels[instruction.operands[-1].name]  # type: ignore[union-attr]
                 self.pc[active] = pc + 1
-                self.pc[mask] = self.program.labels[instruction.operands[-1].name]  # type: ignore[union-attr]
+                self.pc[mask] = target
+                self.phases.branched(mask & (target <= pc), active)
                 return
             if instruction.opcode in ("ret", "exit"):
                 self.state[mask] = EXITED
@@ -282,7 +294,7 @@ class Machine:
             complete = here.sum(1) == np.where(wanted, wanted, alive)
             released = here & complete[:, None]
             self.state.reshape(self.blocks, -1)[released] = RUNNING
-            self.products.barrier(released.reshape(-1))
+            self.proxies.barrier(released.reshape(-1))
 
     def _where(self) -> str:
         names = ["running", "waiting for their warp", "at a barrier"]

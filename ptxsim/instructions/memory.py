@@ -151,4 +151,4 @@ def createpolicy(machine: Machine, ins: Instruction, active: Array) -> None:
 def ordering(machine: Machine, ins: Instruction, active: Array) -> None:
     """Memory is sequentially consistent here: only what the async proxy sees needs a fence."""
     if ins.has("proxy"):
-        machine.products.proxy_fence(active)
+        machine.proxies.fence(active)

@@ -6,87 +6,21 @@ column 8 (i / 4) + 2 (l % 4) + i % 2; A in registers is the A of mma.m16n8k16 (m
 
 from __future__ import annotations
 
-import functools
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ptxsim.instructions.shared_matrix import DEPTH, load, uniform
 from ptxsim.instructions.table import opcode
 from ptxsim.instructions.tensor import fragment_matrix, fragment_places
 from ptxsim.parser import Immediate, Instruction, Operand, Register, Vector
-from ptxsim.values import Array, bf16_to_float
+from ptxsim.values import Array
 
 if TYPE_CHECKING:
     from ptxsim.machine import Machine
 
-DEPTH = 32  # bytes of the inner dimension that one product takes
-SWIZZLE = {0: 16, 1: 128, 2: 64, 3: 32}  # mode of a descriptor -> bytes of a row of its layout
 SHAPES = frozenset(f"m64n{n}k{k}" for n in range(8, 257, 8) for k in (8, 16))
-
-
-@dataclass(frozen=True)
-class Descriptor:
-    """A matrix in shared memory. Bytes: 0-13 address, 16-29 leading, 32-45 stride (all / 16); 62-63 mode."""
-
-    start: int
-    leading: int
-    stride: int
-    row: int  # bytes: 16 (no swizzle), 32, 64 or 128
-
-    @staticmethod
-    def decode(bits: int) -> Descriptor:
-        if bits >> 49 & 7 and bits >> 62:  # without a swizzle it says nothing
-            raise NotImplementedError(f"matrix descriptor {bits:#x}: a base offset")
-        start, leading, stride = (16 * (bits >> shift & 0x3FFF) for shift in (0, 16, 32))
-        return Descriptor(start, leading, stride, SWIZZLE[bits >> 62])
-
-    def chunks(self, length: int, *, transposed: bool) -> Array:
-        """Addresses of the 16-byte chunks of a matrix of ``length`` rows (M or N) and 32 bytes of K.
-
-        K-major: (length, 2), a chunk holds neighbours along K. Transposed, of 16-bit elements: (16, length / 8), a
-        chunk holds 8 neighbours along M or N. A layout repeats a block of 8 rows of ``row`` bytes.
-        """
-        if not transposed:
-            line, chunk = np.arange(length)[:, None], np.arange(DEPTH // 16)
-            step = self.leading if self.row == 16 else 16
-            address = line % 8 * self.row + line // 8 * self.stride + chunk * step
-        else:
-            line, chunk, wide = np.arange(16)[:, None], np.arange(length // 8), self.row // 16
-            along, down = (self.stride, self.leading) if self.row == 16 else (self.leading, self.stride)
-            address = line % 8 * self.row + line // 8 * down + chunk % wide * 16 + chunk // wide * along
-        address = address + self.start
-        return address ^ ((address >> 7) & (self.row // 16 - 1)) << 4
-
-
-@functools.lru_cache(maxsize=4096)
-def _addresses(bits: int, length: int, transposed: bool) -> Array:
-    return Descriptor.decode(bits).chunks(length, transposed=transposed)
-
-
-def _from_shared(machine: Machine, bits: Array, warps: Array, length: int, type: str, transposed: bool) -> Array:
-    """(warps, length, k) float32: the matrices that the descriptors of ``warps`` name."""
-    tables = np.stack([_addresses(int(each), length, transposed) for each in bits])  # (warps, lines, chunks)
-    lines = tables.reshape(warps.size, -1)
-    shape, block = lines.shape, machine.products.block[warps]
-    offsets = machine.shared.offsets(np.repeat(block, shape[1]), lines.reshape(-1), 16).reshape(shape)
-    machine.products.read_shared(warps, offsets)
-    data = machine.shared.bytes.reshape(-1, 16)[offsets // 16].reshape(*tables.shape, 16)
-    if type == "tf32":
-        values = (data.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-    else:
-        values = data.view(np.float16).astype(np.float32) if type == "f16" else bf16_to_float(data.view(np.uint16))
-    matrix = values.reshape(warps.size, tables.shape[1], -1)
-    return matrix.swapaxes(1, 2) if transposed else matrix
-
-
-def _uniform(machine: Machine, operand: Operand, type: str, warps: Array) -> Array:
-    """The value that all lanes of a warp share, of each of ``warps``."""
-    values = machine.read(operand, type).reshape(-1, 32)[warps]
-    if (values != values[:, :1]).any():
-        raise RuntimeError("lanes of a warp disagree about an operand of a product")
-    return values[:, 0]
 
 
 def _number(operand: Operand) -> int:
@@ -106,6 +40,12 @@ def wgmma(machine: Machine, ins: Instruction, active: Array) -> None:
     _multiply(machine, ins, active)
 
 
+def _operand(machine: Machine, bits: Array, warps: Array, length: int, type: str, transposed: bool) -> Array:
+    matrices, offsets = load(machine, bits, warps, length, type, transposed=transposed, version=0)
+    machine.products.read_shared(warps, offsets)
+    return matrices
+
+
 def _multiply(machine: Machine, ins: Instruction, active: Array) -> None:
     """D = A B + D, or A B where the predicate scale-d is false; summed in float64 and rounded once."""
     target, a_operand, b_operand, scale = ins.operands[:4]
@@ -123,22 +63,22 @@ def _multiply(machine: Machine, ins: Instruction, active: Array) -> None:
     fragments = [item.name for item in in_registers if isinstance(item, Register)]
     machine.products.check_fenced(warps, names + fragments)
 
-    b_bits = _uniform(machine, b_operand, "b64", warps)
-    b = _from_shared(machine, b_bits, warps, n, type, transposed[-1])
+    b_bits = uniform(machine, b_operand, "b64", warps)
+    b = _operand(machine, b_bits, warps, n, type, transposed[-1])
     if in_registers:
         places = fragment_places("a", k, type != "tf32")
         present = np.asarray(active.reshape(-1, 32).any(1))
         a = fragment_matrix(machine, a_operand, type, present, places).reshape(-1, 16, k)
     else:
-        a_bits = _uniform(machine, a_operand, "b64", warps)
-        whole = _from_shared(machine, a_bits, warps, 64, type, transposed[0])
+        a_bits = uniform(machine, a_operand, "b64", warps)
+        whole = _operand(machine, a_bits, warps, 64, type, transposed[0])
         a = whole.reshape(-1, 4, 16, k)[np.arange(warps.size), machine.specials["warpid"][::32][warps] % 4]
     product = flags[0] * flags[1] * (a.astype(np.float64) @ b.astype(np.float64).swapaxes(1, 2))
 
     # (warps, 16, n) -> (warps, registers, lanes): rows are (half, lane / 4), columns (block, lane % 4, pair).
     spread = product.reshape(-1, 2, 8, n // 8, 4, 2).transpose(0, 3, 1, 5, 2, 4).reshape(warps.size, n // 2, 32)
     before = np.stack([machine.products.accumulator(name).reshape(-1, 32)[warps] for name in names], axis=1)
-    keep = _uniform(machine, scale, "pred", warps)[:, None, None]
+    keep = uniform(machine, scale, "pred", warps)[:, None, None]
     values = (spread + np.where(keep, before.view(np.float32), 0)).astype(np.float32).view(np.uint32)
     results = {}
     for index, name in enumerate(names):

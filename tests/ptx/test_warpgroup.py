@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import ptxsim
-from ptxsim.instructions.warpgroup import Descriptor
+from ptxsim.instructions.shared_matrix import Descriptor
 
 STRIDE = 1024 // 16 << 32  # bytes between blocks of 8 rows, / 16
 
