@@ -81,11 +81,11 @@ class Tiling:
     warps: int
     stages: int  # tiles of keys in flight
     registers: int | None = None  # a thread may take so many; None: the assembler weighs them against occupancy
-    ahead_masked: bool = True  # whether loops over masked tiles load keys ahead as well
+    ahead_partial: bool = True  # whether loops over partial tiles load keys ahead as well
 
     @property
-    def masked_stages(self) -> int:
-        return self.stages if self.ahead_masked else 1
+    def partial_stages(self) -> int:
+        return self.stages if self.ahead_partial else 1
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -99,9 +99,9 @@ TilingTable = dict[tuple[int, int, int], Tiling]
 # `python -m benchmarks.inspection.static` prints what the choices cost. fp32 products are not tensor-core
 # instructions: their operands lie in registers, so tiles are small, keys are not loaded ahead (what is ahead would be
 # held in registers as well), and without a number of registers the assembler spills one or two to gain occupancy.
-# sm_100 does not load ahead in loops of two kinds: Triton 3.8 puts the fence.proxy.async of a product before the wait
-# for the keys that it is to cover, not behind it, where the keys' copies are waited for one after the other. On a B200 a
-# product may then read shared memory as it was (pytorch issue 181248 is such a case); tests/ptx/test_blackwell.py sees it.
+# sm_100 does not load ahead in two kinds of loops: Triton 3.8 puts the fence.proxy.async of a product before the wait
+# for the keys that it is to cover, not behind it, where copies are waited for one after the other. On a B200 a product
+# may then read shared memory as it was (pytorch issue 181248 is such a case); tests/ptx/test_blackwell.py sees it.
 FORWARD = {
     (80, 2, 64): Tiling(128, 64, 8, 2),
     (80, 2, 128): Tiling(128, 32, 8, 2),
@@ -113,10 +113,10 @@ FORWARD = {
     (90, 2, 64): Tiling(128, 64, 8, 3),
     (90, 2, 128): Tiling(128, 64, 8, 3),
     (90, 2, 256): Tiling(128, 32, 8, 2),
-    (100, 2, 32): Tiling(128, 64, 8, 2, ahead_masked=False),
-    (100, 2, 64): Tiling(128, 64, 8, 3, ahead_masked=False),
-    (100, 2, 128): Tiling(128, 64, 8, 3, ahead_masked=False),
-    (100, 2, 256): Tiling(64, 64, 8, 2, ahead_masked=False),
+    (100, 2, 32): Tiling(128, 64, 8, 2, ahead_partial=False),
+    (100, 2, 64): Tiling(128, 64, 8, 3, ahead_partial=False),
+    (100, 2, 128): Tiling(128, 64, 8, 3, ahead_partial=False),
+    (100, 2, 256): Tiling(64, 64, 8, 2, ahead_partial=False),
 }
 BACKWARD = {
     (80, 2, 32): Tiling(32, 32, 8, 2),

@@ -11,11 +11,12 @@ Every register is an array with one element per thread of the whole grid. What m
 - asynchronous copies poison their destination when issued and land only when the issuing thread waits for them;
 - products of a warpgroup (wgmma) do the same with their accumulators, and what must order them (fences of registers and
   of the async proxy, commit, wait) is checked;
+- tensor memory (tcgen05) must be allocated, waited for and freed, and its products fenced, committed and waited for;
 - an unknown opcode, type or modifier is an error, never a guess.
 
 ``ptxsim.triton_device`` makes the simulator the device that Triton launches its kernels on.
-Executed: what Triton emits for sm_80 and sm_90, for sm_100 where no tensor memory is used, and what nvcc emits for
-sm_80; ``python -m ptxsim`` lists opcodes and modifiers. Not executed: TMA, mbarrier, clusters, tcgen05.
+Executed: what Triton emits for this project's kernels on sm_80, sm_90 and sm_100, and what nvcc emits for sm_80;
+``python -m ptxsim`` lists opcodes and modifiers. Not executed: TMA, clusters, arrivals of threads at an mbarrier.
 """
 
 from ptxsim.machine import Statistics, launch

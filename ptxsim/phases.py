@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ptxsim.machine import Machine
 
 SIZE = 8  # bytes of an object
-PATIENCE = 0.25  # how often, under a random schedule, a poll fails that could succeed: callers must look at the answer
+PATIENCE = 0.5  # how often, under a random schedule, a poll fails that could succeed: callers must look at the answer
 
 
 @dataclass
@@ -40,7 +40,9 @@ class Phases:
         self.machine = machine
         self.objects: dict[tuple[int, int], Phase] = {}  # (block, address)
         self.occupied = np.zeros(machine.shared.bytes.size // SIZE, bool)
-        self.failed = np.zeros(machine.threads, bool)  # the last poll of the thread failed, and it has not branched since
+        self.failed = np.zeros(
+            machine.threads, bool
+        )  # the last poll of the thread failed, and it has not branched since
         self.waiting = np.zeros(machine.threads, bool)  # has branched back to poll again
         self.hopeless = False  # all wait, and nothing has happened since they were asked the last time
 
@@ -74,7 +76,9 @@ class Phases:
 
     def wrote(self, offsets: Array, size: int) -> None:
         """An ordinary store of ``size`` bytes at ``offsets`` in the bytes of all blocks."""
-        if self.objects and any(self.occupied[(offsets + part) // SIZE].any() for part in range(0, max(size, SIZE), SIZE)):
+        if self.objects and any(
+            self.occupied[(offsets + part) // SIZE].any() for part in range(0, max(size, SIZE), SIZE)
+        ):
             raise RuntimeError("a store into an mbarrier")
 
     def track(self, thread: int, address: int, tickets: Array) -> None:

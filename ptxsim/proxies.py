@@ -1,8 +1,8 @@
 """The two proxies of shared memory: ordinary instructions write through one, the tensor cores read through the other.
 
-What st or cp.async wrote is seen by a product (wgmma, tcgen05.mma) only behind a fence.proxy.async: of the writer before
-the barrier that both pass, or of a reader behind it. Reading without one is an error here, and so is writing what a
-product in flight reads. Events are ordered by a clock of the machine that ticks with every write, fence and barrier.
+What st or cp.async wrote is seen by a product (wgmma, tcgen05.mma) only behind a fence.proxy.async: of the writer
+before the barrier that both pass, or of a reader behind it. Reading without one is an error here, and so is writing
+what a product in flight reads. Events are ordered by a clock that ticks with every write, fence and barrier.
 """
 
 from __future__ import annotations

@@ -94,7 +94,9 @@ class TensorMemory:
 
     def deallocate(self, block: int, address: int, columns: int) -> None:
         if self.sizes.get((block, address)) != columns:
-            raise RuntimeError(f"tcgen05.dealloc of {columns} columns at {address:#x}, which were not allocated together")
+            raise RuntimeError(
+                f"tcgen05.dealloc of {columns} columns at {address:#x}, which were not allocated together"
+            )
         place = Region(np.array(block), np.arange(LANES)[:, None], np.arange(address, address + columns))
         self._check_idle(place, "deallocated")
         self.owner[block, address : address + columns] = -1

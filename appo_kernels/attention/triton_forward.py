@@ -78,7 +78,7 @@ def online_kernel(
     stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_ks, stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_or, HKV, R, S, T, N, first_row_tile, scale,
     G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BOUNDS: tl.constexpr,
-    VALUE: tl.constexpr, MASS: tl.constexpr, NEGATIVE: tl.constexpr, MASKED_STAGES: tl.constexpr,
+    VALUE: tl.constexpr, MASS: tl.constexpr, NEGATIVE: tl.constexpr, PARTIAL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """out and lse of one row tile and key/value head; with MASS also the sum and running maximum of every tile.
 
@@ -123,7 +123,7 @@ def online_kernel(
             p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,
             D, DP, BM, BN, SHORT_TILES, BOUNDS, VALUE, MASS, NEGATIVE,
         )  # fmt: skip
-    for i in tl.range(unmasked, num_blocks, num_stages=MASKED_STAGES):
+    for i in tl.range(unmasked, num_blocks, num_stages=PARTIAL_STAGES):
         b_out, row_sum, row_max = online_step(
             b_query, p_key, p_value, stride_ks, stride_vs, p_order, p_tiles, tl.load(p_kv_indices + i), p_tile_sum,
             p_tile_max, first, last, prefix, scale, b_out, row_sum, row_max,

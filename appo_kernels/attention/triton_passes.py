@@ -70,7 +70,7 @@ def attend(
             *value_or_any.stride()[:3], *out_or_any.stride()[:3], HKV, R, S, T, N, start, magnitude(scale),
             G=G, D=D, DP=padded_head_dim(D), BM=choice.rows, BN=choice.keys, BOUNDS=plan.bounds is not None,
             VALUE=value is not None, MASS=F > 0, NEGATIVE=scale < 0,
-            MASKED_STAGES=choice.masked_stages, **choice.options,
+            PARTIAL_STAGES=choice.partial_stages, **choice.options,
         )  # fmt: skip
         if F:
             forward_kernels.mass_from_tiles_kernel[(tiles, F, B)](

@@ -36,7 +36,9 @@ class Descriptor:
         if mode not in SWIZZLE or (bits >> 49 & 7 and mode):
             raise NotImplementedError(f"matrix descriptor {bits:#x}: swizzle {mode}, base offset {bits >> 49 & 7}")
         if bits >> 46 & 7 != version or bits >> 52 & 0x1FF or bits & 0xC000C000:
-            raise ValueError(f"matrix descriptor {bits:#x}: expected {version} in bits 46-48, 0 in all that are reserved")
+            raise ValueError(
+                f"matrix descriptor {bits:#x}: expected {version} in bits 46-48, 0 in all that are reserved"
+            )
         start, leading, stride = (16 * (bits >> shift & 0x3FFF) for shift in (0, 16, 32))
         return Descriptor(start, leading, stride, SWIZZLE[mode])
 
@@ -66,7 +68,7 @@ def _addresses(bits: int, version: int, length: int, transposed: bool) -> Array:
 def load(
     machine: Machine, bits: Array, warps: Array, length: int, type: str, *, transposed: bool, version: int
 ) -> tuple[Array, Array]:
-    """The matrices that the descriptors of ``warps`` name, (warps, length, k) float32, and the offsets of their chunks."""
+    """The matrices that descriptors of ``warps`` name, (warps, length, k) float32, and the offsets of their chunks."""
     if transposed and type == "tf32":
         raise NotImplementedError("a transposed matrix of tf32")
     tables = np.stack([_addresses(int(each), version, length, transposed) for each in bits])  # (warps, lines, chunks)

@@ -1,7 +1,7 @@
 """tcgen05: products into tensor memory, its allocation, loads, stores and what waits for them (PTX ISA, 9.7.16).
 
-D (M x N of float32): row r of 128 lies in lane r; row r of 64 in lane 32 (r / 16) + r % 16, or 16 lanes further. Column n
-is n columns behind the address. A in tensor memory lies in the same lanes, two 16-bit values of K in a column.
+D (M x N of float32): row r of 128 lies in lane r; row r of 64 in lane 32 (r / 16) + r % 16, or 16 lanes further. Column
+n is n columns behind the address. A in tensor memory lies in the same lanes, two 16-bit values of K in a column.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _split(machine: Machine, operand: Operand) -> tuple[Array, Array]:
 
 
 def transfer(machine: Machine, ins: Instruction, active: Array) -> None:
-    """ld or st. 32x32b: thread l of warp w has lane 32 (w % 4) + l; 16x32bx2: the upper 16 threads have the lanes of the
-    lower ones, ``operand`` columns further. Register i is the i-th column."""
+    """ld or st, register i being the i-th column. 32x32b: thread l of warp w has lane 32 (w % 4) + l; 16x32bx2: the
+    upper 16 threads have the lanes of the lower ones, so many columns further as the immediate says."""
     load = ins.modifiers[0] == "ld"
     registers, place = ins.operands[:2] if load else (ins.operands[-1], ins.operands[0])
     targets, count = items(registers), int(next(m for m in ins.modifiers if m in COUNTS)[1:])
@@ -188,9 +188,7 @@ def _multiply(machine: Machine, ins: Instruction, threads: Array, shape: Shape) 
     for i, thread in enumerate(threads):
         one = slice(i, i + 1)
         used = None if place is None else place.part(one)
-        memory.issue(
-            Product(int(thread), result.part(one), used, chunks[i], clock), values[one], shape.number
-        )
+        memory.issue(Product(int(thread), result.part(one), used, chunks[i], clock), values[one], shape.number)
 
 
 def _operand(

@@ -96,7 +96,7 @@ FAULTS = {
     "misaligned": ("ld.global.v2.b32 {%w4, %w5}, [%in];", "misaligned"),
     "shared": ("mov.u32 %w5, dynamic; st.shared.b32 [%w5+64], %t;", "out of bounds"),
     "division": ("div.u32 %w4, %t, 0;", "division by zero"),
-    "unknown opcode": ("tcgen05.wait %w4;", "opcode 'tcgen05'"),
+    "unknown opcode": ("multimem.red %w4;", "opcode 'multimem'"),
     "unknown modifier": ("ld.global.frobnicate.b32 %w4, [%in];", "modifier frobnicate"),
     "divergent collective": ("setp.lt.u32 %q0, %t, 3; @%q0 ret; bar.sync 0; bra $x; $x: bar.sync 1, 256;", "deadlock"),
 }
