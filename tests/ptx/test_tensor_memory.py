@@ -156,7 +156,7 @@ POLL = """
     .visible .entry k(.param .u64 result) {{
     .reg .u64 %out, %d; .reg .b32 %t; .reg .f32 %f; .reg .pred %p0, %first, %done; .shared .align 8 .b64 bar;
     ld.param.u64 %out, [result]; mov.u32 %t, %tid.x; mul.wide.u32 %d, %t, 4; add.s64 %out, %out, %d;
-    setp.lt.u32 %p0, %t, 32; setp.eq.u32 %first, %t, 0; 
+    setp.lt.u32 %p0, %t, 32; setp.eq.u32 %first, %t, 0;
     @%first mbarrier.init.shared::cta.b64 [bar], {count}; bar.sync 0;
     @%p0 bra work;
     again: mbarrier.try_wait.parity.shared::cta.b64 %done, [bar], 0; @!%done bra again;
