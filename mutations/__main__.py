@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 
 from mutations import suites
-from mutations.results import Results, explained, report
-from mutations.workbench import Workbench
+from mutations.results import Results, digest, explained, report
+from mutations.workbench import Outcome, Workbench
 
-LONGEST = 4.0  # tests of a mutant may take so many times what they take without a change
-COMPILING = 60.0  # and so many seconds more
+LIMIT = 60.0  # CPU seconds of a test; the longest takes a sixth of it
 
 
 def main() -> int:
@@ -22,22 +21,26 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="which of all mutants are chosen (default: 0)")
     parser.add_argument("--number", type=int, default=suites.NUMBER, help="how many (default: %(default)s)")
     parser.add_argument("--only", default="", help="only files whose path contains this")
+    parser.add_argument("--part", default="1/1", metavar="K/N", help="the K-th of N parts, for several processes")
     parser.add_argument("--minutes", type=float, help="begin no more after so many; the next call goes on")
-    parser.add_argument("--limit", type=float, help="seconds for tests, in place of a multiple of what they take")
+    parser.add_argument("--limit", type=float, default=LIMIT, help="CPU seconds of a test (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=suites.ROOT / "build" / "mutations" / "results.csv")
     parser.add_argument("--list", action="store_true", help="print the chosen mutants and run none")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the copy is removed
     planned = [m for m in suites.plan(arguments.number, arguments.seed) if arguments.only in m.file]
+    part, parts = map(int, arguments.part.split("/"))
+    planned = planned[part - 1 :: parts]
     if arguments.list:
         print(*planned, sep="\n")
         return 0
     results = Results(arguments.results)
     began = time.monotonic()
-    missing = [m for m in planned if (known := results.of(m)) is None or known.result == "survived"]
+    known, reasons = {m: results.of(m) for m in planned}, explained()
+    missing = [m for m in planned if m.key not in reasons and ((o := known[m]) is None or o.result == "survived")]
     random.Random(arguments.seed).shuffle(missing)  # what a time limit leaves out is of every file
-    missing.sort(key=lambda mutant: mutant.key in explained())  # and what takes longest and is known comes last
     with contextlib.ExitStack() as stack:
+        used: set[suites.Suite] = set()
         for number, mutant in enumerate(missing, 1):
             if arguments.minutes and time.monotonic() - began > 60 * arguments.minutes:
                 print(f"{len(missing) - number + 1} mutants are left for the next call")
@@ -46,10 +49,15 @@ def main() -> int:
                 folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mutations-"))
                 bench = stack.enter_context(Workbench(Path(folder)))
             tests = suites.of(mutant.file)
-            limits = [arguments.limit or COMPILING + LONGEST * results.usual(suite, bench) for suite in tests]
-            outcome = bench.run(mutant, tests, limits)
+            outcome = bench.run(mutant, tests, arguments.limit)
             results.add(mutant, outcome)
+            used.update(tests)
             print(f"{number}/{len(missing)} {outcome.result} in {outcome.seconds:.0f} s: {mutant}", flush=True)
+        if used:
+            bench.check(used, arguments.limit)
+    for mutant in planned:
+        if mutant.key in reasons:
+            results.known[digest(mutant)] = Outcome("survived", 0.0, "")
     text, good = report([(m, o) for m in planned if (o := results.of(m))], explained())
     print(text)
     return 0 if good else 1

@@ -1,11 +1,14 @@
-"""pytest runs in children of a process that has imported what is heavy and never changes: torch, triton, pytest.
+"""pytest runs in children of a process that has imported what never changes: torch, triton, pytest and its plugins.
 
-As a program it is that process: it reads requests, a line of JSON each (arguments of pytest, seconds, where the output
-goes), from standard input, and answers with the exit status, null where the time was up.
+As a program it is that process: it reads requests, a line of JSON each (arguments of pytest, CPU seconds of a test,
+where the output goes), from standard input, and answers with the exit status, null where a test went on for longer. As
+``forks.py warm`` it imports the tests as well: for changes that are not of Python.
 """
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -13,16 +16,18 @@ import time
 from pathlib import Path
 from typing import Any
 
+WAITING = 20.0  # a child that waits for something may take so many times what its tests may compute
+
 
 class Server:
     """Runs pytest in ``folder``, whose packages come first, with more in its environment."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], *, warm: bool = False, name: str = "") -> None:
         # No .pyc: a change that keeps a file's size, within a second, would not be seen.
         own = {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-        self.output = folder / f"output-{'-'.join(environment) or 'plain'}.txt"
+        self.output = folder / f"output-{name or 'plain'}.txt"
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, *(["warm"] if warm else [])],
             cwd=folder,
             env=os.environ | own | environment,
             stdin=subprocess.PIPE,
@@ -31,7 +36,7 @@ class Server:
         )
 
     def run(self, arguments: list[str], limit: float) -> tuple[int | None, str]:
-        """Exit status of ``pytest arguments``, None where ``limit`` seconds were not enough, and what it printed."""
+        """Exit status of ``pytest arguments`` and what it printed; None where a test took ``limit`` CPU seconds."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps([arguments, limit, str(self.output)]) + "\n")
         self.process.stdin.flush()
@@ -45,13 +50,29 @@ class Server:
         self.process.wait()
 
 
-def _serve() -> None:
+class Limit:
+    """A plugin of pytest: a test that computes for too long ends the process, however busy the machine is."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def pytest_runtest_setup(self) -> None:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        soft = int(used.ru_utime + used.ru_stime + self.seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _serve(warm: bool) -> None:
+    import importlib.metadata
+
     import numpy  # noqa: F401
     import pytest
     import torch  # noqa: F401
     import triton  # noqa: F401
 
-    child = 0
+    for plugin in importlib.metadata.entry_points(group="pytest11"):
+        plugin.load()
+    child, collected = 0, set()
 
     def stop(*_: Any) -> None:
         if child:
@@ -59,8 +80,13 @@ def _serve() -> None:
         os._exit(1)
 
     signal.signal(signal.SIGTERM, stop)
+    answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         arguments, limit, output = json.loads(line)
+        if warm and tuple(arguments) not in collected:
+            collected.add(tuple(arguments))
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+                pytest.main(["--collect-only", *arguments])
         child = os.fork()
         if not child:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -68,10 +94,11 @@ def _serve() -> None:
             to = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(to, 1)
             os.dup2(to, 2)
-            status = pytest.main(arguments)
+            sys.stdout = os.fdopen(1, "w", closefd=False)
+            status = pytest.main(arguments, plugins=[Limit(limit)])
             sys.stdout.flush()
             os._exit(int(status))
-        print(json.dumps(_wait(child, limit)), flush=True)
+        print(json.dumps(_wait(child, WAITING * limit)), file=answers, flush=True)
         child = 0
 
 
@@ -81,7 +108,8 @@ def _wait(child: int, limit: float) -> int | None:
     while True:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            return None if code == -signal.SIGXCPU else code
         if time.monotonic() > end:
             os.killpg(child, signal.SIGKILL)
             os.waitpid(child, 0)
@@ -91,4 +119,4 @@ def _wait(child: int, limit: float) -> int | None:
 
 
 if __name__ == "__main__":
-    _serve()
+    _serve("warm" in sys.argv[1:])

@@ -6,8 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mutations.mutant import Mutant
-from mutations.suites import Suite
-from mutations.workbench import Outcome, Workbench
+from mutations.workbench import Outcome
 
 SURVIVORS = Path(__file__).with_name("survivors.txt")
 FIELDS = ("digest", "file", "function", "operator", "change", "result", "seconds", "told")
@@ -37,24 +36,11 @@ class Results:
         return self.known.get(digest(mutant))
 
     def add(self, mutant: Mutant, outcome: Outcome) -> None:
-        self._write(digest(mutant), (mutant.file, mutant.function, mutant.operator, mutant.change), outcome)
-
-    def _write(self, key: str, what: tuple[str, ...], outcome: Outcome) -> None:
-        """At once; the last row of a key counts."""
-        self.known[key] = outcome
+        """At once; the last row of a mutant counts."""
+        self.known[digest(mutant)] = outcome
+        what = (mutant.file, mutant.function, mutant.operator, mutant.change)
         with self.path.open("a", newline="") as file:
-            csv.writer(file).writerow((key, *what, outcome.result, f"{outcome.seconds:.1f}", outcome.told))
-
-    def usual(self, suite: Suite, bench: Workbench) -> float:
-        """Seconds that ``suite`` takes without a change, which it must pass; once for the sources as they are."""
-        key = hashlib.sha256(repr((bench.state, suite)).encode()).hexdigest()[:16]
-        if key not in self.known:
-            bench.build(suite)
-            outcome = bench.run(None, (suite,), (3600.0,))
-            if outcome.result != "survived":
-                raise RuntimeError(f"{suite} fails without a fault: {outcome.result}: {outcome.told}")
-            self._write(key, ("", "", "", str(suite)), outcome)
-        return self.known[key].seconds
+            csv.writer(file).writerow((digest(mutant), *what, outcome.result, f"{outcome.seconds:.1f}", outcome.told))
 
 
 def explained(path: Path = SURVIVORS) -> dict[tuple[str, str, str], str]:

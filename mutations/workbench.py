@@ -1,13 +1,12 @@
 """A copy of the tree in which one kernel at a time is changed and its tests are run."""
 
 import contextlib
-import hashlib
 import re
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,18 +45,14 @@ class Workbench:
 
     def __init__(self, folder: Path, root: Path = ROOT) -> None:
         self.folder = folder.resolve()
-        self.servers: dict[tuple[tuple[str, str], ...], Server] = {}
-        found = hashlib.sha256()
+        self.servers: dict[Any, Server] = {}
+        self.passed: set[Suite] = set()
         for name in COPIED:
             source, target = root / name, self.folder / name
             if source.is_dir():
                 shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", "*.so", ".*_cache"))
-                for path in sorted(p for p in target.rglob("*") if p.suffix in (".py", ".cu", ".cuh", ".h", ".cpp")):
-                    found.update(path.read_bytes())
             elif source.exists():
                 shutil.copy2(source, target)
-        self.state = found.hexdigest()[:16]
-        """A digest of the sources as they were copied."""
         (self.folder / "sitecustomize.py").write_text(FIRST_IN_PYTHON)
         check = [sys.executable, "-c", CHECK_COPY, str(self.folder)]
         used = subprocess.run(check, cwd=self.folder, capture_output=True, text=True).stdout
@@ -71,11 +66,11 @@ class Workbench:
         for server in self.servers.values():
             server.close()
 
-    def run(self, mutant: Mutant | None, suites: Sequence[Suite], limits: Sequence[float]) -> Outcome:
-        """The outcome of ``suites`` with the change; None: without one. limits: seconds of each."""
+    def run(self, mutant: Mutant | None, suites: Sequence[Suite], limit: float) -> Outcome:
+        """The outcome of ``suites`` with the change; None: without one. limit: CPU seconds of a test."""
         began = time.monotonic()
         with self._changed({mutant.file: (mutant.source, mutant.mutated)} if mutant else {}):
-            for suite, limit in zip(suites, limits, strict=True):
+            for suite in suites:
                 with self._changed(self._fewer_head_dims(suite.head_dims) if suite.head_dims else {}):
                     status, output = self._server(suite).run(suite.arguments(), limit)
                 if status is None:
@@ -85,13 +80,15 @@ class Workbench:
                 if status != PASSED:
                     result = "invalid" if any(text in output for text in INVALID) else "caught"
                     return Outcome(result, time.monotonic() - began, _first_failure(output) or str(suite))
+                self.passed.add(suite)
         return Outcome("survived", time.monotonic() - began, "")
 
-    def build(self, suite: Suite) -> None:
-        """Compile the emulated kernels without a change, so that the time of ``suite`` is that of its tests."""
-        if suite.head_dims is not None:
-            with self._changed(self._fewer_head_dims(suite.head_dims) if suite.head_dims else {}):
-                subprocess.run([sys.executable, "-m", "cudasim"], cwd=self.folder, capture_output=True, check=True)
+    def check(self, suites: Iterable[Suite], limit: float) -> None:
+        """Run those of ``suites`` without a change that no mutant has passed: what fails then catches nothing."""
+        for suite in set(suites) - self.passed:
+            outcome = self.run(None, (suite,), limit)
+            if outcome.result != "survived":
+                raise RuntimeError(f"{suite} fails without a fault: {outcome.result}: {outcome.told}")
 
     @contextlib.contextmanager
     def _changed(self, texts: dict[str, tuple[str, str]]) -> Iterator[None]:
@@ -124,9 +121,12 @@ class Workbench:
         return texts
 
     def _server(self, suite: Suite) -> Server:
-        if suite.environment not in self.servers:
-            self.servers[suite.environment] = Server(self.folder, dict(suite.environment))
-        return self.servers[suite.environment]
+        key = suite.environment, suite.head_dims
+        if key not in self.servers:
+            name = "-".join(map(str, (*dict(suite.environment), *(suite.head_dims or ()))))
+            warm = suite.head_dims is not None  # csrc/ changes, and no file of Python
+            self.servers[key] = Server(self.folder, dict(suite.environment), warm=warm, name=name)
+        return self.servers[key]
 
 
 def _first_failure(output: str) -> str:

@@ -147,19 +147,18 @@ def test_mutants_are_run_in_a_copy(tree: Path, tmp_path: Path) -> None:
     wrong, same, endless = mutant("x * 2", "x * 3"), mutant("x * 2", "2 * x"), mutant("-x", "+x")
     (tmp_path / "copy").mkdir()
     with Workbench(tmp_path / "copy", tree) as bench:
-        assert results.usual(tests[0], bench) > 0
         for one, expected in ((wrong, "caught"), (same, "survived"), (endless, "time limit"), (wrong, "caught")):
-            outcome = bench.run(one, tests, (5.0 if one is endless else 60.0,))
+            outcome = bench.run(one, tests, limit=1 if one is endless else 60)
             assert outcome.result == expected, outcome
             results.add(one, outcome)
-        assert bench.run(None, tests, (60.0,)).result == "survived"
+        bench.check(tests, limit=60)
         (tree / "tests" / "test_kernel.py").write_text("def test_double():\n    assert False\n")
     assert file.read_text() == source
     known = Results(results.path)
     assert [known.of(m).result for m in (wrong, same, endless)] == ["caught", "survived", "time limit"]  # type: ignore[union-attr]
     (tmp_path / "other").mkdir()
     with Workbench(tmp_path / "other", tree) as bench, pytest.raises(RuntimeError, match="fails without a fault"):
-        Results(tmp_path / "new.csv").usual(tests[0], bench)
+        bench.check(tests, limit=60)
 
 
 def test_report() -> None:
