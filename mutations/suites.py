@@ -51,9 +51,11 @@ ATTENTION = Suite(("tests/ptx/test_attention_kernels.py",))
 LOGITS = Suite(("tests/ptx/test_logits_kernels.py", "tests/ptx/test_offsets.py"))
 HOPPER = Suite(("tests/ptx/test_hopper.py",), "test_forward")
 ONE_HEAD, MASS = "nothing_behind_a_head_is_read", ("frame_mass", "mass_where_rows_miss_the_end")
-INTERPRETED = _interpreted(ONE_HEAD, *MASS, "attention")
-BACKWARD = _interpreted(ONE_HEAD, "attention")
+SMALL_FRAMES = "one_key_more_than_a_tile_of_small_frames"
+INTERPRETED = _interpreted(ONE_HEAD, SMALL_FRAMES, *MASS, "attention")
+BACKWARD = _interpreted(ONE_HEAD, SMALL_FRAMES, "attention")
 ON_TOKENS = ("weighted_surrogate", "weighted_surrogate_of_nothing", "gradients_are_scaled_in_place")
+ROWS = _interpreted("one_column_more_than_a_block", "logits", *ON_TOKENS)
 SURROGATES = _interpreted(*ON_TOKENS, "a_second_backward_says_when_it_cannot_be")
 
 SUITES: dict[str, tuple[Suite, ...]] = {
@@ -75,11 +77,11 @@ SUITES: dict[str, tuple[Suite, ...]] = {
     "appo_kernels/attention/triton_forward.py": (INTERPRETED, ATTENTION, HOPPER),
     "appo_kernels/attention/triton_delta.py": (BACKWARD, ATTENTION),
     "appo_kernels/attention/triton_backward.py": (BACKWARD, ATTENTION),
-    "appo_kernels/attention/triton_mass.py": (_interpreted(*MASS), ATTENTION),
+    "appo_kernels/attention/triton_mass.py": (_interpreted(SMALL_FRAMES, *MASS), ATTENTION),
     "appo_kernels/attention/triton_plan.py": (_interpreted("block_mask"), ATTENTION),
     "appo_kernels/ops/group_divergence/triton_fold.py": (_interpreted("logits"), LOGITS),
     "appo_kernels/ops/weighted_surrogate/triton_terms.py": (SURROGATES, LOGITS),
-    "appo_kernels/vocabulary/triton_rows.py": (_interpreted("logits", *ON_TOKENS), LOGITS),
+    "appo_kernels/vocabulary/triton_rows.py": (ROWS, LOGITS),
 }
 
 

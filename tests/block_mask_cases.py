@@ -68,10 +68,11 @@ def examples() -> list[Example]:
 
 
 def long() -> Example:
-    """More keys, frames and rows than a block of the kernels: 700 keys in 560 frames of one key and large ones."""
+    """More keys, frames and rows than a block of the kernels: frames of one key, a multiple of a block's, and large
+    ones. The last keys, of no frame, are seen by no row."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.full((2, 1300), -1)
-    ids[0, :560], ids[0, 560:1260] = torch.arange(560).flip(0), 7
-    ids[1] = torch.randint(-1, 560, (1300,), generator=generator).sort(descending=True).values
-    last = torch.randint(0, 1300, (2, 530), generator=generator).int()
-    return Example("long", ids.int(), 560, 530, (None, last, None))
+    ids[0, :1024], ids[0, 1024:1260] = torch.arange(1024).flip(0), 7
+    ids[1, :1290] = torch.randint(-1, 1024, (1290,), generator=generator).sort(descending=True).values
+    last = torch.randint(0, 1295, (2, 530), generator=generator).int()
+    return Example("long", ids.int(), 1024, 530, (None, last, None))

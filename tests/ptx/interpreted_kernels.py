@@ -25,6 +25,7 @@ from appo_kernels.ops.token_logprobs import token_logprobs
 from appo_kernels.ops.weighted_surrogate import linear_weighted_surrogate, weighted_surrogate
 from appo_kernels.ops.weighted_surrogate import reference as surrogate_reference
 from appo_kernels.ops.weighted_surrogate import triton as surrogate_triton
+from appo_kernels.vocabulary import triton_rows
 
 SCALE = 0.21
 
@@ -104,9 +105,38 @@ def test_mass_where_rows_miss_the_end(last, first_keys, second_keys):
     testing.assert_as_good_as(results[1], results[0].double(), results[0], atol=3e-6, name="mass")
 
 
+def test_one_key_more_than_a_tile_of_small_frames():
+    """Small frames share tiles: here one tile of theirs and a single key, which every pass must take too."""
+    S, rows = 65, 3
+    ids = (torch.arange(S, dtype=torch.int32) // 5)[None]
+    layout = layouts.LayoutCase(ids, 13, None, layouts.ints(torch.full((rows,), S - 1)), None, rows)
+    inputs = calls.tensors(layout, 2, 1, 32, torch.float32)
+    grads = calls.upstream(layout, inputs)
+    expected = calls.expected_attention(layout, inputs, scale=SCALE, grads=grads)
+    results = [calls.attention(layout, inputs, backend, scale=SCALE, grads=grads) for backend in ("triton", "torch")]
+    calls.compare(results[0], expected, results[1])
+    mass = torch.zeros(1, 1, rows, 13)
+    frame_mass.forward(*inputs[:2], layout.operands(SCALE), expected[1].float(), mass, None, False)
+    testing.assert_as_good_as(mass[0], expected[2], results[1][2], atol=3e-6, name="mass")
+
+
+def test_one_column_more_than_a_block():
+    """A vocabulary that ends one column behind a block of the kernel that folds rows: the likeliest token."""
+    V = triton_rows.FOLD_COLUMNS + 1
+    hidden, weight = torch.randn(2, 8), torch.randn(V, 8)
+    weight[-1] = 2 * hidden[0]
+    results = [
+        token_logprobs(hidden.to(dtype), weight.to(dtype), torch.tensor([V - 1, 0]), backend=backend)
+        for dtype, backend in ((torch.float64, "torch"), (torch.float32, "torch"), (torch.float32, "triton"))
+    ]
+    for expected, framework, got in zip(*results, strict=True):
+        testing.assert_as_good_as(got, expected, framework, factor=3.0, atol=3e-6)
+
+
 def test_logits(monkeypatch):
-    hidden, weight, bias = torch.randn(6, 48), torch.randn(331, 48) / 3, torch.randn(331)
-    targets = torch.randint(331, (6,))
+    V = 321  # two programs of 128 columns and one of 65: a block of 64, and a single column
+    hidden, weight, bias = torch.randn(6, 48), torch.randn(V, 48) / 3, torch.randn(V)
+    targets = torch.randint(V, (6,))
     results = []
     for dtype, backend in ((torch.float64, "torch"), (torch.float32, "torch"), (torch.float32, "triton")):
         leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)]
