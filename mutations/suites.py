@@ -54,7 +54,12 @@ ONE_HEAD, MASS = "nothing_behind_a_head_is_read", ("frame_mass", "mass_where_row
 SMALL_FRAMES = "one_key_more_than_a_tile_of_small_frames"
 INTERPRETED = _interpreted(ONE_HEAD, SMALL_FRAMES, *MASS, "attention")
 BACKWARD = _interpreted(ONE_HEAD, SMALL_FRAMES, "attention")
-ON_TOKENS = ("weighted_surrogate", "weighted_surrogate_of_nothing", "gradients_are_scaled_in_place")
+ON_TOKENS = (
+    "logits_weighted_surrogate",
+    "weighted_surrogate",
+    "weighted_surrogate_of_nothing",
+    "gradients_are_scaled_in_place",
+)
 ROWS = _interpreted("one_column_more_than_a_block", "logits", *ON_TOKENS)
 SURROGATES = _interpreted(*ON_TOKENS, "a_second_backward_says_when_it_cannot_be")
 

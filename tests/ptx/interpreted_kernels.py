@@ -15,14 +15,18 @@ from triton.runtime import interpreter
 
 import appo_kernels
 from appo_kernels import testing
-from appo_kernels.attention import triton_block_mask
+from appo_kernels.attention import triton_block_mask, triton_mass
 from appo_kernels.attention.arguments import AttentionLayout
 from appo_kernels.ops.frame_mass import streaming
 from appo_kernels.ops.frame_mass import triton as frame_mass
 from appo_kernels.ops.group_divergence import group_divergence
 from appo_kernels.ops.group_divergence import triton as divergence_triton
 from appo_kernels.ops.token_logprobs import token_logprobs
-from appo_kernels.ops.weighted_surrogate import linear_weighted_surrogate, weighted_surrogate
+from appo_kernels.ops.weighted_surrogate import (
+    linear_weighted_surrogate,
+    logits_weighted_surrogate,
+    weighted_surrogate,
+)
 from appo_kernels.ops.weighted_surrogate import reference as surrogate_reference
 from appo_kernels.ops.weighted_surrogate import triton as surrogate_triton
 from appo_kernels.vocabulary import triton_rows
@@ -51,8 +55,9 @@ def test_attention(dtype, head_dim, query_heads, key_heads):
     layout = layouts.hostile()
     inputs = calls.tensors(layout, query_heads, key_heads, head_dim, dtype)
     grads = calls.upstream(layout, inputs)
-    expected = calls.expected_attention(layout, inputs, scale=SCALE, grads=grads)
-    results = [calls.attention(layout, inputs, backend, scale=SCALE, grads=grads) for backend in ("triton", "torch")]
+    options = {"scale": SCALE, "grads": grads, "weights": torch.rand(2, layout.num_frames)}
+    expected = calls.expected_attention(layout, inputs, **options)
+    results = [calls.attention(layout, inputs, backend, **options) for backend in ("triton", "torch")]
     calls.compare(results[0], expected, results[1])
 
 
@@ -68,18 +73,20 @@ def test_nothing_behind_a_head_is_read():
     calls.compare(results[0], expected, results[1])
 
 
-# The mass of each head, and its mean over heads: two ends of the kernel.
-@pytest.mark.parametrize("per_head", [False, True])
-def test_frame_mass(per_head):
+# The mass of each head, and its mean over heads, by one program or by one for each key/value head: ends of the kernel.
+@pytest.mark.parametrize(("per_head", "split"), [(False, False), (False, True), (True, False)])
+def test_frame_mass(per_head, split, monkeypatch):
+    monkeypatch.setattr(triton_mass, "multiprocessors", lambda device: 1000 if split else 0)
     layout = layouts.hostile()
     query, key, value = calls.tensors(layout, 4, 2, 32, torch.float16)
     _, lse, _ = calls.attention(layout, (query, key, value), "torch", scale=SCALE)
     shape = (2, 4, layout.rows, 6) if per_head else (2, layout.rows, 6)
+    operands = layout.operands(SCALE, torch.rand(2, 6))
     results = []
     for module, given in ((streaming, lse), (frame_mass, lse), (frame_mass, None)):
         mass, new_lse = torch.zeros(shape), torch.full_like(lse, float("nan")) if given is None else None
         mass_BHRF = mass if per_head else mass[:, None]
-        module.forward(query, key, layout.operands(SCALE), given, mass_BHRF, new_lse, per_head)
+        module.forward(query, key, operands, given, mass_BHRF, new_lse, per_head)
         results.append(mass)
     for got in results[1:]:
         testing.assert_as_good_as(got, results[0].double(), results[0], atol=3e-6, name="mass")
@@ -161,6 +168,31 @@ def test_logits(monkeypatch):
         )
         got = group_divergence(hidden.view(2, 3, 48), weight, lse.float(), slots, backend="triton", **options)
         torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-6)
+
+
+# Token- and sequence-level; the gradient in a tensor of its own, and in the place of the logits.
+@pytest.mark.parametrize(("level", "inplace"), [("token", False), ("sequence", True)])
+def test_logits_weighted_surrogate(level, inplace):
+    """Rows of a slice, one masked and full of NaN; the last one has the last target."""
+    B, T, V = 2, 3, 70
+    storage = torch.randn(B, T + 1, V)
+    storage[1, 1] = float("nan")
+    targets, mask = torch.randint(V, (B, T)), torch.ones(B, T, dtype=torch.bool)
+    targets[-1, -1], mask[1, 1] = V - 1, False
+    old, advantages = torch.full((B, T), -4.0), torch.tensor([1.5, -0.5])
+    results = []
+    for dtype, backend in ((torch.float64, "torch"), (torch.float32, "torch"), (torch.float32, "triton")):
+        logits = (storage.to(dtype).requires_grad_() * 1)[:, :T]
+        logits.retain_grad()
+        loss, metrics = logits_weighted_surrogate(
+            logits, targets, old.to(dtype), advantages.to(dtype), mask, entropy_coef=0.1, temperature=0.8, level=level,
+            inplace=inplace, backend=backend,
+        )  # fmt: skip
+        loss.backward()
+        results.append((loss, torch.stack(list(metrics.values())), logits.grad))
+    for expected, framework, got in zip(*results, strict=True):
+        known = ~expected.isnan()
+        testing.assert_as_good_as(got[known], expected[known], framework[known], factor=3.0, atol=3e-6)
 
 
 # Both operators that have a product in their kernels.
