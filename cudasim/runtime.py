@@ -39,6 +39,15 @@ class Emulator:
         finally:
             self.library.appo_emulation_seed(ctypes.c_uint64(0))
 
+    @contextlib.contextmanager
+    def last_blocks(self, count: int) -> Iterator[None]:
+        """Of each grid only the last ``count`` blocks are run, whose indices are the largest."""
+        self.library.appo_emulation_last_blocks(ctypes.c_uint64(count))
+        try:
+            yield
+        finally:
+            self.library.appo_emulation_last_blocks(ctypes.c_uint64(0))
+
     def counters(self) -> dict[str, int]:
         """Events since the last call."""
         values = (ctypes.c_uint64 * len(COUNTERS))()

@@ -40,6 +40,9 @@ extern "C" {
 
 void appo_emulation_seed(uint64_t seed) { emulation::set_seed(seed); }
 
+// Only the last blocks of each grid are run: those with the largest indices. 0: all.
+void appo_emulation_last_blocks(uint64_t count) { emulation::set_last_blocks(count); }
+
 // 0: off; 1: record and run; 2: record only. Forgets earlier launches.
 void appo_emulation_record(int mode) {
   emulation::recording = static_cast<emulation::Recording>(mode);

@@ -5,7 +5,8 @@
 
 namespace emulation {
 
-void set_seed(uint64_t seed);  // 0: the regular schedule
+void set_seed(uint64_t seed);          // 0: the regular schedule
+void set_last_blocks(uint64_t count);  // of each grid only these are run; 0: all
 // Keeps the launch when recording is on; returns whether it is to be run.
 bool record_launch(const void* kernel, const void* params, size_t params_bytes, dim3 grid, dim3 block,
                    size_t shared_bytes);

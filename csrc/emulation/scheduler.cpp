@@ -1,6 +1,7 @@
 // Blocks, threads, barriers and warp collectives.
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -53,6 +54,7 @@ const void* kernel_params;
 char failure[512];
 bool failed;
 uint64_t seed, generator;
+uint64_t last_blocks;  // of a grid; 0: all
 // Addresses that stand for synchronisation events in TSan's eyes.
 char launch_event, barrier_event, end_event;
 std::mutex one_launch;
@@ -243,6 +245,8 @@ uint32_t random_number() {
   return static_cast<uint32_t>(generator >> 32);
 }
 
+void set_last_blocks(uint64_t count) { last_blocks = count; }
+
 void set_seed(uint64_t value) {
   seed = value;
   generator = 0x9E3779B97F4A7C15ull * (value + 1);
@@ -268,8 +272,9 @@ int launch(const void* kernel, Kernel call, const void* params, size_t params_by
   threads.resize(count);
   warps.assign((count + kWarp - 1) / kWarp, WarpState{});
 
-  std::vector<uint64_t> order(static_cast<uint64_t>(grid.x) * grid.y * grid.z);
-  std::iota(order.begin(), order.end(), 0);
+  const uint64_t blocks = static_cast<uint64_t>(grid.x) * grid.y * grid.z;
+  std::vector<uint64_t> order(last_blocks ? std::min(last_blocks, blocks) : blocks);
+  std::iota(order.begin(), order.end(), blocks - order.size());
   if (seed)
     for (size_t i = order.size(); i > 1; i--) std::swap(order[i - 1], order[random_number() % i]);
 

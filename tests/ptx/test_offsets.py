@@ -2,9 +2,9 @@
 
 import attention_layouts as layouts
 import backend_calls as calls
-import numpy as np
 import pytest
 import torch
+from far_tensors import SparseFiles
 
 from appo_kernels.ops.group_divergence import group_divergence_from_logits
 from appo_kernels.vocabulary import triton_rows
@@ -14,17 +14,7 @@ from ptxsim import triton_device
 
 @pytest.fixture
 def spread(tmp_path):
-    """A function: a bf16 tensor like the given one, but with these strides, in a file of which only that is written."""
-
-    def place(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
-        assert tensor.dtype == torch.bfloat16
-        size = 1 + sum((n - 1) * stride for n, stride in zip(tensor.shape, strides, strict=True))
-        assert size > 1 << 31
-        storage = np.memmap(tmp_path / str(len(list(tmp_path.iterdir()))), np.int16, "w+", shape=(size,))
-        placed = torch.from_numpy(storage).view(torch.bfloat16).as_strided(tensor.shape, strides)
-        return placed.copy_(tensor)
-
-    return place
+    return SparseFiles(tmp_path).spread
 
 
 def test_logits(spread):
