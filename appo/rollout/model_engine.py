@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import DynamicCache
 
 from appo.data.prompt_batch import PromptBatch, collate
 from appo.data.prompts import Prompt
+from appo.models.growing_cache import growing_cache
 from appo.models.layouts import layout_of
 from appo.models.loaded import (
     cache_argument,
@@ -89,7 +89,7 @@ class TransformersRollout:
         whole = functional.pad(inputs["attention_mask"], (0, 0 if shared else limit), value=1)
         refuse_dense_mask(self.model, whole, remedy="Sample one prompt at a time, or with flash attention.")
         positions = self._positions(prompts).to(device)  # (3, P, L) or (P, L)
-        cache: Any = DynamicCache(config=self.model.config.get_text_config())
+        cache: Any = growing_cache(self.model.config, inputs["input_ids"].shape[1] + limit)
         caching = {cache_argument(self.model): cache, "use_cache": True}
         output = self.model(**self._reading(batch), position_ids=positions, logits_to_keep=1, **caching)
         owner: Any = torch.repeat_interleave(torch.arange(len(prompts)), torch.tensor(counts)).to(device)  # (B,)
@@ -97,7 +97,7 @@ class TransformersRollout:
         if shared:
             dtype = attention_dtype(cache.layers[0].values)
             prompt_cache = PromptCache.of_prefill(cache, [len(prompt) for prompt in prompts], counts, dtype)
-            cache = DynamicCache(config=self.model.config.get_text_config())
+            cache = growing_cache(self.model.config, limit)
             caching = caching | {cache_argument(self.model): cache}
         else:
             cache.reorder_cache(owner)  # by index: layers of linear attention have no repetition of their own
