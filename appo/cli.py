@@ -178,7 +178,7 @@ def plan(
     or: appo plan --config examples/qwen2_5_vl_7b_8gpu.yaml --gpus 8 preset=dapo
     """
     from appo.config import APPOConfig, ConfigError
-    from appo.models.architectures import find_architecture
+    from appo.models.sizes import find_architecture
     from appo.planning.fit import fit as find_fit
     from appo.planning.fit import options
     from appo.planning.plan import GIB, Plan, planned

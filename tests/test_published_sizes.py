@@ -8,7 +8,8 @@ import pytest
 from published_models import BOTH, build, config_of, small
 
 from appo.config import ConfigError
-from appo.models.architectures import ARCHITECTURES, find_architecture, from_config
+from appo.models.architectures import ARCHITECTURES
+from appo.models.sizes import find_architecture, from_config
 
 
 # One tied and one untied head of each family, and both sizes of Qwen3-VL's vision tower.

@@ -29,6 +29,7 @@ class GrowingLayer(DynamicLayer):
                 self.lazy_initialization(key_states, value_states)
             self.keys, self.values = key_states, value_states
         else:
+            assert self.keys is not None and self.values is not None
             self.keys = self._appended(0, self.keys, key_states)
             self.values = self._appended(1, self.values, value_states)
         return self.keys, self.values

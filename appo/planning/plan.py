@@ -7,7 +7,7 @@ FLOPs over a rate and bytes over a bandwidth that the user states.
 from dataclasses import dataclass
 
 from appo.config import APPOConfig
-from appo.models.architectures import find_architecture
+from appo.models.sizes import find_architecture
 from appo.planning.flops import PlannedFlops
 from appo.planning.memory import PlannedMemory
 from appo.planning.workload import Workload
@@ -76,13 +76,16 @@ class Plan(PlannedFlops, PlannedMemory):
 
 
 def planned(config: APPOConfig, gpus: int) -> Plan:
-    """The plan of a run's settings. Tokens of a frame are those of ``max_pixels`` at 28 x 28 pixels a token, and a
-    temporal grid step is two frames, as in Qwen2.5-VL. Raises ConfigError for a model whose sizes are not known."""
+    """The plan of a run's settings. Tokens of a frame are those of ``max_pixels`` (at 28 x 28 pixels a token in
+    Qwen2.5-VL, where a grid step is two frames), unless the model has frames of one size. Raises ConfigError for a
+    model whose sizes are not known."""
+    model = find_architecture(config.model)
+    vision = model.vision
     return Plan(
-        find_architecture(config.model),
+        model,
         Workload(
-            frames=max(1, config.max_frames // 2),
-            frame_tokens=max(1, config.max_pixels // 28**2),
+            frames=max(1, config.max_frames // vision.temporal_patch),
+            frame_tokens=model.frame_tokens or max(1, config.max_pixels // (vision.patch * vision.merge) ** 2),
             response=config.max_new_tokens,
             responses=config.group_size,
             prompts=config.prompts_per_step,
