@@ -180,8 +180,11 @@ def frame_weights(frame_ids: Tensor, num_frames: int, reduction: str, dtype: tor
     if reduction == "sum":
         return None
     # -1 becomes F. An id out of range is an error that the custom operator reports; here it only must not index out of
-    # bounds. The sum over a frame without keys is 0 whatever its factor.
-    ids = torch.remainder(frame_ids, num_frames + 1).long()
-    sizes = torch.zeros(len(frame_ids), num_frames + 1, dtype=dtype, device=frame_ids.device)
+    # bounds. The sum over a frame without keys is 0 whatever its factor, so that its size need only not be 0: it stays
+    # what vanishes in the first key that is counted.
+    ids = torch.empty(frame_ids.shape, dtype=torch.int64, device=frame_ids.device)
+    torch.remainder(frame_ids, num_frames + 1, out=ids)
+    nothing = torch.finfo(dtype).eps / 4
+    sizes = torch.full((len(frame_ids), num_frames + 1), nothing, dtype=dtype, device=frame_ids.device)
     sizes = sizes.scatter_add_(1, ids, torch.ones(1, dtype=dtype, device=ids.device).expand(ids.shape))
-    return sizes[:, :num_frames].clamp(min=1).reciprocal()
+    return sizes[:, :num_frames].reciprocal()
