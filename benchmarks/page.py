@@ -47,6 +47,8 @@ S^2 of a sequence (the full square), P (P + 1) / 2 + G (P N + N (N + 1) / 2) of 
 | activations of a layer | 16h + 10h (8h in fp32) + 4qc + Sc + 4 heads + 4Ic bytes a token, \
 2(q + k)c in the place of 4qc + Sc behind one prompt (no mask); Qwen3: 8 (q + k) more |
 | with checkpointing | 4h bytes a token and such layer, none with `checkpoint_offload`; one layer in full at work |
+| trained tower, a patch | with h and I its own: 7hc + 4 heads + 16h + 8h (2 (4 + c) h + 6h in bf16) + 4Ic bytes a \
+layer, Qwen3: 11hc + 4 heads + 2Ic; a frozen one keeps nothing |
 | at work, in turns | 2Ic bytes a token; and 4hV + the logits of a micro-batch of at most min(h, 4,096) response \
 tokens where they take less than 4hV, else a tile of at most 512 MiB |
 | `micro_tokens` | a group that does not fit is split by responses: each part computes the prompt again, and \

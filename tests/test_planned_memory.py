@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,11 @@ WITHIN = 0.10
 
 
 def saved_bytes(model: Any, embedded: Tensor, mask: Tensor, *, mixed: bool) -> int:
+    """Bytes that the forward of a decoder keeps for its backward."""
+    return kept_bytes(model, lambda: model(inputs_embeds=embedded, attention_mask=mask, use_cache=False), mixed=mixed)
+
+
+def kept_bytes(model: Any, forward: Callable[[], Any], *, mixed: bool) -> int:
     """Bytes of all tensors that a forward keeps for its backward, parameters and their bf16 copies left out."""
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     shapes = {p.shape for p in model.parameters()} | {p.t().shape for p in model.parameters() if p.dim() == 2}
@@ -35,7 +41,7 @@ def saved_bytes(model: Any, embedded: Tensor, mask: Tensor, *, mixed: bool) -> i
         torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=mixed),
     ):
-        model(inputs_embeds=embedded, attention_mask=mask, use_cache=False)
+        forward()
     return sum(size for size, _ in kept.values())
 
 
@@ -63,6 +69,31 @@ def test_activations_that_a_layer_keeps(name: str, mixed: bool, lora_rank: int) 
     plan = Plan(sizes, work)
     assert plan.sequence == S
     assert plan.layer_activations() * B * S == pytest.approx(taken[1] - taken[0], rel=WITHIN)
+
+
+# Windows and gated layers, whole frames and plain ones; fp32, and bf16 under autocast.
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("name", BOTH)
+def test_activations_of_a_trained_tower(name: str, mixed: bool) -> None:
+    frames, side, sizes = 3, 16, small(name)
+    tower, vision = build(sizes).model.visual.train(), sizes.vision
+    tower.set_attn_implementation("sdpa")
+    pixels = torch.randn(frames * side**2, 3 * vision.temporal_patch * vision.patch**2)
+    grid = torch.tensor([[frames, side, side]])
+    taken = kept_bytes(tower, lambda: tower(pixels, grid_thw=grid), mixed=mixed)
+    work = Workload(frames=frames, frame_tokens=side**2 // vision.merge**2, prompts=1, mixed=mixed, freeze_vision=False)
+    plan = Plan(sizes, work)
+    assert plan.tower_activations() == pytest.approx(taken, rel=WITHIN)
+    frozen = Plan(sizes, replace(work, freeze_vision=True))
+    assert plan.activations() - frozen.activations() == plan.tower_activations()
+    again = Plan(sizes, replace(work, checkpointing=True, checkpoint_every=2))  # the first and third of three
+    inputs = 2 * plan.micro_patches * vision.hidden * work.width
+    assert again.tower_activations() - inputs == pytest.approx(
+        plan.tower_activations() - 2 * plan.micro_patches * plan.tower_layer_activations()
+    )
+    offloaded = Plan(sizes, replace(again.work, checkpoint_offload=True))
+    assert again.tower_activations() - offloaded.tower_activations() == inputs
+    assert offloaded.host_bytes() > inputs
 
 
 MEASURE = """

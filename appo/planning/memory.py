@@ -59,10 +59,43 @@ class PlannedMemory(PlannedTokens):
         checkpointed = 0.0 if self.work.checkpoint_offload else self.layer_input()
         return [checkpointed if again else self.layer_activations() for again in self.checkpointed]
 
+    def tower_layer_activations(self) -> float:
+        """Bytes that a layer of a trained tower keeps, for each patch."""
+        v, w = self.model.vision, self.work.width
+        if v.gated:  # RMS norms: their input in fp32, normalised; and what the three linear layers behind them read
+            norms = 2 * (4 + w) * v.hidden + (3 * 2 if self.work.mixed else 2 * 4) * v.hidden + 2 * 4
+        else:  # layer norms: their input, two numbers, and their output
+            norms = 2 * 2 * w * v.hidden + 2 * 2 * 4
+        # The joint projection, query and key turned, output by frame or window, and in one tensor.
+        attention = (3 + 2 + 1 + 1) * v.hidden * w + 4 * v.heads
+        return norms + attention + (4 if v.gated else 2) * v.intermediate * w
+
+    def tower_activations(self) -> float:
+        """Bytes that a trained tower keeps of the videos of one micro-batch; a frozen one keeps none."""
+        v, work = self.model.vision, self.work
+        if work.freeze_vision or work.lora_rank:
+            return 0.0
+        pixels = 3 * v.temporal_patch * v.patch**2 * work.width
+        mergers = (4 if v.gated else 2) * (1 + v.deepstack) * v.hidden * work.width
+        again = self.tower_layers_again
+        passed = 0.0 if work.checkpoint_offload else float(v.hidden * work.width)
+        layers = again * passed + (v.depth - again) * self.tower_layer_activations()
+        return self.micro_patches * (pixels + layers + mergers)
+
+    @property
+    def tower_layers_again(self) -> int:
+        """Layers of the tower that are computed again in the backward."""
+        return -(-self.model.vision.depth // self.work.checkpoint_every) if self.work.checkpointing else 0
+
+    @property
+    def micro_patches(self) -> int:
+        """Patches of the videos of one micro-batch."""
+        return self.micro_prompts * self.work.frames * self.work.frame_tokens * self.model.vision.merge**2
+
     def activations(self) -> float:
         """Bytes kept by the forward of one micro-batch."""
         ends = 4 * self.model.hidden * 3  # embeddings, and the last norm's input and normalised input
-        return self.micro_tokens * (sum(self.kept()) + ends)
+        return self.micro_tokens * (sum(self.kept()) + ends) + self.tower_activations()
 
     def layer_workspace(self) -> float:
         """Bytes that the backward of the last feed-forward layer adds: two gradients of its hidden units beyond what it
@@ -113,7 +146,8 @@ class PlannedMemory(PlannedTokens):
         """Beside weights that are whole: the copies of them that autocast keeps."""
         m, work = self.model, self.work
         cast = work.mixed and not work.sharded and not work.lora_rank
-        return {"weights in bf16": float(2 * m.layers * m.layer_parameters) if cast else 0.0}
+        trained = m.layers * m.layer_parameters + (0 if work.freeze_vision else m.vision.parameters)
+        return {"weights in bf16": float(2 * trained) if cast else 0.0}
 
     def rollout_bytes(self) -> dict[str, float]:
         m, work = self.model, self.work
@@ -178,6 +212,8 @@ class PlannedMemory(PlannedTokens):
     def host_bytes(self) -> float:
         """Bytes of the host's memory that a GPU's shards and the inputs of its checkpointed layers are in."""
         inputs = self.layer_input() * self.micro_tokens * self.checkpointed.count(True)
+        if not (self.work.freeze_vision or self.work.lora_rank):
+            inputs += self.micro_patches * self.model.vision.hidden * self.work.width * self.tower_layers_again
         found = inputs if self.work.checkpoint_offload else 0.0
         if not self.work.offload:
             return found

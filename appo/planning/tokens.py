@@ -89,9 +89,13 @@ class PlannedTokens:
         return groups * work.responses
 
     @property
+    def micro_prompts(self) -> int:
+        """Prompts of one micro-batch, each of which the vision tower reads once."""
+        return -(-self.micro_responses // self.work.responses)
+
+    @property
     def micro_tokens(self) -> int:
         """Tokens of one micro-batch."""
         if not self.work.share_prompt:
             return self.micro_responses * self.sequence
-        prompts = -(-self.micro_responses // self.work.responses)
-        return prompts * self.prompt_tokens + self.micro_responses * self.work.response
+        return self.micro_prompts * self.prompt_tokens + self.micro_responses * self.work.response
