@@ -12,6 +12,8 @@ from appo.presets import PRESETS, preset_settings
 from appo.settings_together import check_together
 from appo.yaml_files import dump_yaml, read_yaml
 
+# The names in `choices` below are written out, because the modules that define them import torch, for which reading
+# settings must not wait; tests/test_choices.py compares them.
 TRACKERS = ("wandb", "trackio", "swanlab", "mlflow", "comet_ml", "aim", "clearml")
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 

@@ -61,8 +61,8 @@ def main() -> None:
                 print(f"\n{case.title}: {case.work}", flush=True)
                 found = harness.measure(case, seconds=options.seconds)
                 print(harness.table(found), flush=True)
-                for contestant, reason in case.skipped.items():
-                    print(f"  {contestant:34s} not run: {reason}")
+                for entry, reason in case.skipped.items():
+                    print(f"  {entry:34s} not run: {reason}")
                 rows, skipped = rows + found, skipped | {case.title: case.skipped}
                 if name != "-":
                     path = write(name, rows, skipped, old, options.device)

@@ -11,7 +11,7 @@ from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.frame_attention import reference
 from appo_kernels.testing import assert_as_good_as
 from benchmarks import inputs_attention as peers
-from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.harness import Case, Entry, own_backends
 from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, attention_shapes
 
 OP = "frame_attention"
@@ -44,15 +44,15 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case | None:
 
     runs = {f"ours, {name}, fused": partial(ours, name) for name in usable}
     runs["ours, flash and frame_mass"] = flash_and_replay
-    contestants = [Contestant(name, "ours", run) for name, run in runs.items()]
-    contestants.append(Contestant("bound: flash attention", "bound", partial(peers.flash, work)))
+    entries = [Entry(name, "ours", run) for name, run in runs.items()]
+    entries.append(Entry("bound: flash attention", "bound", partial(peers.flash, work)))
     if work.matrix:
         runs["eager attention and its matrix"] = partial(peers.eager, work)
-        contestants.append(Contestant("eager attention and its matrix", "peer", partial(peers.eager, work)))
+        entries.append(Entry("eager attention and its matrix", "peer", partial(peers.eager, work)))
     else:
         skipped["eager attention and its matrix"] = "its matrix does not fit"
     verify = partial(check, work, runs)
-    return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, contestants, skipped)
+    return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, entries, skipped)
 
 
 def check(work: peers.Attention, runs: dict, rows: int = 48) -> None:

@@ -11,7 +11,7 @@ from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.frame_mass import reference
 from appo_kernels.testing import assert_as_good_as
 from benchmarks import inputs_attention as peers
-from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.harness import Case, Entry, own_backends
 from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, attention_shapes
 
 OP = "frame_mass"
@@ -23,7 +23,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
     work = peers.attention_inputs(shape, dtype, device)
     lse = peers.flash(work)[1][:, :, -shape.rows :] if work.whole else exact_lse(work)
     usable, skipped = own_backends(OP, device, dtype, shape.head_dim)
-    contestants = []
+    entries = []
 
     def ours(backend: str, given: Tensor | None) -> Tensor:
         return frame_mass(
@@ -32,15 +32,15 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
         )  # fmt: skip
 
     for backend in usable:
-        contestants.append(Contestant(f"ours, {backend}, lse given", "ours", partial(ours, backend, lse)))
+        entries.append(Entry(f"ours, {backend}, lse given", "ours", partial(ours, backend, lse)))
     for backend in usable:
-        contestants.append(Contestant(f"ours, {backend}, lse computed", "ours", partial(ours, backend, None)))
-    contestants.append(Contestant("bound: matrix product", "bound", peers.matrix_product(work)))
-    masses = {c.name: c.run for c in contestants if c.role == "ours"}
+        entries.append(Entry(f"ours, {backend}, lse computed", "ours", partial(ours, backend, None)))
+    entries.append(Entry("bound: matrix product", "bound", peers.matrix_product(work)))
+    masses = {c.name: c.run for c in entries if c.role == "ours"}
 
     def add(name: str, run, *, possible: bool, mass=None) -> None:
         if possible:
-            contestants.append(Contestant(name, "peer", run))
+            entries.append(Entry(name, "peer", run))
             if mass is not None:
                 masses[name] = mass
         else:
@@ -59,7 +59,7 @@ def case(shape: AttentionShape, dtype: torch.dtype, device: str) -> Case:
     else:
         skipped["FlexAttention, one-hot values"] = reason
     verify = partial(check, work, masses)
-    return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, contestants, skipped)
+    return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, entries, skipped)
 
 
 def exact_lse(work: peers.Attention) -> Tensor:

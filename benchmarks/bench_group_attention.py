@@ -17,7 +17,7 @@ from appo_kernels import GroupLayout, group_attention
 from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.group_attention import reference
 from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as
-from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.harness import Case, Entry, own_backends
 from benchmarks.shapes import DEFAULT_GROUPS, GroupShape, group_shapes
 
 OP = "group_attention"
@@ -55,21 +55,21 @@ def case(shape: GroupShape, dtype: torch.dtype, device: str) -> Case:
     grouper = prefix_grouper(layout)
     flex, reason = flex_attention(seen, packed)
     checked = {f"ours, {name}": partial(both, partial(ours, name), packed, upstream) for name in usable}
-    contestants = [Contestant(name, "ours", run) for name, run in checked.items()]
-    contestants.append(Contestant("separate flash", "peer", partial(both, causal, separate)))
-    contestants.append(Contestant("dense mask, sdpa", "peer", partial(both, dense, packed, upstream)))
+    entries = [Entry(name, "ours", run) for name, run in checked.items()]
+    entries.append(Entry("separate flash", "peer", partial(both, causal, separate)))
+    entries.append(Entry("dense mask, sdpa", "peer", partial(both, dense, packed, upstream)))
     if grouper is None:
         skipped["PrefixGrouper, sdpa"] = "the package prefix-grouper is not installed"
     else:
         checked["PrefixGrouper"] = partial(both, grouper, packed, upstream)
-        contestants.append(Contestant("PrefixGrouper, sdpa", "peer", checked["PrefixGrouper"]))
+        entries.append(Entry("PrefixGrouper, sdpa", "peer", checked["PrefixGrouper"]))
     if flex is None:
         skipped["FlexAttention, block mask"] = reason
     else:
-        contestants.append(Contestant("FlexAttention, block mask", "peer", partial(both, flex, packed, upstream)))
-    contestants.append(Contestant("bound: flash, as many pairs", "bound", partial(both, full, limit)))
+        entries.append(Entry("FlexAttention, block mask", "peer", partial(both, flex, packed, upstream)))
+    entries.append(Entry("bound: flash, as many pairs", "bound", partial(both, full, limit)))
     verify = partial(check, shape, dtype, layout, checked, packed, upstream, dense)
-    return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, contestants, skipped)
+    return Case(OP, shape.name, dtype_name(dtype), shape.describe(), device, verify, entries, skipped)
 
 
 def prefix_grouper(layout: GroupLayout) -> Callable[..., Tensor] | None:

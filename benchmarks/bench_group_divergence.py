@@ -12,7 +12,7 @@ from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.group_divergence import reference
 from appo_kernels.testing import assert_as_good_as
 from benchmarks import inputs_vocabulary as peers
-from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.harness import Case, Entry, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 
 OP = "group_divergence"
@@ -38,17 +38,17 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, kind: str) -> 
     def ours(backend: str) -> Tensor:
         return group_divergence(head.hidden, head.weight, lse, slots, kind=kind, backend=backend)
 
-    contestants = [Contestant(f"ours, {name}", "ours", partial(ours, name)) for name in usable]
+    entries = [Entry(f"ours, {name}", "ours", partial(ours, name)) for name in usable]
     dense = partial(peers.dense_divergence, head.hidden, head.weight, slots, kind)
-    contestants.append(Contestant("dense (G, N, V)", "peer", dense))
+    entries.append(Entry("dense (G, N, V)", "peer", dense))
     unique = [head.hidden[i, slots[:, i].unique()] for i in range(shape.responses)]
     rows = torch.cat(unique)
     buffer = torch.empty(len(rows), shape.vocabulary, dtype=dtype, device=device)
     product = partial(torch.mm, rows, head.weight.t(), out=buffer)
-    contestants.append(Contestant("bound: product of the unique rows", "bound", product))
+    entries.append(Entry("bound: product of the unique rows", "bound", product))
     work = f"{shape.describe()}, {len(rows)} unique rows"
     verify = partial(check, head, slots, kind, usable)
-    return Case(f"{OP} {kind}", shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
+    return Case(f"{OP} {kind}", shape.name, dtype_name(dtype), work, device, verify, entries, skipped)
 
 
 def from_logits(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
@@ -62,12 +62,12 @@ def from_logits(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case
 
     dense = partial(peers.dense_divergence_from_logits, logits, slots, "kl")
     runs = {f"ours, {name}": partial(ours, name) for name in usable}
-    contestants = [Contestant(name, "ours", run) for name, run in runs.items()]
-    contestants.append(Contestant("dense (G, N, V)", "peer", dense))
+    entries = [Entry(name, "ours", run) for name, run in runs.items()]
+    entries.append(Entry("dense (G, N, V)", "peer", dense))
     unique = [slots[:, i].unique() for i in range(shape.responses)]
     # The rows are read; nothing of their size is written.
     rows = torch.cat([logits[i, positions] for i, positions in enumerate(unique)])
-    contestants.append(Contestant("bound: sum of the unique rows", "bound", partial(torch.sum, rows, -1)))
+    entries.append(Entry("bound: sum of the unique rows", "bound", partial(torch.sum, rows, -1)))
 
     def verify() -> None:
         part = slots[:1, :, :2]
@@ -78,7 +78,7 @@ def from_logits(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case
 
     work = f"{shape.describe()}, {len(rows)} unique rows"
     name = f"{OP}_from_logits kl"
-    return Case(name, shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
+    return Case(name, shape.name, dtype_name(dtype), work, device, verify, entries, skipped)
 
 
 def check(head: peers.Head, slots: Tensor, kind: str, backends: list[str], columns: int = 2048) -> None:

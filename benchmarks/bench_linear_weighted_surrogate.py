@@ -9,7 +9,7 @@ from torch import Tensor
 from appo_kernels import linear_weighted_surrogate, token_logprobs
 from appo_kernels.dtypes import dtype_name
 from benchmarks import inputs_vocabulary as peers
-from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.harness import Case, Entry, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 
 OP = "linear_weighted_surrogate"
@@ -43,11 +43,11 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
         value.backward()
         return value.detach()
 
-    contestants = [
-        Contestant(name, "ours" if name.startswith("ours") else "peer", partial(run, loss), head.clear)
+    entries = [
+        Entry(name, "ours" if name.startswith("ours") else "peer", partial(run, loss), head.clear)
         for name, loss in losses.items()
     ]
-    contestants.append(Contestant("bound: 3 matrix products", "bound", peers.products(head, 3)))
+    entries.append(Entry("bound: 3 matrix products", "bound", peers.products(head, 3)))
 
     def with_gradients(loss: Callable[[], Tensor]) -> tuple[Tensor, ...]:
         head.clear()
@@ -59,7 +59,7 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
     runs = {name: partial(with_gradients, loss) for name, loss in losses.items()}
     verify = partial(peers.loss_and_gradients_agree, OP, runs, dtype)
     work = shape.describe() + ", forward and backward"
-    return Case(OP, shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
+    return Case(OP, shape.name, dtype_name(dtype), work, device, verify, entries, skipped)
 
 
 def through(logprobs_of: Callable[..., tuple[Tensor, Tensor]], head: peers.Head, batch: peers.Batch) -> Tensor:

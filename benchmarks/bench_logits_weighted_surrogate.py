@@ -9,7 +9,7 @@ from torch import Tensor
 from appo_kernels import logits_weighted_surrogate
 from appo_kernels.dtypes import dtype_name
 from benchmarks import inputs_vocabulary as peers
-from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.harness import Case, Entry, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 
 OP = "logits_weighted_surrogate"
@@ -48,12 +48,12 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
         for leaf in (logits, *leaves.values()):
             leaf.grad = None
 
-    contestants = [
-        Contestant(name, "ours" if name.startswith("ours") else "peer", partial(run, loss), clear)
+    entries = [
+        Entry(name, "ours" if name.startswith("ours") else "peer", partial(run, loss), clear)
         for name, loss in losses.items()
     ]
     # The logits are read and a gradient of their size is written.
-    contestants.append(Contestant("bound: copy of the logits", "bound", logits.detach().clone))
+    entries.append(Entry("bound: copy of the logits", "bound", logits.detach().clone))
 
     def with_gradient(name: str) -> tuple[Tensor, ...]:
         clear()
@@ -65,7 +65,7 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str) -> Case:
     runs = {name: partial(with_gradient, name) for name in losses}
     verify = partial(peers.loss_and_gradients_agree, OP, runs, dtype)
     work = f"G {G}, N {N}, V {V:,}, forward and backward"
-    return Case(OP, shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
+    return Case(OP, shape.name, dtype_name(dtype), work, device, verify, entries, skipped)
 
 
 def plain_logprobs(logits: Tensor, targets: Tensor) -> Tensor:

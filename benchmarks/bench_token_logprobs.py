@@ -12,7 +12,7 @@ from appo_kernels.dtypes import dtype_name
 from appo_kernels.ops.token_logprobs import reference
 from appo_kernels.testing import FORWARD_FACTOR, GRADIENT_FACTOR, assert_as_good_as
 from benchmarks import inputs_vocabulary as peers
-from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.harness import Case, Entry, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 
 OP = "token_logprobs"
@@ -46,19 +46,19 @@ def case(shape: VocabularyShape, dtype: torch.dtype, device: str, *, gradients: 
             torch.stack([result.sum() for result in results]).sum().backward()
         return results
 
-    contestants = [
-        Contestant(name, "ours" if name.startswith("ours") else "peer", partial(run, function), head.clear)
+    entries = [
+        Entry(name, "ours" if name.startswith("ours") else "peer", partial(run, function), head.clear)
         for name, function in functions.items()
     ]
     # Without logits in memory the backward computes them again: four products.
     count = 4 if gradients else 1
-    contestants.append(
-        Contestant(f"bound: {count} matrix product{'s' if count > 1 else ''}", "bound", peers.products(head, count))
+    entries.append(
+        Entry(f"bound: {count} matrix product{'s' if count > 1 else ''}", "bound", peers.products(head, count))
     )
     work = shape.describe() + (", forward and backward" if gradients else ", forward")
     op = f"{OP} {'fwd+bwd' if gradients else 'fwd'}"
     verify = partial(check, head, functions)
-    return Case(op, shape.name, dtype_name(dtype), work, device, verify, contestants, skipped)
+    return Case(op, shape.name, dtype_name(dtype), work, device, verify, entries, skipped)
 
 
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

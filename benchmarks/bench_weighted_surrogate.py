@@ -8,7 +8,7 @@ from torch import Tensor
 
 from appo_kernels import weighted_surrogate
 from benchmarks import inputs_vocabulary as peers
-from benchmarks.harness import Case, Contestant, own_backends
+from benchmarks.harness import Case, Entry, own_backends
 from benchmarks.shapes import DEFAULT_VOCABULARY, VocabularyShape, vocabulary_shapes
 
 OP = "weighted_surrogate"
@@ -34,12 +34,12 @@ def case(shape: VocabularyShape, device: str) -> Case:
         return value.detach(), *torch.autograd.grad(value, logprobs)
 
     runs = {name: partial(run, loss) for name, loss in losses.items()}
-    contestants = [Contestant(name, "ours" if name.startswith("ours") else "peer", one) for name, one in runs.items()]
+    entries = [Entry(name, "ours" if name.startswith("ours") else "peer", one) for name, one in runs.items()]
     copies = [logprobs.detach(), batch.old, batch.mask]
-    contestants.append(Contestant("bound: copy of inputs", "bound", lambda: [tensor.clone() for tensor in copies]))
+    entries.append(Entry("bound: copy of inputs", "bound", lambda: [tensor.clone() for tensor in copies]))
     verify = partial(peers.loss_and_gradients_agree, OP, runs, torch.float32)
     work = f"{RESPONSES} responses of {TOKENS:,} tokens, forward and backward"
-    return Case(OP, shape.name, "float32", work, device, verify, contestants, skipped)
+    return Case(OP, shape.name, "float32", work, device, verify, entries, skipped)
 
 
 def cases(shapes: list[VocabularyShape], device: str) -> Iterator[Case]:

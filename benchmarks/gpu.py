@@ -33,7 +33,7 @@ from benchmarks.gpu_report import Report, Row, table
 
 CACHE_BYTES = 256 << 20  # more than the L2 cache of any GPU
 AHEAD_CYCLES = 20_000_000  # that the GPU waits, about 10 ms, while the host launches
-LONG_RUN = 5.0  # seconds: such a contestant runs once
+LONG_RUN = 5.0  # seconds: such an entry runs once
 MOST_TORCH_FLOP = 2e12  # of the torch backend's attention, which launches for every pair of tiles
 MOST_FP32_FLOP = 20e12  # of attention in fp32
 FRAME_KEYS = 60  # of real videos, no multiple of a tile of keys
@@ -62,7 +62,7 @@ class Machine(Protocol):
     name: str
     device: str
 
-    def seconds(self, contestant: harness.Contestant, budget: float) -> Timing: ...
+    def seconds(self, entry: harness.Entry, budget: float) -> Timing: ...
 
     def rate(self, dtype: torch.dtype) -> float:
         """Operations a second of a large matrix product."""
@@ -78,26 +78,26 @@ class Gpu:
         self.name = torch.cuda.get_device_name()
         self.flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
 
-    def seconds(self, contestant: harness.Contestant, budget: float) -> Timing:
-        first = self._once(contestant)  # compiles
+    def seconds(self, entry: harness.Entry, budget: float) -> Timing:
+        first = self._once(entry)  # compiles
         if first[1] > LONG_RUN or first[0] > LONG_RUN:
-            first = self._once(contestant)
+            first = self._once(entry)
             return Timing(*first, 1)
         times: list[tuple[float, float]] = []
         while not times or (sum(map(max, times)) < budget and len(times) < 200):
-            times.append(self._once(contestant))
+            times.append(self._once(entry))
         gpu, host = (statistics.median(values) for values in zip(*times, strict=True))
         return Timing(gpu, host, len(times))
 
-    def _once(self, contestant: harness.Contestant) -> tuple[float, float]:
-        contestant.before()
+    def _once(self, entry: harness.Entry) -> tuple[float, float]:
+        entry.before()
         self.flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         torch.cuda._sleep(AHEAD_CYCLES)
         start.record()
         begin = time.perf_counter()
-        result = contestant.run()
+        result = entry.run()
         host = time.perf_counter() - begin
         end.record()
         torch.cuda.synchronize()
@@ -107,14 +107,14 @@ class Gpu:
     def rate(self, dtype: torch.dtype) -> float:
         size = 8192 if dtype != torch.float32 else 4096
         a = torch.randn(size, size, device="cuda", dtype=dtype)
-        product = harness.Contestant("product", "bound", lambda: a @ a)
+        product = harness.Entry("product", "bound", lambda: a @ a)
         return 2.0 * size**3 / self.seconds(product, 0.5).gpu
 
 
 def measure(case: harness.Case, shape: Any, machine: Machine, rates: dict[str, float], budget: float) -> list[Row]:
     case.verify()
     with mock.patch.dict(os.environ, {"APPO_CHECK_VALUES": "0"}):
-        timed = [(c, machine.seconds(c, budget)) for c in case.contestants]
+        timed = [(c, machine.seconds(c, budget)) for c in case.entries]
     bound = next((timing.gpu for c, timing in timed if c.role == "bound"), None)
     flop = FLOP[case.op](shape) if case.op in FLOP else None
     return [
@@ -128,12 +128,12 @@ def measure(case: harness.Case, shape: Any, machine: Machine, rates: dict[str, f
 
 
 def leave_out(case: harness.Case, shape: Any) -> None:
-    """Contestants that would take minutes are named instead."""
+    """Entries that would take minutes are named instead."""
     flop = getattr(shape, "attention_flop", 0.0)
-    for contestant in list(case.contestants):
-        if case.device == "cuda" and contestant.name.startswith("ours, torch") and flop > MOST_TORCH_FLOP:
-            case.contestants.remove(contestant)
-            case.skipped[contestant.name] = "launches for every pair of tiles: minutes at this size"
+    for entry in list(case.entries):
+        if case.device == "cuda" and entry.name.startswith("ours, torch") and flop > MOST_TORCH_FLOP:
+            case.entries.remove(entry)
+            case.skipped[entry.name] = "launches for every pair of tiles: minutes at this size"
 
 
 def backward_case(shape: Any, dtype: torch.dtype, device: str) -> harness.Case:
@@ -154,7 +154,7 @@ def backward_case(shape: Any, dtype: torch.dtype, device: str) -> harness.Case:
         key, value = (inputs_attention.repeated(work, t) for t in inputs[1:])
         return [torch.nn.functional.scaled_dot_product_attention(inputs[0], key, value, is_causal=True)]
 
-    def contestant(name: str, role: str, forward: Callable[[], list[torch.Tensor]]) -> harness.Contestant:
+    def entry(name: str, role: str, forward: Callable[[], list[torch.Tensor]]) -> harness.Entry:
         made: list[Any] = []
 
         def before() -> None:
@@ -162,12 +162,12 @@ def backward_case(shape: Any, dtype: torch.dtype, device: str) -> harness.Case:
                 results = forward()
                 made.extend([results, [torch.ones_like(result) for result in results]])
 
-        return harness.Contestant(
+        return harness.Entry(
             name, role, lambda: torch.autograd.grad(made[0], inputs, made[1], retain_graph=True), before
         )
 
-    contestants = [contestant(f"ours, {name}", "ours", partial(ours, name)) for name in usable]
-    contestants.append(contestant("bound: torch's attention, no mass", "bound", theirs))
+    entries = [entry(f"ours, {name}", "ours", partial(ours, name)) for name in usable]
+    entries.append(entry("bound: torch's attention, no mass", "bound", theirs))
 
     def verify() -> None:
         """Every backend's gradients against torch's attention, on the part without the mass."""
@@ -187,7 +187,7 @@ def backward_case(shape: Any, dtype: torch.dtype, device: str) -> harness.Case:
         shape.describe(),
         device,
         verify,
-        contestants,
+        entries,
         skipped,
     )
 
@@ -207,7 +207,7 @@ def attention_peers(case: harness.Case, shape: Any, dtype: torch.dtype, device: 
     )
     flex = torch.compile(partial(flex_attention, block_mask=mask, enable_gqa=True))
     run = partial(flex, work.query, work.key, work.value)
-    case.contestants.append(harness.Contestant("FlexAttention, no mass", "peer", run))
+    case.entries.append(harness.Entry("FlexAttention, no mass", "peer", run))
     if reason := inputs_vocabulary.installed("flash_attn"):
         case.skipped["flash-attn, no mass"] = reason
     elif dtype == torch.float32:
@@ -217,7 +217,7 @@ def attention_peers(case: harness.Case, shape: Any, dtype: torch.dtype, device: 
 
         operands = [t.transpose(1, 2).contiguous() for t in (work.query, work.key, work.value)]
         run = partial(flash_attn_func, *operands, causal=True)
-        case.contestants.append(harness.Contestant("flash-attn, no mass", "peer", run))
+        case.entries.append(harness.Entry("flash-attn, no mass", "peer", run))
 
 
 def cases(operators: Sequence[str], names: Sequence[str] | None, device: str, shapes: Any) -> Iterator[tuple[Any, Any]]:
@@ -245,7 +245,7 @@ def main(arguments: Sequence[str] | None = None, machine: Machine | None = None,
     parser.add_argument("operators", nargs="*", metavar="OPERATOR", help=f"of {', '.join(OPERATORS)}; default: all")
     parser.add_argument("--shapes", nargs="*", help="names of shapes, see `python -m benchmarks --list`")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="only this one")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each contestant")
+    parser.add_argument("--seconds", type=float, default=1.0, help="of timing for each entry")
     parser.add_argument("--minutes", type=float, default=8.0, help="after which no further case is begun")
     parser.add_argument("--again", action="store_true", help="also cases whose times are there already")
     parser.add_argument("--out", type=Path, default=harness.RESULTS, help="folder of the results")

@@ -39,7 +39,7 @@ class Report:
         self.gpu = gpu
         self.environment = harness.environment(device, 1)
         self.rows: list[Row] = []
-        self.left_out: dict[str, str] = {}  # case or contestant -> why it has no time
+        self.left_out: dict[str, str] = {}  # case or entry -> why it has no time
         if not again and self.path("csv").is_file() and self._same_commit():
             with self.path("csv").open(newline="") as file:
                 self.rows = [_parsed(record) for record in csv.DictReader(file)]
@@ -121,7 +121,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path, name: str) -> None:
-    """Horizontal bars of the time of each contestant, one panel per case."""
+    """Horizontal bars of the time of each entry, one panel per case."""
     pyplot = plots.pyplot()
     cases = list(dict.fromkeys(row.case for row in rows))
     figure, panels = pyplot.subplots(len(cases), 1, figsize=(9, 0.8 + 2.2 * len(cases)), squeeze=False)

@@ -100,7 +100,7 @@ def group_of(size: Size) -> Group:
 
 
 def step(policy: Policy, model: Any, size: Size, config: APPOConfig, pieces: int) -> dict[str, Tensor]:
-    """Gradients of all weights; those to compare are returned, none is left, so that all contestants allocate them."""
+    """Gradients of all weights; those to compare are returned, none is left, so that all entries allocate them."""
     group = group_of(size)
     numbers = torch.arange(size.responses).tensor_split(pieces)
     parts = [[Part(group, tuple(chosen.tolist()))] for chosen in numbers] if pieces > 1 else [whole_groups([group])]
@@ -147,15 +147,15 @@ def case(name: str, size: Size) -> harness.Case:
         f"{size.layers} layers, hidden {size.hidden:,}, intermediate {size.intermediate:,}, {text.num_attention_heads}/"
         f"{text.num_key_value_heads} heads; P {size.prompt:,}, G {size.responses}, N {size.length}"
     )
-    contestants = [
-        harness.Contestant(PACKED, "ours", run(PACKED)),
-        harness.Contestant(SPLIT, "ours", run(PACKED, 2)),
-        harness.Contestant(DENSE, "peer", run(DENSE)),
-        harness.Contestant(SEPARATE, "peer", run(SEPARATE)),
+    entries = [
+        harness.Entry(PACKED, "ours", run(PACKED)),
+        harness.Entry(SPLIT, "ours", run(PACKED, 2)),
+        harness.Entry(DENSE, "peer", run(DENSE)),
+        harness.Entry(SEPARATE, "peer", run(SEPARATE)),
     ]
     if not size.every:
-        contestants = [contestants[0], contestants[-1]]
-    return harness.Case("group step", name, "float32", work, "cpu", lambda: None, contestants)
+        entries = [entries[0], entries[-1]]
+    return harness.Case("group step", name, "float32", work, "cpu", lambda: None, entries)
 
 
 def check(results: dict[str, Any]) -> None:

@@ -147,7 +147,7 @@ def sweeps(device: str) -> list[Sweep]:
 
 def measure(sweep: Sweep, device: str, rounds: int) -> list[dict[str, Any]]:
     """Each point after the other, ``rounds`` times around; the least time of each."""
-    runs = {value: harness.Contestant(str(value), "ours", sweep.work(value)) for value in sweep.values}
+    runs = {value: harness.Entry(str(value), "ours", sweep.work(value)) for value in sweep.values}
     times: dict[int, list[float]] = {value: [] for value in runs}
     for _ in range(rounds + 1):
         for value, run in runs.items():

@@ -1,8 +1,9 @@
 """One way to measure: check first, then time everybody in turns in one run, then measure memory.
 
-A `Case` is one piece of work (operator, shape, dtype) and its contestants: ours by backend, peers, and a lower bound:
-the matrix products that ours does, alone (what needs fewer of them can beat it). Contestants take turns, so that a
-machine that slows down slows all of them; a ratio is the median over rounds of the ratio within a round.
+A `Case` is one piece of work (operator, shape, dtype) and its entries: ours by backend, peers (other packages and plain
+torch, that do the same), and a lower bound: the matrix products that ours does, alone (what needs fewer of them can
+beat it). Entries take turns, so that a machine that slows down slows all of them; a ratio is the median over rounds of
+the ratio within a round.
 """
 
 import csv
@@ -40,7 +41,7 @@ PACKAGES = (
 
 
 @dataclass
-class Contestant:
+class Entry:
     """name: as in the table. role: "ours", "peer" or "bound". run: the work; its result is returned, so
     that memory counts it. before: called untimed before each run."""
 
@@ -52,7 +53,7 @@ class Contestant:
 
 @dataclass
 class Case:
-    """verify: raises when a contestant is wrong. skipped: name -> why it does not take part."""
+    """verify: raises when an entry is wrong. skipped: name -> why it does not take part."""
 
     op: str
     shape: str
@@ -60,7 +61,7 @@ class Case:
     work: str
     device: str
     verify: Callable[[], object]
-    contestants: list[Contestant]
+    entries: list[Entry]
     skipped: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -92,36 +93,36 @@ class Row:
 def measure(case: Case, *, seconds: float = 20.0, least: int = 3, most: int = 25) -> list[Row]:
     """Verify, then rounds until ``seconds`` are over (at least ``least``, at most ``most``), then memory."""
     case.verify()
-    times: dict[str, list[float]] = {contestant.name: [] for contestant in case.contestants}
-    for contestant in case.contestants:  # compilation, first touch of memory
-        timed(contestant, case.device)
+    times: dict[str, list[float]] = {entry.name: [] for entry in case.entries}
+    for entry in case.entries:  # compilation, first touch of memory
+        timed(entry, case.device)
     start = time.perf_counter()
     for number in range(most):
         if number >= least and time.perf_counter() - start > seconds:
             break
-        for contestant in in_turn(case.contestants, number):
-            times[contestant.name].append(timed(contestant, case.device))
-    return rows_of(case, times, {c.name: memory(c, case.device) for c in case.contestants})
+        for entry in in_turn(case.entries, number):
+            times[entry.name].append(timed(entry, case.device))
+    return rows_of(case, times, {c.name: memory(c, case.device) for c in case.entries})
 
 
-def in_turn(contestants: Sequence[Contestant], number: int) -> Sequence[Contestant]:
+def in_turn(entries: Sequence[Entry], number: int) -> Sequence[Entry]:
     """Every other round backwards: who comes behind whom costs a few percent of a long run."""
-    return contestants[::-1] if number % 2 else contestants
+    return entries[::-1] if number % 2 else entries
 
 
 def rows_of(case: Case, times: dict[str, list[float]], extra: dict[str, int]) -> list[Row]:
-    bound = next((c.name for c in case.contestants if c.role == "bound"), None)
-    ours = next((c.name for c in case.contestants if c.role == "ours"), None)
+    bound = next((c.name for c in case.entries if c.role == "bound"), None)
+    ours = next((c.name for c in case.entries if c.role == "ours"), None)
     return [
         Row(
-            case.op, case.shape, case.dtype, case.work, contestant.name, contestant.role,
-            *spread(times[contestant.name]),
-            rounds=len(times[contestant.name]),
-            ratio=paired_ratio(times, contestant.name, bound),
-            to_ours=paired_ratio(times, contestant.name, ours),
-            extra_bytes=extra[contestant.name],
+            case.op, case.shape, case.dtype, case.work, entry.name, entry.role,
+            *spread(times[entry.name]),
+            rounds=len(times[entry.name]),
+            ratio=paired_ratio(times, entry.name, bound),
+            to_ours=paired_ratio(times, entry.name, ours),
+            extra_bytes=extra[entry.name],
         )
-        for contestant in case.contestants
+        for entry in case.entries
     ]  # fmt: skip
 
 
@@ -129,35 +130,35 @@ def measure_large(case: Case, check: Callable[[dict[str, object]], object], *, r
     """For work of half a minute a run: memory is measured, and results compared by ``check``, in a round that touches
     everything for the first time; ``rounds`` timed ones follow."""
     extra, results = {}, {}
-    for contestant in case.contestants:
+    for entry in case.entries:
 
-        def run(contestant: Contestant = contestant) -> object:
-            results[contestant.name] = contestant.run()
-            return results[contestant.name]
+        def run(entry: Entry = entry) -> object:
+            results[entry.name] = entry.run()
+            return results[entry.name]
 
-        extra[contestant.name] = memory(replace(contestant, run=run), case.device)
+        extra[entry.name] = memory(replace(entry, run=run), case.device)
     check(results)
     results.clear()
-    times: dict[str, list[float]] = {contestant.name: [] for contestant in case.contestants}
+    times: dict[str, list[float]] = {entry.name: [] for entry in case.entries}
     for number in range(rounds):
-        for contestant in in_turn(case.contestants, number):
-            times[contestant.name].append(timed(contestant, case.device))
+        for entry in in_turn(case.entries, number):
+            times[entry.name].append(timed(entry, case.device))
     return rows_of(case, times, extra)
 
 
-def timed(contestant: Contestant, device: str) -> float:
-    contestant.before()
-    return WallClock(device)(contestant.run)
+def timed(entry: Entry, device: str) -> float:
+    entry.before()
+    return WallClock(device)(entry.run)
 
 
-def memory(contestant: Contestant, device: str) -> int:
+def memory(entry: Entry, device: str) -> int:
     """Peak beyond what was there, the result included. Memory freed before goes back to the system first: pages that
     the allocator keeps would be used again unseen."""
-    contestant.before()
+    entry.before()
     gc.collect()
     if device == "cpu":
         ctypes.CDLL(None).malloc_trim(0)
-    return peak_extra_bytes(contestant.run, device)
+    return peak_extra_bytes(entry.run, device)
 
 
 def spread(times: Sequence[float]) -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape
 
-# Contestants that compute every row's attention are left out above this: minutes on a CPU.
+# Entries that compute every row's attention are left out above this: minutes on a CPU.
 CPU_MOST_FLOP = 700e9
 # Attention matrices larger than this stay out: a CPU has other work, a GPU would measure its allocator.
 MOST_MATRIX_BYTES = {"cpu": 5 << 29, "cuda": 16 << 30}

@@ -101,7 +101,7 @@ def clipped_loss(logprobs: Tensor, batch: Batch) -> Tensor:
 
 
 def loss_and_gradients_agree(op: str, runs: dict[str, Callable[[], tuple[Tensor, ...]]], dtype: torch.dtype) -> None:
-    """Every contestant's loss and gradients against "plain torch", relative to the largest entry."""
+    """Every entry's loss and gradients against "plain torch", relative to the largest element."""
     results = {name: run() for name, run in runs.items()}
     plain = next(name for name in results if name.startswith("plain torch"))
     for name, result in results.items():

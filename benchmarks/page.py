@@ -22,7 +22,7 @@ INTRODUCTION = """# Performance
 Written by `python -m benchmarks.page` from `benchmarks/results`; do not edit. `make bench` measures again, and
 `make bench-check` compares ratios with the committed ones.
 
-Every contestant was compared with the definition in fp64 (or with plain torch, for losses) before it was timed, and
+Every entry was compared with the definition in fp64 (or with plain torch, for losses) before it was timed, and
 all of a table took turns in one run. *x bound* is the time relative to the matrix products that we do (or the copy, or
 the attention), by the vendor's library alone: what keeps more in memory and needs fewer products can beat it. *x ours*
 is the time relative to our first row; both are medians over rounds. Memory is the peak beyond the inputs. Shapes and

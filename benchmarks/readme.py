@@ -16,7 +16,7 @@ README = Path(__file__).parents[1] / "README.md"
 COMMAND, END = "python -m benchmarks.readme --write", "end of the measured part"
 REPLACES = {
     "frame_mass": "attention matrices, to know what each row looks at",
-    "frame_attention": "attention, with the mass as a by-product",
+    "frame_attention": "attention, with the mass in the same pass",
     "token_logprobs fwd": "logits, for log-probabilities and entropy",
     "token_logprobs fwd+bwd": "the same with gradients",
     "group_divergence kl": "(G, N, V) log-probabilities",
@@ -25,7 +25,9 @@ REPLACES = {
     "weighted_surrogate": "the loss of log-probabilities",
     "group_attention": "a copy of the prompt for each response",
 }
-# Contestants that do other work than the operator beside which they were timed.
+# Names of entries in the results, as the table says them.
+SAID = {"ours, flash and frame_mass": "two passes: flash attention, then our `frame_mass`"}
+# Entries that do other work than the operator beside which they were timed.
 OTHER_WORK = ("flash attention alone, all rows",)
 
 Row = dict[str, Any]
@@ -42,6 +44,13 @@ def size(row: Row) -> str:
     return f"{1e3 * row['median']:,.0f} ms, {row['extra_bytes'] / 2**20:,.0f} MiB"
 
 
+def compared(row: Row) -> str:
+    """Name, time relative to ours (bold where it is less) and memory."""
+    ratio = f"{row['to_ours']:.2f}x"
+    ratio = f"**{ratio}**" if row["to_ours"] < 1 else ratio
+    return f"{SAID.get(row['name'], row['name'])}: {ratio}, {row['extra_bytes'] / 2**20:,.0f} MiB"
+
+
 def first_case(rows: Sequence[Row], op: str) -> list[Row]:
     """The rows of an operator's first shape in its first dtype."""
     first = next(row for row in rows if row["op"] == op)
@@ -56,11 +65,7 @@ def operator_lines(rows: Sequence[Row]) -> list[str]:
         rivals = [row for row in others if row["role"] != "bound" and row["name"] not in OTHER_WORK]
         fastest = min((row for row in rivals if row["role"] == "peer"), key=lambda row: row["to_ours"])
         faster = [row for row in rivals if row["to_ours"] < 1 and row is not fastest]
-        beside = "; ".join(
-            f"{row['name']}: {'**' * (row['to_ours'] < 1)}{row['to_ours']:.2f}x{'**' * (row['to_ours'] < 1)}, "
-            f"{row['extra_bytes'] / 2**20:,.0f} MiB"
-            for row in [fastest, *faster]
-        )
+        beside = "; ".join(map(compared, [fastest, *faster]))
         lines.append(f"| `{op}` | {replaces} | {size(ours)} | {beside} |")
     return lines
 

@@ -1,6 +1,6 @@
 """The operator benchmarks under pytest-benchmark: python -m pytest benchmarks
 
-Same cases as `python -m benchmarks`, which lets contestants take turns and is what the documentation quotes; this is
+Same cases as `python -m benchmarks`, which lets entries take turns and is what the documentation quotes; this is
 for the tools around pytest-benchmark (--benchmark-compare, --benchmark-json, histograms).
 """
 
@@ -19,12 +19,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.mark.parametrize("backend", dispatch.MODULES)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_operator(operator: str, backend: str, benchmark: Any) -> None:
-    """Verifies every contestant of the operator's first case, then times our own."""
+    """Verifies every entry of the operator's first case, then times our own."""
     module = importlib.import_module(f"benchmarks.{OPERATORS[operator]}")
     shape = module.SHAPES()[module.DEFAULT[0]]
     case = next(iter(module.cases([shape if DEVICE == "cuda" else shape.on_cpu()], DEVICE)))
     name = f"ours, {backend}"
-    ours = next((contestant for contestant in case.contestants if contestant.name.startswith(name)), None)
+    ours = next((entry for entry in case.entries if entry.name.startswith(name)), None)
     if ours is None:
         pytest.skip(case.skipped[name])
     case.verify()

@@ -138,12 +138,12 @@ def case(family: str, options: argparse.Namespace) -> harness.Case:
         f"{text.num_attention_heads}/{text.num_key_value_heads} heads, {LENGTH:,} tokens, "
         f"{FRAMES} x {FRAME_KEYS} frame keys, {RESPONSE} rows of {TAPPED} layers"
     )
-    contestants = [
-        harness.Contestant(RECORDED, "ours", recorded, use("sdpa")),
-        harness.Contestant(PLAIN, "bound", plain, use("sdpa")),
-        harness.Contestant(EAGER, "peer", eager, use("eager")),
+    entries = [
+        harness.Entry(RECORDED, "ours", recorded, use("sdpa")),
+        harness.Entry(PLAIN, "bound", plain, use("sdpa")),
+        harness.Entry(EAGER, "peer", eager, use("eager")),
     ]
-    return harness.Case("recording", family, options.dtype, work, options.device, lambda: None, contestants)
+    return harness.Case("recording", family, options.dtype, work, options.device, lambda: None, entries)
 
 
 def check(results: dict[str, Any]) -> None:

@@ -6,7 +6,6 @@ import torch
 from backends import served
 from torch import Tensor
 
-# Every backend that this machine can run.
 SERVED = served("weighted_surrogate")
 PER_TOKEN = ("old_logprobs", "token_weights", "ref_logprobs", "rollout_logprobs")
 

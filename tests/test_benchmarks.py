@@ -165,24 +165,24 @@ def test_measure_verifies_first():
         calls.append("verify")
         raise AssertionError("wrong")
 
-    contestant = harness.Contestant("ours", "ours", lambda: calls.append("run"))
+    entry = harness.Entry("ours", "ours", lambda: calls.append("run"))
     with pytest.raises(AssertionError, match="wrong"):
-        harness.measure(harness.Case("op", "shape", "float32", "work", "cpu", verify, [contestant]))
+        harness.measure(harness.Case("op", "shape", "float32", "work", "cpu", verify, [entry]))
     assert calls == ["verify"]
 
 
 def test_measure_takes_turns_and_counts_memory():
     turns = []
 
-    def contestant(name, role, numbers):
+    def entry(name, role, numbers):
         def run():
             turns.append(name)
             return torch.empty(numbers).fill_(1.0)
 
-        return harness.Contestant(name, role, run)
+        return harness.Entry(name, role, run)
 
-    contestants = [contestant("a", "ours", 1 << 20), contestant("b", "bound", 1 << 18)]
-    case = harness.Case("op", "shape", "float32", "work", "cpu", lambda: None, contestants)
+    entries = [entry("a", "ours", 1 << 20), entry("b", "bound", 1 << 18)]
+    case = harness.Case("op", "shape", "float32", "work", "cpu", lambda: None, entries)
     rows = harness.measure(case, seconds=0, least=3, most=3)
     assert turns[:8] == ["a", "b", "a", "b", "b", "a", "a", "b"]  # the first two are not timed
     assert [row.extra_bytes for row in rows] == [4 << 20, 1 << 20]

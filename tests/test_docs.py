@@ -19,6 +19,7 @@ from appo.data.load import load_records
 from appo.data.records import Record
 from appo.rollout import rewards as built_in
 from appo.rollout.registry import REWARDS, get_reward
+from appo.rollout.rewards import UNREADABLE
 from appo_kernels import dispatch
 from appo_kernels.doctor import operators
 from benchmarks import readme
@@ -164,13 +165,15 @@ def test_rewards_are_named_in_the_document():
 
 
 def test_the_reward_of_ones_own_works(tmp_path):
-    text = (ROOT / "docs/training.md").read_text()
+    text = (ROOT / "docs/data.md").read_text()
     shown = re.search(r"## A reward of your own\n.*?```python\n(.*?)```", text, re.DOTALL)
     assert shown
-    (tmp_path / "my_rewards.py").write_text(shown[1])
-    records = [Record("1", "q", "A", kind) for kind in ("multiple choice", "multiple choice", "ocr")]
-    reward = get_reward(f"{tmp_path}/my_rewards.py:short")
-    assert reward(["a b", "word " * 41, "a"], records) == [1.0, 0.0, None]
+    (tmp_path / "my.py").write_text(shown[1])
+    records = [Record("1", "q", "A", "free-form") for _ in range(3)]
+    records.append(Record("1", "q", "A", "multiple choice", options=("A. x", "B. y")))
+    reward = get_reward(f"{tmp_path}/my.py:brief")
+    texts = ["<answer>a b</answer>", "<answer>a b c d</answer>", "no tags", "<answer>A</answer>"]
+    assert reward(texts, records) == [1.0, 0.0, UNREADABLE, None]
 
 
 def test_every_module_named_in_a_docstring_exists():

@@ -11,15 +11,15 @@ from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, GroupShape, Voc
 
 
 class StandIn:
-    """Times nothing: each contestant takes a millisecond more than the one before."""
+    """Times nothing: each entry takes a millisecond more than the one before."""
 
     name, device = "Stand-in GPU (40 GB)", "cpu"
 
     def __init__(self):
         self.asked = []
 
-    def seconds(self, contestant, budget):
-        self.asked.append(contestant.name)
+    def seconds(self, entry, budget):
+        self.asked.append(entry.name)
         return gpu.Timing(1e-3 * len(self.asked), 1e-5, 3)
 
     def rate(self, dtype):

@@ -15,7 +15,6 @@ from appo_kernels import frame_attention, frame_mass
 from appo_kernels.ops.frame_attention import op, reference
 from appo_kernels.testing import peak_extra_bytes
 
-# Every backend that this machine can run.
 SERVED = served(op.OP, head_dim=32)
 
 

@@ -23,7 +23,6 @@ from appo_kernels import frame_mass
 from appo_kernels.ops.frame_mass import op
 from appo_kernels.testing import peak_extra_bytes
 
-# Every backend that this machine can run.
 SERVED = served(op.OP, head_dim=32)
 
 

@@ -13,7 +13,6 @@ from appo_kernels import FramePlan, GroupLayout, frame_attention, frame_mass, gr
 from appo_kernels.attention import torch_tiles
 from appo_kernels.ops.frame_mass.op import OP
 
-# Every backend that this machine can run.
 SERVED = served(OP, head_dim=32)
 GROUPS = GroupLayout([14, 9, 3], [[4, 0, 6], [5], []])
 

@@ -17,7 +17,6 @@ from appo_kernels.attention.reference import attention_matrix, mass_of
 from appo_kernels.ops.group_attention import flash_cpu, op, reference
 from appo_kernels.testing import peak_extra_bytes
 
-# Every backend that this machine can run.
 SERVED = served(op.OP, head_dim=32)
 
 

@@ -13,7 +13,6 @@ from appo_kernels.ops.group_divergence import op, reference, streaming
 from appo_kernels.testing import assert_as_good_as, max_error, peak_extra_bytes
 
 INF = float("inf")
-# Every backend that this machine can run.
 SERVED = served(op.OP, needs_grad=False)
 
 

@@ -13,7 +13,6 @@ from appo_kernels.testing import GRADIENT_FACTOR, assert_as_good_as, peak_extra_
 from appo_kernels.vocabulary import torch_tiles as tiling
 
 INF = float("inf")
-# Every backend that this machine can run.
 SERVED = served(op.OP)
 
 
