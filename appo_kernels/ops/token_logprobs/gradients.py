@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels.dtypes import LOG_ZERO
+from appo_kernels.ops.token_logprobs.arguments import Gradients, Projection, TokenLogprobs
 from appo_kernels.vocabulary.torch_tiles import add_product_, operand, tiles
 
 
@@ -28,10 +29,9 @@ class RowCoefficients(NamedTuple):
         return RowCoefficients(*(column[rows] for column in self))
 
 
-def row_coefficients(
-    logprobs: Tensor, entropy: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor, grad_lse: Tensor
-) -> RowCoefficients:
-    """All (M,)."""
+def row_coefficients(results: TokenLogprobs, upstream: TokenLogprobs) -> RowCoefficients:
+    """Of the results, and the gradients of each."""
+    (logprobs, entropy, _), (grad_logprobs, grad_entropy, grad_lse) = results, upstream
     constant = grad_lse - grad_logprobs - grad_entropy * entropy
     # 1 - p of the target as -expm1(log p): exact where p is close to 1.
     bounded = logprobs.clamp(min=LOG_ZERO)
@@ -40,20 +40,19 @@ def row_coefficients(
 
 
 def backward_by_tiles(
-    hidden: Tensor,
-    weight: Tensor,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
+    projection: Projection,
+    gradients: Gradients,
     sum_dtype: torch.dtype,
     tile: tuple[int, int],
     tile_gradient: Callable[[Tensor, Tensor, slice, slice], Tensor],
 ) -> None:
-    """Write the gradients of hidden (M, D), weight (V, D) and bias (V,) that are wanted.
+    """Write the ``gradients`` that are wanted, tile after tile.
 
     tile_gradient(hidden_tile (m, D), weight_tile (v, D), rows, columns) gives that of a tile of raw logits, (m, v).
     Sums run in ``sum_dtype``: in the gradient itself where it has that, else in a buffer that is rounded once.
     """
+    hidden, weight = projection.hidden, projection.weight
+    grad_hidden, grad_weight, grad_bias = gradients
     (M, D), V = hidden.shape, weight.shape[0]
     tall, wide = tile
     in_place = hidden.dtype == sum_dtype

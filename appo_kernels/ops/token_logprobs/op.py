@@ -2,17 +2,16 @@
 
 Streams over tiles of tokens x vocabulary: no (M, V) tensor exists, in the backward neither. A backend has
 
-    forward(hidden, weight, targets, bias, temperature, softcap, logprobs, entropy, lse)
+    forward(projection, targets, results)
         writes the three results, (M,) each, fp32 (fp64 for fp64 inputs)
-    backward(hidden, weight, targets, bias, temperature, softcap, logprobs, entropy, lse,
-             grad_logprobs, grad_entropy, grad_lse, grad_hidden, grad_weight, grad_bias)
+    backward(projection, targets, results, upstream, gradients)
         writes the gradients that are not None, each in the dtype of its input, whatever was in the buffers before
 
-and is expected to leave the matrix products of a tile to the vendor's library and to make one pass over the tile: the
-functions ``fold_tile`` and ``tile_gradient`` of ``streaming.py`` are those passes.
+(``arguments.py``) and is expected to leave the matrix products of a tile to the vendor's library and to make one pass
+over the tile: the functions ``fold_tile`` and ``tile_gradient`` of ``streaming.py`` are those passes.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +19,10 @@ from torch import Tensor
 from appo_kernels import checks, dispatch
 from appo_kernels.autograd import differentiable_once
 from appo_kernels.dtypes import compute_dtype
+from appo_kernels.ops.token_logprobs.arguments import Gradients, Projection, TokenLogprobs
 from appo_kernels.vocabulary.arguments import check_projection
 
 OP = "token_logprobs"
-
-
-class TokenLogprobs(NamedTuple):
-    """Of M tokens, each (M,) fp32 (fp64 for fp64 inputs), natural logarithms."""
-
-    logprobs: Tensor  # log p(target)
-    entropy: Tensor  # -sum_v p(v) log p(v) of the distribution the target was drawn from
-    lse: Tensor  # log-sum-exp of the scaled logits
 
 
 def token_logprobs(
@@ -133,9 +125,8 @@ def forward_op(
             expected = f"token ids in [0, {weight.shape[0]}), the rows of `weight`"
             remedy = "Leave out the rows that have no target; padding ids such as -100 are not skipped here."
             checks.fail(OP, "targets", expected, f"ids from {low} to {high}", remedy)
-    dispatch.backend_module(OP, backend).forward(
-        hidden, weight, targets, bias, temperature, softcap, logprobs, entropy, lse
-    )
+    projection, results = Projection(hidden, weight, bias, temperature, softcap), TokenLogprobs(logprobs, entropy, lse)
+    dispatch.backend_module(OP, backend).forward(projection, targets, results)
 
 
 @dispatch.out_variant("token_logprobs_backward", mutates=("grad_hidden", "grad_weight", "grad_bias"))
@@ -159,6 +150,6 @@ def backward_op(
 ) -> None:
     """Writes the gradients that are not None, (M, D), (V, D), (V,), from those of the results, (M,) each."""
     dispatch.backend_module(OP, backend).backward(
-        hidden, weight, targets, bias, temperature, softcap, logprobs, entropy, lse,
-        grad_logprobs, grad_entropy, grad_lse, grad_hidden, grad_weight, grad_bias,
+        Projection(hidden, weight, bias, temperature, softcap), targets, TokenLogprobs(logprobs, entropy, lse),
+        TokenLogprobs(grad_logprobs, grad_entropy, grad_lse), Gradients(grad_hidden, grad_weight, grad_bias),
     )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from appo_kernels.dispatch import Problem
 from appo_kernels.dtypes import LOG_ZERO
+from appo_kernels.ops.token_logprobs.arguments import Gradients, Projection, TokenLogprobs
 from appo_kernels.ops.token_logprobs.gradients import RowCoefficients, backward_by_tiles, row_coefficients
 from appo_kernels.vocabulary.torch_tiles import logits_tile, operand, raw_gradient_, tile_shape, tiles
 
@@ -31,18 +32,10 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def forward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-) -> None:
-    """Writes logprobs, entropy and lse, (M,) each: hidden (M, D), weight (V, D), targets (M,), bias (V,)."""
+def forward(projection: Projection, targets: Tensor, results: TokenLogprobs) -> None:
+    """Writes ``results`` of the targets (M,)."""
+    hidden, weight, bias, temperature, softcap = projection
+    logprobs, entropy, lse = results
     (M, _), V = hidden.shape, weight.shape[0]
     tall, wide = tile_shape(M, V, weight)
     scratch, spare = lse.new_empty(2, tall * wide)
@@ -83,26 +76,14 @@ def fold_tile(logits: Tensor, column: Tensor, running: Running, spare: Tensor) -
 
 
 def backward(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-    logprobs: Tensor,
-    entropy: Tensor,
-    lse: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-    grad_lse: Tensor,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
+    projection: Projection, targets: Tensor, results: TokenLogprobs, upstream: TokenLogprobs, gradients: Gradients
 ) -> None:
-    """Writes the gradients that are not None, (M, D), (V, D), (V,), from those of the results, (M,) each."""
+    """Writes the ``gradients`` that are not None, from ``upstream``, those of ``results``."""
+    hidden, weight, bias, temperature, softcap = projection
+    lse = results.lse
     tall, wide = tile_shape(hidden.shape[0], weight.shape[0], weight)
     scratch, spare, third = lse.new_empty(3, tall * wide)
-    coefficients = row_coefficients(logprobs, entropy, grad_logprobs, grad_entropy, grad_lse)
+    coefficients = row_coefficients(results, upstream)
 
     def gradient_of_tile(hidden_tile: Tensor, weight_tile: Tensor, rows: slice, columns: slice) -> Tensor:
         """d loss / d logits (m, v) of some rows and columns."""
@@ -111,7 +92,7 @@ def backward(
         column = targets[rows] - columns.start
         return tile_gradient(logits, column, temperature, softcap, lse[rows], coefficients.rows(rows), spare, third)
 
-    backward_by_tiles(hidden, weight, grad_hidden, grad_weight, grad_bias, lse.dtype, (tall, wide), gradient_of_tile)
+    backward_by_tiles(projection, gradients, lse.dtype, (tall, wide), gradient_of_tile)
 
 
 def tile_gradient(
