@@ -1,10 +1,6 @@
 """A run that cannot lose work: what is skipped, refused, stopped, saved and resumed."""
 
 import dataclasses
-import errno
-import json
-import logging
-import math
 import os
 import signal
 import subprocess
@@ -15,6 +11,7 @@ import pytest
 import torch
 import training
 from accelerate import Accelerator
+from run_cases import lines, make, same, weights_of, without_time
 
 from appo.config import APPOConfig, ConfigError
 from appo.data.records import DataError
@@ -22,119 +19,6 @@ from appo.train import checkpoints
 from appo.train.evaluate import evaluate
 from appo.train.folder import FREE, locked
 from appo.train.interrupt import Stopped
-from appo.train.trainer import Trainer
-from appo.train.updates import NonFiniteError
-from appo_kernels import linear_weighted_surrogate
-
-
-def make(output, records=None, model_seed=0, engine=None, surrogate=linear_weighted_surrogate, **changes):
-    model, processor = training.tiny(model_seed)
-    records = training.records() if records is None else records
-    settings = training.config(output, **changes)
-    return Trainer(model, processor, records, config=settings, engine=engine, surrogate=surrogate)
-
-
-def lines(folder, name="metrics.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-
-
-def without_time(records):
-    return [{k: v for k, v in record.items() if not k.startswith(("time/", "memory/"))} for record in records]
-
-
-def weights_of(trainer):
-    return {name: value.clone() for name, value in trainer.model.state_dict().items()}
-
-
-def same(first, second):
-    return first.keys() == second.keys() and all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-class Spoiled:
-    """The surrogate, whose loss or gradient is not finite in the calls with these numbers."""
-
-    def __init__(self, calls, factor, of):
-        self.calls, self.factor, self.of, self.count = calls, factor, of, 0
-
-    def __call__(self, hidden, *operands, **arguments):
-        self.count += 1
-        if self.count in self.calls and self.of == "gradient":
-            hidden = hidden * 1.0
-            hidden.register_hook(lambda gradient: gradient * self.factor)
-        result = linear_weighted_surrogate(hidden, *operands, **arguments)
-        return (
-            result._replace(loss=result.loss * self.factor)
-            if self.count in self.calls and self.of == "loss"
-            else result
-        )
-
-
-# NaN and infinity, in the loss with its gradient, and in a gradient whose loss is finite; two micro-batches a step.
-@pytest.mark.parametrize(("factor", "of"), [(math.nan, "loss"), (math.inf, "loss"), (math.nan, "gradient")])
-def test_an_update_that_is_not_finite_is_skipped_and_counted(tmp_path, factor, of):
-    trainer = make(tmp_path, surrogate=Spoiled({3}, factor, of), max_steps=3)
-    trainer.step(1)
-    before, moments = weights_of(trainer), json.dumps(str(trainer.updates.optimizer.state_dict()["state"][0]))
-    metrics = trainer.step(2)
-    assert metrics["updates/nonfinite"] == 1 and "grad_norm" not in metrics and trainer.version == 1
-    assert same(before, weights_of(trainer)), "weights are those of step 1"
-    assert moments == json.dumps(str(trainer.updates.optimizer.state_dict()["state"][0])), "so is the optimizer"
-    metrics = trainer.step(3)
-    assert "updates/nonfinite" not in metrics and metrics["grad_norm"] > 0 and trainer.version == 3
-    assert not same(before, weights_of(trainer))
-
-
-def test_too_many_in_a_row_end_the_run_with_what_it_saw_and_good_checkpoints(tmp_path):
-    # Step 2 is spoiled, step 3 is not: the count starts again. Steps 4 and 5 are.
-    trainer = make(
-        tmp_path,
-        surrogate=Spoiled({3, 7, 9}, math.nan, "loss"),
-        max_steps=9,
-        max_skipped=2,
-        save_every=1,
-        keep_checkpoints=9,
-    )
-    with pytest.raises(NonFiniteError, match=r"2 updates in a row.*step 4: loss nan.*step 5: loss nan"):
-        trainer.train()
-    assert [path.name for path in checkpoints.existing(tmp_path / "checkpoints")][-1] == "step-000004"
-    again = make(tmp_path, model_seed=5, max_steps=5, max_skipped=2)
-    again.train()
-    assert all(value.isfinite().all() for value in weights_of(again).values())
-    assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4, 5]
-
-
-def test_weights_that_are_not_finite_are_never_saved(tmp_path):
-    trainer = make(tmp_path, max_steps=3, save_every=1)
-    step, steps = trainer.updates.optimizer.step, []
-
-    def overflow():
-        step()
-        steps.append(1)
-        if len(steps) == 2:
-            with torch.no_grad():
-                next(p for p in trainer.policy.parameters() if p.requires_grad).view(-1)[3] = math.inf
-
-    trainer.updates.optimizer.step = overflow
-    with pytest.raises(NonFiniteError, match=r"weight is not finite after step 2\. It is not saved"):
-        trainer.train()
-    (left,) = checkpoints.existing(tmp_path / "checkpoints")
-    assert left.name == "step-000001" and not (tmp_path / "final").exists()
-
-
-def test_groups_whose_scores_are_not_finite_take_no_part(tmp_path):
-    trainer = make(tmp_path, micro_groups=1)
-    values, calls = trainer.policy.output_head, []
-
-    def spoiled(dtype):
-        weight, bias = values(dtype)
-        calls.append(1)
-        return (weight * math.nan if len(calls) == 1 else weight), bias
-
-    trainer.policy.output_head = spoiled  # the first group that is scored
-    metrics = trainer.step(1)
-    assert metrics["groups/nonfinite"] == 1 and metrics["grad_norm"] > 0
-    scored = sum(group.scored for group in trainer.groups)
-    assert scored == sum(group.informative for group in trainer.groups) - 1
 
 
 def test_a_step_that_fails_leaves_a_checkpoint_of_the_one_before(tmp_path):
@@ -223,84 +107,6 @@ def test_an_output_that_is_no_folder_is_refused_before_anything(tmp_path):
     with pytest.raises(ConfigError, match=r"`output`: .*file"):
         make(tmp_path / "file").train()
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def halve(path):
-    (largest,) = path.glob("*.distcp")
-    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-
-
-def flip(path):
-    (largest,) = path.glob("*.distcp")
-    data = bytearray(largest.read_bytes())
-    data[len(data) // 2] ^= 0x10
-    largest.write_bytes(data)
-
-
-# Weights cut, changed or without their list; the state cut or gone; the folder of another step's name, and a file.
-DAMAGES = {
-    "cut": (halve, "bytes instead of"),
-    "other bytes": (flip, "other contents"),
-    "a file missing": (lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
-    "state cut": (lambda path: (path / checkpoints.STATE).write_text('{"step": 2, "fi'), "JSONDecodeError"),
-    "state missing": (lambda path: (path / checkpoints.STATE).unlink(), checkpoints.STATE),
-    "renamed": (lambda path: path.rename(path.with_name("step-000009")), "of step 2"),
-    "a file": (lambda path: (path.rename(path.with_name("old")), path.write_text("x")), "step-000002"),
-}
-
-
-@pytest.fixture(scope="module")
-def two_steps(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    trainer = make(folder, max_steps=2, save_every=1)
-    trainer.train()
-    return folder, without_time(lines(folder)), weights_of(trainer)
-
-
-@pytest.mark.parametrize("kind", DAMAGES)
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(two_steps, tmp_path, caplog, kind):
-    import shutil
-
-    folder, metrics, weights = two_steps
-    shutil.copytree(folder, tmp_path / "run")
-    damage, reason = DAMAGES[kind]
-    damage(tmp_path / "run" / "checkpoints" / "step-000002")
-    (tmp_path / "run" / "checkpoints" / "step-banana").mkdir()
-    with caplog.at_level(logging.WARNING, "appo"):
-        trainer = make(tmp_path / "run", model_seed=3, max_steps=2, save_every=1)
-        trainer.train()
-    (warning,) = [record.getMessage() for record in caplog.records if "checkpoint passed over" in record.getMessage()]
-    assert reason in warning and str(tmp_path / "run") in warning
-    assert without_time(lines(tmp_path / "run")) == metrics and same(weights_of(trainer), weights)
-
-
-def test_without_a_checkpoint_that_is_whole_a_run_does_not_start_over(two_steps, tmp_path):
-    import shutil
-
-    shutil.copytree(two_steps[0], tmp_path / "run")
-    for path in checkpoints.existing(tmp_path / "run" / "checkpoints"):
-        halve(path)
-    with pytest.raises(checkpoints.CheckpointError, match=r"step-000002: .*step-000001: .*Remove .* to start from the"):
-        make(tmp_path / "run", max_steps=3).train()
-    assert len(lines(tmp_path / "run")) == 2
-
-
-def test_a_full_disk_is_named_and_the_older_checkpoint_kept(tmp_path, monkeypatch):
-    make(tmp_path, max_steps=1).train()
-
-    def full(states, checkpoint_id, **_):
-        (checkpoint_id / "__0_0.distcp").write_bytes(b"half of it")
-        try:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError as error:
-            raise RuntimeError("writer failed") from error  # as torch wraps it
-
-    monkeypatch.setattr(checkpoints.dcp, "save", full)
-    with pytest.raises(
-        checkpoints.CheckpointError, match=r"step-000002: cannot be saved: the disk is full \(\d+ MiB free\)"
-    ):
-        make(tmp_path, max_steps=2).train()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
 # Ctrl-C, and what a scheduler sends.

@@ -152,7 +152,7 @@ def test_a_transport_that_is_not_there_is_refused_by_name(tmp_path, monkeypatch)
 
 
 def test_a_server_of_another_transport_is_named(tmp_path, monkeypatch):
-    from test_vllm_server import Played
+    from played_server import Played
 
     monkeypatch.setattr("appo.rollout.vllm_server.refuse_transfer", lambda kind: None)
     server = Played(info={"weight_transfer": "nccl"})
