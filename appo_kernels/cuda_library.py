@@ -9,6 +9,7 @@ serves CPU tensors too, thread by thread on an emulated GPU. That is for testing
 
 import ctypes
 import functools
+import importlib.util
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -43,10 +44,9 @@ def build_decision() -> str | None:
 
 
 def _installed(name: str) -> Path | None:
-    import appo_kernels
-
+    spec = importlib.util.find_spec("appo_kernels")
     # An editable install has two directories of the package: the sources, and what was built.
-    for folder in appo_kernels.__path__:
+    for folder in (spec and spec.submodule_search_locations) or ():
         candidate = Path(folder) / name
         if candidate.exists():
             return candidate

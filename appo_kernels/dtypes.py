@@ -1,4 +1,4 @@
-"""Dtypes that operators compute in, and the constants between bases of logarithms."""
+"""Dtypes that operators compute in, bases of logarithms, and numbers in the place of infinite ones."""
 
 import math
 
@@ -8,6 +8,8 @@ LOG2_E, LN_2 = math.log2(math.e), math.log(2.0)  # softmax is taken in base 2, l
 # Stands for the log-probability of an impossible token in products with its probability, which is 0: exp of it is
 # exactly 0 in fp32 and fp64, and 0 times it is 0 where 0 * -inf is NaN; the mean of up to 1,677 of it is it.
 LOG_ZERO = -1e4
+# The largest difference of log-probabilities that the k3 divergence takes (docs/method.md, eq. 12).
+K3_CLAMP = 11.0
 HALVES = (torch.float16, torch.bfloat16)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from appo_kernels import cuda_constants, cuda_library, doctor, group_divergence_from_logits
-from appo_kernels.ops.group_divergence import reference
 from cudasim import SOURCES, build
 
 
@@ -53,7 +52,7 @@ def test_a_stale_build_is_refused(
 
 def test_python_is_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
     library = cuda_library.emulation(str(build()))
-    monkeypatch.setattr(reference, "CLAMP", 12.0)
+    monkeypatch.setattr(cuda_constants, "K3_CLAMP", 12.0)
     with pytest.raises(cuda_constants.StaleLibraryError, match="DIVERGENCE_CLAMP is 11 there and 12 here"):
         cuda_constants.check(library, "here.so")
 

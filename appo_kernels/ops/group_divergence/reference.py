@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-CLAMP = 11.0
+from appo_kernels.dtypes import K3_CLAMP
 
 
 def group_divergence(
@@ -63,7 +63,7 @@ def mean_clamped_k3(log_p: Tensor) -> Tensor:
     member can say the word, else 11 for the members that cannot and -11 for those that can.
     """
     impossible = log_p == float("-inf")
-    d = (log_p.mean(dim=0) - log_p).clamp(-CLAMP, CLAMP)
-    d = torch.where(impossible.any(dim=0), torch.where(impossible, CLAMP, -CLAMP), d)
+    d = (log_p.mean(dim=0) - log_p).clamp(-K3_CLAMP, K3_CLAMP)
+    d = torch.where(impossible.any(dim=0), torch.where(impossible, K3_CLAMP, -K3_CLAMP), d)
     d = d.masked_fill(impossible.all(dim=0), 0.0)
     return (torch.expm1(d) - d).sum() / len(log_p)

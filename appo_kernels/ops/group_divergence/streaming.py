@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from appo_kernels.dispatch import Problem
-from appo_kernels.dtypes import LOG_ZERO
-from appo_kernels.ops.group_divergence.reference import CLAMP
+from appo_kernels.dtypes import K3_CLAMP, LOG_ZERO
 from appo_kernels.ops.group_divergence.selection import Selection, mark, select, write_divergence
 from appo_kernels.vocabulary.torch_tiles import convertible_columns, logits_tile, operand, tiles
 
@@ -130,7 +129,7 @@ def fold_k3(
     log_p = _log_p_with_missing(logits, lse, scratch, log_uniform)
     for part in tiles(len(total), chunk):
         d = gather(log_p, selection.members[part])  # (s, G, v)
-        d.sub_(d.mean(1, keepdim=True)).neg_().clamp_(-CLAMP, CLAMP)
+        d.sub_(d.mean(1, keepdim=True)).neg_().clamp_(-K3_CLAMP, K3_CLAMP)
         total[part] += torch.expm1(d).sub_(d).flatten(1).sum(1) / d.shape[1]
 
 

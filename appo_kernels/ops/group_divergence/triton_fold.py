@@ -5,11 +5,10 @@ import torch
 import triton
 import triton.language as tl
 
-from appo_kernels.dtypes import LOG_ZERO
-from appo_kernels.ops.group_divergence.reference import CLAMP
+from appo_kernels.dtypes import K3_CLAMP, LOG_ZERO
 from appo_kernels.vocabulary.triton_rows import exp_minus_line, scaled
 
-NO_PROBABILITY, LARGEST = tl.constexpr(LOG_ZERO), tl.constexpr(CLAMP)
+NO_PROBABILITY, LARGEST = tl.constexpr(LOG_ZERO), tl.constexpr(K3_CLAMP)
 SMALLEST_NORMAL = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
