@@ -1,4 +1,4 @@
-"""What benchmarks.gpu leaves behind: a CSV that grows case by case, its environment, a plot, a page."""
+"""Files of benchmarks.gpu: a CSV that grows case by case, its environment, a plot, a page."""
 
 import csv
 import json

@@ -262,7 +262,7 @@ def load(name: str) -> dict[str, Any] | None:
 
 
 def resumed(name: str) -> dict[str, Any] | None:
-    """What `load` gives, every row with the commit that it was measured at, for results that others are added to."""
+    """The content that `load` gives, to which rows are added: each with the commit that it was measured at."""
     content = load(name)
     for row in content["rows"] if content else ():
         row.setdefault("commit", content["environment"]["commit"])

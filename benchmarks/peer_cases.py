@@ -53,5 +53,5 @@ def batch_of(dtype: torch.dtype, seed: int = 0) -> Batch:
 
 
 def weighted_advantages(batch: Batch, weighted: bool) -> Tensor:
-    """What peers are given: (B,), or (B, T) with the token weights folded in."""
+    """Advantages as peers get them: (B,), or (B, T) with the token weights folded in."""
     return batch["advantages"][:, None] * batch["token_weights"] if weighted else batch["advantages"]

@@ -25,7 +25,7 @@ class Mutant:
 
     @property
     def line(self) -> int:
-        """Where it is, from 1."""
+        """Its line, from 1."""
         return self.source.count("\n", 0, self.start) + 1
 
     @functools.cached_property
@@ -39,7 +39,7 @@ class Mutant:
 
     @functools.cached_property
     def key(self) -> tuple[str, str, str]:
-        """What stays when lines move: file, function and change."""
+        """Its identity when lines move: file, function and change."""
         return self.file, self.function, self.change
 
     def __str__(self) -> str:

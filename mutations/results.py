@@ -1,4 +1,4 @@
-"""What is known of each mutant, written after each, and the survivors that are explained."""
+"""Results of each mutant, written after each, and the survivors that are explained."""
 
 import csv
 import hashlib

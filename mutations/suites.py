@@ -1,4 +1,4 @@
-"""Which tests of the default suite (`make test`) cover which kernel, the ones likeliest to notice first."""
+"""Tests of the default suite (`make test`) that cover each kernel, the ones likeliest to notice first."""
 
 import itertools
 from dataclasses import dataclass

@@ -24,7 +24,7 @@ VERSION = 1  # of what a unit holds
 
 @dataclass
 class Unit:
-    """What was measured on one batch of prompts, of whose groups n have rewards that differ.
+    """Measurements of one batch of prompts, of whose groups n have rewards that differ.
 
     sketches: (n, rows, size) fp32, of the weightings in ``names``. records: ids of the n. key: what has to be equal for
     units to be of one measurement. hits, aucs: by weighting, the numbers of `HitCounts` summed over

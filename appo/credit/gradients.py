@@ -66,7 +66,7 @@ def _first_equals(weights: Mapping[str, Tensor], mask: Tensor) -> dict[str, str]
 
 
 class HitCounts(NamedTuple):
-    """How much of a weighting's bonus is on the evidence tokens of a group, or of several.
+    """The part of a weighting's bonus that is on evidence tokens, of a group or of several.
 
     The bonus of a token is its weight above the least of its group. evidence_bonus: of evidence tokens; bonus: of all.
     above_mean: evidence tokens that weigh more than their response's mean; evidence: all of them.

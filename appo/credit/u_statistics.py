@@ -1,4 +1,4 @@
-"""How well gradients point, from the gradients of groups of responses: U-statistics and bootstrap intervals.
+"""Directions of gradients compared, from those of groups of responses: U-statistics and bootstrap intervals.
 
 With g a group's gradient under some weights and r its gradient under the reference ones, the gradient of a batch of B
 groups has, in expectation over its noise, the cosine
@@ -104,7 +104,7 @@ def estimate(values: Array) -> Estimate:
 
 
 def samples_ratio(cosine: Array, base: Array) -> Array:
-    """How many times more samples ``base`` needs for the same cosine: the ratio of squared signal-to-noise ratios."""
+    """Times the samples that ``base`` needs for the same cosine: the ratio of squared signal-to-noise ratios."""
 
     def snr2(values: Array) -> Array:
         squares = np.clip(values, 1e-6, 1 - 1e-6) ** 2

@@ -22,7 +22,7 @@ Divergences = Callable[[APPOConfig], Divergence]
 
 @dataclass(frozen=True)
 class ScoredGroup:
-    """What weights are made of: a scored group, its divergences, and its evidence tokens, where they are known."""
+    """A scored group with its divergences and, where they are known, its evidence tokens: weights are made of it."""
 
     group: Group
     divergences: Divergences

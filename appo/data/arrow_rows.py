@@ -94,7 +94,7 @@ class ArrowRows:
 
 
 def _unreadable() -> tuple[type[Exception], ...]:
-    """What pyarrow raises for text that is not UTF-8, and for times that Python cannot hold."""
+    """Errors that pyarrow raises for text that is not UTF-8, and for times that Python cannot hold."""
     import pyarrow
 
     return ValueError, OverflowError, pyarrow.ArrowException

@@ -150,7 +150,7 @@ def _scan(
 
 
 def _notice(path: Path, rows: Rows, parse: Callable[[Any, int], Record], ids: EqualIds) -> str:
-    """What there is to say of ids that several records have."""
+    """A sentence on ids that several records have; empty where none are."""
     equal = ids.groups()
     if not equal:
         return ""

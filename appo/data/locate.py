@@ -1,4 +1,4 @@
-"""Where the file of a medium is: within the data root, links followed."""
+"""The place of a medium's file: within the data root, links followed."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""Where the records of a large JSON file lie, found by brackets, quotes and line ends alone: no record is decoded.
+"""The places of the records of a large JSON file, found by brackets, quotes and line ends alone: no record is decoded.
 
 Each of the stretches found is decoded afterwards by `appo.data.strict_json`, so that a file is never taken for more
 than what it is: where brackets are not as a list of records has them, the answer is None.
@@ -111,7 +111,7 @@ def _items(window: bytes) -> tuple[Spans, Spans, int | None]:
 
 
 def _escaped(places: Spans, kinds: "NDArray[np.uint8]") -> Spans:
-    """Which of the characters found stand behind a backslash that is not itself behind one."""
+    """Those of the characters found that stand behind a backslash that is not itself behind one."""
     slashes = np.flatnonzero(kinds == _BACKSLASH)
     if not len(slashes):
         return slashes

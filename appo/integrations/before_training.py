@@ -1,4 +1,4 @@
-"""What of settings, model and layout would fail later, or silently: refused before anything is sampled."""
+"""Settings, models and layouts that would fail later, or silently: refused before anything is sampled."""
 
 from collections.abc import Sequence
 from typing import Any

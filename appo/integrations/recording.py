@@ -1,4 +1,4 @@
-"""What a scoring forward of padded rows records."""
+"""Frame mass in a scoring forward of padded rows."""
 
 from types import SimpleNamespace
 from typing import Any

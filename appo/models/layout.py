@@ -1,4 +1,4 @@
-"""How a family of models lays videos into its sequences: the base class of all layouts (docs/models.md: adding one)."""
+"""Videos within the sequences of a family of models: the base class of all layouts (docs/models.md: adding one)."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -94,7 +94,7 @@ class Layout(ABC):
         return messages
 
     def vision(self, encoded: Mapping[str, Any], videos: Sequence[Video], sizes: Sizes) -> dict[str, Tensor]:
-        """What the processor made of one prompt's media, in a form that those of several prompts can be joined in."""
+        """The processor's output for one prompt's media, in a form that those of several prompts can be joined in."""
         left_out = {*PER_TOKEN, self.token_types, "video_metadata"}
         return {name: torch.as_tensor(value) for name, value in encoded.items() if name not in left_out}
 

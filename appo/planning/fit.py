@@ -45,7 +45,7 @@ def fit(plan: Plan, memory: float) -> Plan | None:
 
 
 def options(before: Plan, after: Plan, *, settings: bool = False) -> list[str]:
-    """What makes the one plan of the other: options of the command, or settings of a run."""
+    """The changes that make one plan of another: options of the command, or settings of a run."""
     found = [(names[settings], getattr(after.work, field)) for field, names in NAMES.items()
              if getattr(before.work, field) != getattr(after.work, field)]  # fmt: skip
     return [name.format(value) for name, value in found]

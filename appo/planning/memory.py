@@ -126,7 +126,7 @@ class PlannedMemory(PlannedTokens):
 
     @property
     def root_parameters(self) -> int:
-        """What is in no decoder layer: with shards it is whole from an update's forward to its backward."""
+        """Parameters in no decoder layer: with shards they are whole from an update's forward to its backward."""
         return self.model.parameters - self.model.layers * self.model.layer_parameters
 
     def standing(self) -> dict[str, float]:

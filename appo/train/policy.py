@@ -83,7 +83,7 @@ class Policy(nn.Module):
         return sum((p.flatten()[:0].sum() for p in self._trained_vision()), hidden.new_zeros(()))
 
     def _trained_vision(self) -> list[nn.Parameter]:
-        """What is trained beside text model and head."""
+        """Parameters that are trained beside text model and head."""
         text = {*self.causal.get_decoder().parameters(), *self.causal.get_output_embeddings().parameters()}
         return [p for p in self.parameters() if p.requires_grad and p not in text]
 

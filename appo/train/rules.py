@@ -17,7 +17,7 @@ from appo_kernels import checks
 
 
 class Scored(Protocol):
-    """What a rule may read of the G responses to a prompt, N tokens each, here and in other trainers."""
+    """The attributes that a rule may read of the G responses to a prompt, N tokens each, here and in other trainers."""
 
     mask: Tensor  # (G, N) bool: the response's tokens
     accuracy: Tensor  # (G,) fp32: what divides right from wrong

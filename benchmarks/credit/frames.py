@@ -1,4 +1,4 @@
-"""Which choice of frames finds those that decide? python -m benchmarks.credit.frames FOLDER [--batches 8]
+"""Choices of frames, by the deciding ones that they find: python -m benchmarks.credit.frames FOLDER [--batches 8]
 
 FOLDER: of a warm start, as `python -m benchmarks.credit.measure` makes them (config.yaml), or any run's. Of the groups
 of its first batches of prompts whose rewards differ, for each choice: the share of the frames picked that are labelled

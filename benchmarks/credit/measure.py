@@ -74,7 +74,7 @@ def check(trainer: Trainer, folder: Path) -> dict[str, float]:
 
 
 def identity(config: APPOConfig, first: int = 0) -> dict[str, Any]:
-    """What makes units of one measurement, wherever the folders lie."""
+    """The key that units of one measurement share, wherever the folders lie."""
     found: dict[str, Any] = {"settings": fingerprint(replace(config, model="warm", data="train.json"))}
     return found | ({"first": first} if first else {})
 

@@ -98,7 +98,7 @@ def gains(name: str, rows: Sequence[str]) -> tuple[list[str], str]:
 
 
 def sentence() -> str:
-    """What README says of the two registered studies of the primary task, from their results."""
+    """README's words on the two registered studies of the primary task, from their results."""
     (oracle, paper, ours, given), done = gains(MAIN, ("oracle", "all", "together", "together-true-frames"))
     text = (
         "**Does looking help?** A weight W of each token multiplies its term of the loss; W = 1 is GRPO. Where 48 "

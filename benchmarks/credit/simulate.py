@@ -1,4 +1,4 @@
-"""When can token weights help? A policy whose tokens are known exactly: python -m benchmarks.credit.simulate
+"""Token weights on a policy whose tokens are known exactly, and when they help: python -m benchmarks.credit.simulate
 
 G responses of independent softmax tokens that share their parameters; one token earns the reward. Batch gradients are
 drawn and compared with the closed form of docs/credit.md, then the policy is trained with SGD and with Adam. numpy, no

@@ -99,7 +99,7 @@ def test_bitwise_repeatable(backend: str, device: str, given: bool) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-# From a given lse and without: two passes.
+# As above: both passes.
 @pytest.mark.parametrize("given", [True, False], ids=["lse", "no lse"])
 @pytest.mark.parametrize(("backend", "device"), SERVED)
 def test_alone_as_in_a_batch(tiled: None, backend: str, device: str, given: bool) -> None:
