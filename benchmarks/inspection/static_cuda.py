@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from appo_kernels.cuda_constants import HEAD_DIMS
 from benchmarks.inspection import bank_conflicts, sass, tile_path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,7 +103,7 @@ def shapes() -> dict[tuple[str, str], Shape]:
         "}\n"
     )
     headers = "".join(f'#include "{n}.cuh"\n' for n in ("attention_forward", "attention_backward", "frame_mass"))
-    calls = "".join(f"one<{d}>();" for d in (64, 80, 96, 128, 256))
+    calls = "".join(f"one<{d}>();" for d in HEAD_DIMS)
     source = f"#include <cstdio>\n{headers}using namespace appo;\n{print_one}int main() {{ {calls} }}\n"
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder, "shapes")
