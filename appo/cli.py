@@ -93,16 +93,13 @@ def train(
     for name in ("model", "data"):
         check_given(settings, name)
     from appo.data.load import check_media, load_records
-    from appo.rollout.registry import check_user_code
+    from appo.train.before_loading import check_run
+    from appo.train.folder import check_goes_on
     from appo.train.setup import load_model
-    from appo.train.sharding import check_launch
-    from appo.train.trackers import check_trackers
     from appo.train.trainer import Trainer
 
-    check_launch(settings)
-    check_trackers(settings)
-    check_user_code(settings.rewards, settings.method)
-
+    check_run(settings)
+    check_goes_on(settings)
     source: dict[str, Any] = {
         "data_root": settings.data_root,
         "seed": settings.seed,

@@ -59,10 +59,11 @@ def _names_the_data(error: Exception) -> bool:
 def _ends_a_run(error: Exception) -> bool:
     """True for what a run says when it cannot go on; its modules are loaded only once there is an error."""
     from appo.evaluation.speakers import EndpointError
+    from appo.rollout.vllm_requests import EngineError
     from appo.train.checkpoints import CheckpointError
     from appo.train.updates import NonFiniteError
 
-    return isinstance(error, (CheckpointError, EndpointError, NonFiniteError))
+    return isinstance(error, (CheckpointError, EndpointError, EngineError, ImportError, NonFiniteError))
 
 
 def _stop(message: object, code: int) -> None:

@@ -133,11 +133,14 @@ def _evaluate(
 
     from appo.data.load import check_media
     from appo.data.prompts import PromptBuilder
-    from appo.rollout.build import build_engine
+    from appo.models.load import check_attention
+    from appo.rollout.build import build_engine, check_engine
     from appo.train.answers import AnswerFile
     from appo.train.evaluate import evaluate
     from appo.train.setup import load_model
 
+    check_engine(settings)
+    check_attention(settings)
     if settings.on_broken == "stop":
         check_media(records)
     name = "" if asked is None else asked.name

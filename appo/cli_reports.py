@@ -85,6 +85,7 @@ def compare_engine(
     from appo.config import APPOConfig
     from appo.data.load import check_media, load_records
     from appo.reports.parity import examine_parity, parity_table
+    from appo.train.before_loading import check_run
     from appo.train.setup import load_model
     from appo.train.trainer import Trainer
 
@@ -93,6 +94,7 @@ def compare_engine(
             {"model": model, "engine": engine, "output": folder, "group_size": 2, "max_new_tokens": 16}, overrides
         )
         check_given(settings, "model")
+        check_run(settings)
         records = load_records(data, data_root=data_root, limit=limit)
         check_media(records)
         loaded, processor = load_model(settings)

@@ -17,9 +17,10 @@ from published_models import build, small
 from appo.models.architectures import Architecture
 from appo.planning.plan import Plan
 from appo.planning.workload import Workload
+from appo.train.launch import processes
 from appo.train.policy import Policy
 from appo.train.setup import autocast, build_optimizer, prepare_model
-from appo.train.sharding import gathered, own, place, processes
+from appo.train.sharding import gathered, own, place
 from appo_kernels import linear_weighted_surrogate
 from appo_kernels.testing import peak_extra_bytes
 

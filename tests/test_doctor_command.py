@@ -7,7 +7,7 @@ import pytest
 import torch
 import training
 
-from appo import doctor
+from appo import doctor, packages
 from appo.config import ConfigError
 from appo.models import liger
 from appo.train.setup import prepare_model
@@ -79,22 +79,23 @@ def test_the_report_says_what_is_used_and_why_not(monkeypatch, tmp_path):
 
 def test_an_environment_of_vllm_is_asked(monkeypatch, tmp_path):
     monkeypatch.setenv("APPO_VLLM_PYTHON", "no-such-python")
-    assert "which is no program" in doctor.server()
+    assert "no-such-python is no program" in packages.vllm_of_environment()
     monkeypatch.setenv("APPO_VLLM_PYTHON", sys.executable)
-    monkeypatch.setattr(doctor, "VLLM_NAMES", ("no-such-package",))
-    assert "has no vLLM" in doctor.server()
-    monkeypatch.setattr(doctor, "VLLM_NAMES", ("torch",))
-    assert f"'{torch.__version__.split('+')[0]}" in doctor.server() and doctor.server().startswith("yes, ")
+    monkeypatch.setattr(packages, "VLLM_NAMES", ("no-such-package",))
+    assert "has no vLLM" in packages.vllm_of_environment()
+    monkeypatch.setattr(packages, "VLLM_NAMES", ("torch",))
+    found = packages.vllm_of_environment()
+    assert f"'{torch.__version__.split('+')[0]}" in found and found.startswith("yes, ")
 
 
 def test_flash_attention_that_is_installed(monkeypatch):
     from transformers.utils import import_utils
 
     monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: True)
-    assert doctor.why_not_flash(2) is None
+    assert packages.why_not_flash(2) is None
     monkeypatch.setattr(import_utils, "is_flash_attn_2_available", lambda: False)
-    monkeypatch.setattr(doctor.metadata, "version", lambda name: "2.8.3")
+    monkeypatch.setattr(packages.metadata, "version", lambda name: "2.8.3")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert doctor.why_not_flash(2) == "flash-attn 2.8.3 runs on GPUs, and torch sees none"
+    assert packages.why_not_flash(2) == "flash-attn 2.8.3 runs on GPUs, and torch sees none"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert "not on this GPU" in doctor.why_not_flash(2)
+    assert "not on this GPU" in packages.why_not_flash(2)

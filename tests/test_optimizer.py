@@ -37,7 +37,7 @@ def test_its_state_goes_on(tmp_path, optimizer):
 
 def test_a_package_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(ConfigError, match=r"`optimizer`: adamw_paged needs bitsandbytes.*pip install"):
+    with pytest.raises(ConfigError, match=r"`optimizer`: expected adamw here, got adamw_paged: .*pip install"):
         run(tmp_path, optimizer="adamw_paged")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from sharded_run import train, train_together
 
 from appo.config import APPOConfig, ConfigError
-from appo.train.sharding import check_launch
+from appo.train.launch import check_launch
 
 TINY: dict[str, Any] = {
     "prompts_per_step": 4, "max_new_tokens": 8, "group_size": 3, "max_steps": 2, "save_every": 2,

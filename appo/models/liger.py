@@ -25,11 +25,16 @@ def why_not(model_type: str | None = None) -> str | None:
     return None
 
 
+def check(model_type: str | None = None) -> None:
+    """Raise ConfigError with the reason that its kernels cannot be used, where there is one."""
+    if reason := why_not(model_type):
+        raise ConfigError(f"`liger`: expected false here, got true: {reason}.")
+
+
 def use_liger(model: Any) -> None:
     """Replace norms and gated layers of ``model`` (also one wrapped by peft). Raises ConfigError with the reason."""
     plain = unwrapped(model)
-    if reason := why_not(plain.config.model_type):
-        raise ConfigError(f"`liger`: expected false here, got true: {reason}.")
+    check(plain.config.model_type)
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model=plain, **dict.fromkeys(LEFT_OUT, False))

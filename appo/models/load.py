@@ -12,7 +12,9 @@ from appo.config import APPOConfig, ConfigError
 from appo.constraints import shown
 from appo.models.layouts import layout_of
 from appo.models.loaded import unwrapped
-from appo.recording.hooks import check_attention, last_layers
+from appo.packages import why_not_flash
+from appo.recording.hooks import check_attention as check_recorded
+from appo.recording.hooks import last_layers
 
 _HUB_NAME = re.compile(r"[\w.-]+(?:/[\w.-]+)?", re.ASCII)
 
@@ -75,11 +77,28 @@ def without_weights(name: str, **options: Any) -> Any:
     return model.eval()
 
 
+def check_attention(config: APPOConfig) -> None:
+    """Raise ConfigError for attention of a package that is not there, or that does not take ``dtype``."""
+    name, _, number = config.attn_implementation.rpartition("_")
+    if name != "flash_attention":
+        return
+    if reason := why_not_flash(int(number)):
+        raise ConfigError(
+            f"`attn_implementation`: expected sdpa here, got {config.attn_implementation}: {reason}. `appo doctor` "
+            "says what there is."
+        )
+    if config.dtype == "float32":
+        raise ConfigError(
+            f"`dtype`: expected bfloat16 or float16 with attn_implementation = {config.attn_implementation}, whose "
+            "kernels take no other, got float32. Change either."
+        )
+
+
 def check_fits(config: APPOConfig, model: Any, processor: Any) -> None:
     """Settings that need the model to be judged. Raises ConfigError."""
     if config.records_mass:
         try:
-            check_attention(model, last_layers(model, config.layers))
+            check_recorded(model, last_layers(model, config.layers))
         except ValueError as error:
             raise ConfigError(str(error).removeprefix("record_frame_mass: ")) from error
     tokenizer = getattr(processor, "tokenizer", None)

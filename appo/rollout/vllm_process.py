@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from appo.rollout.vllm_requests import EngineError
+from appo.rollout.vllm_worker import PROTOCOL
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 
@@ -99,6 +100,23 @@ class Server:
             if error.code == 503:
                 raise ConnectionError(f"its engine is gone: {text}") from error
             raise EngineError(f"vLLM server {self.url}{path}: {error.code}: {text}") from error
+
+    def info(self, timeout: float) -> dict[str, Any]:
+        """Its account of itself. Raises EngineError where nobody answers, or none of ours of this version."""
+        try:
+            found: dict[str, Any] = self.call("/info", timeout=min(timeout, 30))
+        except (OSError, ValueError) as error:  # nobody, or somebody who does not speak JSON
+            raise EngineError(
+                f"vLLM server {self.url}: does not answer ({error}). Start it with `python {WORKER} --model "
+                "FOLDER` in its environment, or correct `engine_urls`."
+            ) from error
+        protocol = found.get("protocol") if isinstance(found, dict) else None
+        if protocol != PROTOCOL:
+            raise EngineError(
+                f"vLLM server {self.url}: expected version {PROTOCOL} of the protocol, got "
+                f"{protocol!r}. Start it with the vllm_worker.py of this version: {WORKER}."
+            )
+        return found
 
 
 def own_server(python: str, model_path: str, logprobs_mode: str, arguments: dict[str, Any], log: Path) -> Server:

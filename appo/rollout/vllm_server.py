@@ -18,9 +18,8 @@ from torch import nn
 from appo.data.prompts import Prompt
 from appo.models.loaded import end_ids, unwrapped, vision_token_ids
 from appo.rollout.engine import Completion, Sampling
-from appo.rollout.vllm_process import WORKER, Server, own_server
+from appo.rollout.vllm_process import Server, own_server
 from appo.rollout.vllm_requests import EngineError, check_prompt, completion_of, request_of
-from appo.rollout.vllm_worker import PROTOCOL
 from appo.rollout.weight_files import adapter_rank, write_adapters, write_weights
 from appo.rollout.weight_transfer import IPC_ENVIRONMENT, Transfer, refuse_transfer
 
@@ -107,19 +106,7 @@ class VLLMServerRollout:
 
     def _check(self, server: Server, logprobs_mode: str) -> dict[str, Any]:
         """The server's account of itself: that it is one of ours, of this version, and serves this model."""
-        try:
-            info: dict[str, Any] = server.call("/info", timeout=min(self.timeout, 30))
-        except (OSError, ValueError) as error:  # nobody, or somebody who does not speak JSON
-            raise EngineError(
-                f"vLLM server {server.url}: does not answer ({error}). Start it with `python {WORKER} --model "
-                "FOLDER` in its environment, or correct `engine_urls`."
-            ) from error
-        protocol = info.get("protocol") if isinstance(info, dict) else None
-        if protocol != PROTOCOL:
-            raise EngineError(
-                f"vLLM server {server.url}: expected version {PROTOCOL} of the protocol, got "
-                f"{protocol!r}. Start it with the vllm_worker.py of this version: {WORKER}."
-            )
+        info = server.info(self.timeout)
         if not self.vocabulary - 1024 <= info["vocabulary"] <= self.vocabulary:
             raise EngineError(
                 f"vLLM server {server.url}: serves {info['model']!r} with {info['vocabulary']} tokens, the model "

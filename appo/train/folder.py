@@ -41,6 +41,17 @@ def locked(accelerator: Accelerator, output: Path) -> Iterator[None]:
         lock.release()
 
 
+def check_goes_on(config: APPOConfig) -> None:
+    """Raise ConfigError where another run is in ``output``, or one of other settings is to go on there; before anything
+    is loaded."""
+    output = Path(config.output)
+    check_same_settings(config, output)
+    if os.environ.get("RANK", "0") == "0" and (output / ".lock").is_file():
+        lock = FileLock(output / ".lock")
+        _acquire(lock, output)
+        lock.release()
+
+
 def _acquire(lock: FileLock, output: Path) -> None:
     holder = output / ".lock-holder"
     try:

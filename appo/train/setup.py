@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from torch import nn
 
 from appo.config import APPOConfig, ConfigError
+from appo.models import liger
 from appo.models.layouts import layout_of
-from appo.models.liger import use_liger
-from appo.models.load import check_fits, from_pretrained, read_config, read_model, without_weights
+from appo.models.load import check_attention, check_fits, from_pretrained, read_config, read_model, without_weights
 from appo.models.loaded import enable_checkpointing, unwrapped
 from appo.models.merge import CONFIG as ADAPTER_CONFIG
 from appo.models.merge import base_model, has_processor
 from appo.models.positions import use_positions
+from appo.rollout.build import check_served
 from appo.train.policy import Policy
 from appo.train.sharding import loads_weights, place
 
@@ -45,6 +46,7 @@ def load_model(config: APPOConfig, *, trained: bool = True) -> tuple[nn.Module, 
         raise ConfigError(
             "`model`: expected a folder or hub name, got nothing. For example Qwen/Qwen2.5-VL-7B-Instruct."
         )
+    check_attention(config)
     folder = Path(config.model)
     adapters = folder if (folder / ADAPTER_CONFIG).is_file() else None
     name = config.model if adapters is None else base_model(adapters)
@@ -52,15 +54,20 @@ def load_model(config: APPOConfig, *, trained: bool = True) -> tuple[nn.Module, 
         raise ConfigError(
             f"`model`: {folder / ADAPTER_CONFIG}: expected the name of the model they belong to, got none."
         )
-    layout_of(read_config(name))  # before gigabytes are read
+    model_config = read_config(name)
+    layout_of(model_config)
+    check_served(config, model_config)
+    if trained and config.liger:
+        liger.check(model_config.model_type)
     processor = from_pretrained(AutoProcessor, config.model if adapters is None or has_processor(adapters) else name)
-    read = read_model if not trained or loads_weights(config) else without_weights
-    model = read(
-        name,
-        dtype=torch.float32 if trained and not config.lora_rank else DTYPES[config.dtype],
-        attn_implementation=config.attn_implementation,
-    )
-    check_fits(config, model, processor)
+    options = {
+        "dtype": torch.float32 if trained and not config.lora_rank else DTYPES[config.dtype],
+        "attn_implementation": config.attn_implementation,
+    }
+    model = without_weights(name, **options)
+    check_fits(config, model, processor)  # before gigabytes are read
+    if not trained or loads_weights(config):
+        model = read_model(name, **options)
     use_positions(model, config.video_positions)
     return (model if adapters is None else _with_adapters(model, adapters, config)), processor
 
@@ -97,7 +104,7 @@ def prepare_model(model: Any, config: APPOConfig) -> nn.Module:
     """Freeze the vision tower, add LoRA adapters, gradient checkpointing and positions, as configured."""
     use_positions(model, config.video_positions)
     if config.liger:
-        use_liger(model)
+        liger.use_liger(model)
     if not config.lora_rank and hasattr(model, "peft_config"):
         raise ConfigError(
             f"`lora_rank`: expected {model.peft_config['default'].r}, that of the model's adapters, got 0."
@@ -147,10 +154,7 @@ def audio_towers(model: Any) -> list[nn.Module | nn.Parameter]:
 
 
 def build_optimizer(policy: nn.Module, config: APPOConfig) -> torch.optim.Optimizer:
-    """AdamW over what is trained; no weight decay on vectors (norms, biases).
-
-    Raises ConfigError where ``config.optimizer`` needs a package that is not installed.
-    """
+    """AdamW over what is trained; no weight decay on vectors (norms, biases)."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -163,13 +167,8 @@ def build_optimizer(policy: nn.Module, config: APPOConfig) -> torch.optim.Optimi
     }
     if config.optimizer == "adamw":
         return torch.optim.AdamW(**arguments, fused=True)  # no copies of the gradients at work
-    try:
-        from bitsandbytes import optim
-    except ImportError as error:
-        raise ConfigError(
-            f"`optimizer`: {config.optimizer} needs bitsandbytes, which cannot be imported ({error}). "
-            "pip install 'appo[bitsandbytes]'"
-        ) from error
+    from bitsandbytes import optim
+
     kinds = {"adamw_8bit": optim.AdamW8bit, "adamw_paged": optim.PagedAdamW, "adamw_paged_8bit": optim.PagedAdamW8bit}
     return cast(torch.optim.Optimizer, kinds[config.optimizer](**arguments))
 

@@ -9,16 +9,13 @@ but for those inside `gathered`.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -35,62 +32,6 @@ from appo.config import APPOConfig, ConfigError
 from appo.data.prompts import Prompt
 from appo.train.groups import Group
 from appo.train.policy import Policy
-
-# Of copies (`shard: none`): buffers are never trained, and their broadcast would make a forward without gradient a
-# collective, which processes make in unequal numbers.
-COPIES = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
-# A process may wait so long for the others: they sample, decode and evaluate unequally long.
-PATIENCE = timedelta(hours=2)
-# Environment of `accelerate launch` -> what its config file asks for.
-REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed (ZeRO)",
-    "ACCELERATE_USE_FSDP": "accelerate's own FSDP plugin",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
-}
-
-
-def check_launch(config: APPOConfig) -> None:
-    """Raise ConfigError where processes were started in a way that does not fit; before anything is loaded."""
-    for name, asked in REFUSED.items():
-        if os.environ.get(name, "").lower() in ("true", "1", "yes"):
-            raise ConfigError(
-                f"accelerate: expected plain processes, got a launch with {asked} ({name}={os.environ[name]}). Take it "
-                "out of the accelerate config (accelerate launch --multi_gpu, or torchrun), and set `shard: fsdp`."
-            )
-
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if config.shard_group and world % config.shard_group:
-        raise ConfigError(
-            f"`shard_group`: expected a divisor of the {world} processes, got {config.shard_group}. Change either."
-        )
-    if config.offload and "LOCAL_RANK" not in os.environ:
-        raise ConfigError(
-            "`offload`: expected a launch with torchrun, of one process too (torchrun --nproc_per_node 1 -m appo ...), "
-            "got a plain one."
-        )
-
-
-def processes(config: APPOConfig, trackers: Sequence[GeneralTracker] = ()) -> Accelerator:
-    """The processes of this run, with its trackers. Raises ValueError where prompts cannot be dealt out evenly.
-
-    Autocast is our own: accelerate's would widen what the policy's forward returns.
-    """
-    group: dict[str, Any] = {"timeout": PATIENCE}
-    if config.offload and torch.cuda.is_available():
-        group["backend"] = "cuda:nccl,cpu:gloo"  # the optimizer's numbers are on the host
-    accelerator = Accelerator(
-        mixed_precision="no",
-        log_with=[*config.trackers, *trackers] or None,
-        project_dir=config.output,
-        kwargs_handlers=[COPIES, InitProcessGroupKwargs(**group)],
-    )
-    if config.prompts_per_step % accelerator.num_processes:
-        raise ValueError(
-            f"`prompts_per_step`: expected a multiple of the {accelerator.num_processes} processes, got "
-            f"{config.prompts_per_step}. Change it, or the number of processes."
-        )
-    return accelerator
 
 
 def loads_weights(config: APPOConfig) -> bool:

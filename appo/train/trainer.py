@@ -19,14 +19,15 @@ from appo.models.load import check_fits
 from appo.rollout.build import build_engine
 from appo.rollout.engine import Completion, Rollout, Sampling, checked
 from appo.rollout.model_engine import TransformersRollout
-from appo.rollout.registry import check_user_code
 from appo.train.ahead import Ahead, check_asynchronous, forget_ahead, next_groups
 from appo.train.attention_update import AttentionLoss, attention_update
+from appo.train.before_loading import check_run
 from appo.train.collective import total_of
 from appo.train.drawing import draw_prompts
 from appo.train.engine_difference import measure_engine
 from appo.train.grade import grade
 from appo.train.groups import Group, Part, batch_parts, loss_factor, loss_operands, whole_groups
+from appo.train.launch import processes
 from appo.train.logs import Meter, peak_memory_gib
 from appo.train.metrics import measure_groups, measure_loss, measure_padding, measure_rewards, speed
 from appo.train.micro_batches import micro_batches
@@ -35,8 +36,7 @@ from appo.train.rules import ChooseFrames, WeighTokens, choose_frames, weigh_tok
 from appo.train.run import run
 from appo.train.scoring import filter_tokens, score_parts, score_reference, weigh_groups
 from appo.train.setup import autocast, learning_rate, prepare_model, reference_policy
-from appo.train.sharding import check_launch, gathered, idle_group, missing, no_loss, place, processes, reshard
-from appo.train.trackers import check_trackers
+from appo.train.sharding import gathered, idle_group, missing, no_loss, place, reshard
 from appo.train.updates import Updates, shares
 from appo_kernels import SurrogateOutput, linear_weighted_surrogate
 
@@ -79,9 +79,7 @@ class Trainer:
     ) -> None:
         self.config = config = config or APPOConfig()
         config.check()
-        check_launch(config)
-        check_trackers(config)
-        check_user_code(rewards or config.rewards, config.method)
+        check_run(config, rewards, own_engine=engine is not None)
         check_fits(config, model, processor)
         self.reward_weights = rewards or config.rewards
         self.accelerator = processes(config, trackers)
