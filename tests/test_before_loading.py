@@ -78,17 +78,18 @@ def test_a_folder_with_another_run_or_other_settings(tmp_path: Path) -> None:
         assert "another run is in" in refused("train", file, "seed=7")
 
 
-# What the model decides, by its configuration and processor alone: 3 layers are recorded of 2; a token has more pixels.
-@pytest.mark.parametrize(("settings", "named"), [({"layers": 99}, "layers"), ({"max_pixels": 14 * 14}, "max_pixels")])
-def test_no_weights_are_read_for_what_does_not_fit_the_model(
-    settings: dict[str, int], named: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_weights_are_read_for_what_does_not_fit_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers that the model has not, by its configuration; a tokenizer without a pad token."""
     model, processor = training.tiny()
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     monkeypatch.setattr(setup, "read_model", None)
-    with pytest.raises(ConfigError, match=f"`{named}`"):
-        setup.load_model(training.config(tmp_path / "run", model=str(tmp_path), **settings))
+    with pytest.raises(ConfigError, match="`layers`: expected 1 to"):
+        setup.load_model(training.config(tmp_path / "run", model=str(tmp_path), layers=99))
+    processor.tokenizer.pad_token = None
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="a tokenizer with a pad token"):
+        setup.load_model(training.config(tmp_path / "run", model=str(tmp_path)))
 
 
 def test_flash_attention_takes_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
