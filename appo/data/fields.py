@@ -16,7 +16,7 @@ _TAGGED = "<answer>", "</answer>"
 _SEGMENTS = (("start", "end"), ("video_start", "video_end"), ("start_time", "end_time"))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # not frozen, which would take twice as long to make, for each record of a large file
 class Fields:
     """One raw record, and where it was read.
 
@@ -74,10 +74,15 @@ class Fields:
         return default if name is None else self.text(name)
 
     def texts(self, name: str) -> tuple[str, ...]:
-        value = self.listed(name)
-        if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        return self._texts(name, self.listed(name))
+
+    def _texts(self, name: str, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             self.fail(name, "a list of texts", value)
-        return tuple(text.strip() for text in value)
+        found = tuple([text.strip() for text in value])
+        if not all(found):
+            self.fail(name, "a list of texts", value)
+        return found
 
     def listed(self, name: str) -> Any:
         """The field's value; a list that a table holds as text is read."""
@@ -116,7 +121,7 @@ class Fields:
             value = replace(self, text_only=True).listed(name)
         if isinstance(value, dict) and list(value) == list(LETTERS[: len(value)]):
             value = list(value.values())
-        return self.lettered(name, self.of({name: value}).texts(name) if name in self.raw else self.texts(name))
+        return self.lettered(name, self._texts(name, value))
 
     def lettered(self, name: str, texts: tuple[str, ...], *, distinct: bool = True) -> tuple[str, ...]:
         try:

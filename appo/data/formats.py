@@ -44,9 +44,11 @@ def parse_record(
     """
     if not isinstance(raw, dict):
         raise DataError(f"{file}: record {index}: expected an object with fields, got {type(raw).__name__}.")
-    present = {name: value for name, value in raw.items() if value is not None}
-    nulls = frozenset() if tabular else raw.keys() - present.keys()
-    fields = Fields(present, file, index, root, allow_outside, text_only, frozenset(nulls))
+    present, nulls = raw, frozenset[str]()
+    if None in raw.values():
+        present = {name: value for name, value in raw.items() if value is not None}
+        nulls = frozenset() if tabular else frozenset(raw.keys() - present.keys())
+    fields = Fields(present, file, index, root, allow_outside, text_only, nulls)
     return recognise(fields).parse(fields, seed)
 
 

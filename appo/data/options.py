@@ -6,6 +6,7 @@ import unicodedata
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
+_MARKS = tuple(f"{letter}. " for letter in LETTERS)
 _LETTERED = re.compile(r"[(\[（]?([A-Za-z])(?:[).:\]）．：、]|\s[-–—](?=\s))\s*(.*)", re.DOTALL)
 _BARE = re.compile(r"([A-Z])(?:\s+\S.*)?", re.DOTALL)  # "B a cat": a letter without a sign behind it, or a word
 _LABEL = re.compile(r"\(?([A-Za-z])\)?[.:)]?|\(([A-Za-z])\)\s*(.+)|([A-Za-z])[.:)]\s*(.+)", re.DOTALL)
@@ -27,16 +28,14 @@ def letter_options(texts: tuple[str, ...], *, distinct: bool = True) -> tuple[st
     """
     if not 2 <= len(texts) <= len(LETTERS):
         raise LabelError(f"2 to {len(LETTERS)} options")
-    matches = [_LETTERED.fullmatch(text) for text in texts]
-    letters = [match[1].upper() if match else "" for match in matches]
-    if letters == list(LETTERS[: len(texts)]):
-        texts = tuple(match[2].strip() for match in matches if match)
-    elif any(letter == own for letter, own in zip(letters, LETTERS, strict=False)) or _are_labels(letters):
-        # Another letter would be put before theirs, and "B" would name another option than it did.
-        raise LabelError("the letters A, B, C, ... in order, or none")
-    bare = [match[1] if (match := _BARE.fullmatch(text)) else "" for text in texts]
-    if bare != sorted(bare) and sorted(bare) == list(LETTERS[: len(texts)]):
-        raise LabelError("the letters A, B, C, ... in order, or none")
+    if all(map(str.startswith, texts, _MARKS)):  # most files have them so
+        texts = tuple([text[2:].strip() for text in texts])
+    else:
+        texts = _without_letters(texts)
+    if _BARE.fullmatch(texts[0]):
+        bare = [match[1] if (match := _BARE.fullmatch(text)) else "" for text in texts]
+        if bare != sorted(bare) and sorted(bare) == list(LETTERS[: len(texts)]):
+            raise LabelError("the letters A, B, C, ... in order, or none")
     if not any(texts):  # the options stand in the picture
         texts = tuple(LETTERS[: len(texts)])
     if not all(texts):
@@ -44,7 +43,19 @@ def letter_options(texts: tuple[str, ...], *, distinct: bool = True) -> tuple[st
     plain = [same_text(text) for text in texts]
     if distinct and len(set(plain)) < len(plain):
         raise LabelError("options of different texts")
-    return tuple(f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False))
+    return tuple([mark + text for mark, text in zip(_MARKS, texts, strict=False)])
+
+
+def _without_letters(texts: tuple[str, ...]) -> tuple[str, ...]:
+    """Options without their letters, where they have them in order; as they are, where they have none."""
+    matches = [_LETTERED.fullmatch(text) for text in texts]
+    letters = [match[1].upper() if match else "" for match in matches]
+    if letters == list(LETTERS[: len(texts)]):
+        return tuple(match[2].strip() for match in matches if match)
+    if any(letter == own for letter, own in zip(letters, LETTERS, strict=False)) or _are_labels(letters):
+        # Another letter would be put before theirs, and "B" would name another option than it did.
+        raise LabelError("the letters A, B, C, ... in order, or none")
+    return texts
 
 
 def label(answer: str, options: tuple[str, ...]) -> str:
@@ -53,9 +64,11 @@ def label(answer: str, options: tuple[str, ...]) -> str:
     Without options, the letter that it begins with. Raises LabelError where no option or more than one is named.
     """
     allowed = LETTERS[: len(options)] if options else LETTERS
+    answer = answer.strip()
+    if answer in allowed and len(answer) == 1 and all(map(_is_longer, options)):
+        return answer  # a letter, which is the text of no option
     expected = f"one of the letters {allowed[0]} to {allowed[-1]}" + (", or the text of an option" if options else "")
     texts = [same_text(option[2:].strip()) for option in options]
-    answer = answer.strip()
     by_text = [letter for letter, text in zip(allowed, texts, strict=False) if text == same_text(answer)]
     match = _LABEL.fullmatch(answer)
     letter, rest = ((match[1] or match[2] or match[4]).upper(), match[3] or match[5] or "") if match else ("", "")
@@ -100,6 +113,12 @@ def same_text(text: str) -> str:
     if text.isascii():
         return " ".join(text.lower().split()).strip(" .:;,)")
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" .:;,)")
+
+
+def _is_longer(option: str) -> bool:
+    """Whether the text of an option is surely more than a letter: it begins with two."""
+    begin = option[3:5]
+    return len(begin) == 2 and begin.isascii() and begin.isalnum()
 
 
 def _filled(lines: list[str]) -> list[int]:

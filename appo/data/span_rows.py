@@ -15,6 +15,7 @@ from appo.data.strict_json import JSONError
 from appo.data.structure import Spans
 
 LARGEST = 64 << 20  # bytes of one record
+BLOCK = 1 << 18  # bytes read at a time, of records one after another
 LARGE = 8 << 20  # bytes of a file that is not kept in memory
 
 _lock = threading.Lock()
@@ -53,8 +54,11 @@ class SpanRows:
 
     def scan_places(self, places: Any) -> Iterator[tuple[int, Any]]:
         self._state, *columns = places
+        block, begin = b"", 0
         for start, size, index in zip(*columns, strict=True):
-            yield index, self.decode(self._bytes(start, size), index)
+            if not begin <= start <= start + size <= begin + len(block):
+                block, begin = self._bytes(start, max(size, BLOCK)), start
+            yield index, self.decode(block[start - begin : start - begin + size], index)
 
     def fingerprint(self) -> str:
         return ""

@@ -1,5 +1,6 @@
 """JSON as the standard has it: no NaN, no key twice, no number beyond what can be counted with, no broken text."""
 
+import codecs
 import json
 import math
 import re
@@ -32,7 +33,7 @@ class _Wrong:
 def loads(text: bytes) -> Any:
     """The value of one JSON text in UTF-8. Raises JSONError."""
     try:
-        return check(_decoder.decode(text.decode("utf-8-sig")), text)
+        return check(_decoder.decode(text.removeprefix(codecs.BOM_UTF8).decode()), text)
     except (ValueError, RecursionError) as error:
         raise located(text, error) from error
 
