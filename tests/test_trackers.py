@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from appo.config import ConfigError
 from appo.train import run as run_module
-from appo.train.trackers import as_markdown
+from appo.train.trackers import as_markdown, start_trackers
 from appo.train.trainer import Trainer
 
 SHORT: dict[str, Any] = {"prompts_per_step": 2, "group_size": 3, "max_new_tokens": 6, "eval_every": 1, "max_steps": 2}
@@ -96,6 +97,65 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, monkeypatch):
         trainer(tmp_path, trackers=["swanlab"])
     with pytest.raises(ConfigError, match=r"`trackers\[0\]`: expected one of wandb"):
         training.config(tmp_path, trackers=["weights"])
+
+
+class Services:
+    """Starts trackers as an accelerator does, and keeps what they were started with."""
+
+    log_with, is_main_process = ("any",), True
+
+    def __init__(self, *trackers: SimpleNamespace) -> None:
+        self.trackers, self.arguments = list(trackers), dict[str, Any]()
+
+    def init_trackers(self, project: str, *, init_kwargs: dict[str, Any]) -> None:
+        self.arguments = init_kwargs
+
+
+def test_a_run_that_goes_on_is_the_same_run_of_each_service(tmp_path: Path) -> None:
+    """By an id of ours where a service takes one, else by the one that it gave."""
+    started: list[int] = []
+
+    def services() -> Services:
+        task = SimpleNamespace(id="task", set_initial_iteration=started.append)
+        given = {"mlflow": SimpleNamespace(info=SimpleNamespace(run_id="m")), "aim": SimpleNamespace(hash="a")}
+        named = {**given, "clearml": task, "wandb": None}
+        return Services(*(SimpleNamespace(name=name, tracker=of, store_init_configuration=lambda values: None)
+                          for name, of in named.items()))  # fmt: skip
+
+    config = training.config(tmp_path)
+    runs: list[dict[str, Any]] = []
+    for step in (0, 3, 0):
+        service: Any = services()
+        start_trackers(service, config, tmp_path, step)
+        runs.append(service.arguments)
+    first, second, another = runs
+    for name, key in [("wandb", "id"), ("swanlab", "id"), ("comet_ml", "experiment_key"), ("trackio", "name")]:
+        assert first[name][key] == second[name][key] != another[name][key]
+    assert [name["resume"] for name in (second["wandb"], second["swanlab"], second["trackio"])] == ["allow"] * 3
+    assert (second["mlflow"]["run_id"], second["aim"]["run_hash"]) == ("m", "a")
+    assert second["clearml"]["continue_last_task"] == "task" and started == [0]
+    for new in (first, another):
+        assert not {"run_id", "run_hash", "continue_last_task"} & {*new["mlflow"], *new["aim"], *new["clearml"]}
+
+
+def test_mlflow_and_tensorboard_go_on_in_one_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    mlflow.set_tracking_uri((tmp_path / "mlruns").as_uri())
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    output = tmp_path / "run"
+    for max_steps in (1, 2):  # a setting that may change
+        trainer(output, trackers=["mlflow"], tensorboard=True, max_steps=max_steps, eval_every=0).train()
+    (found,) = mlflow.search_runs(search_all_experiments=True, output_format="list")
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "train/reward.length_parity")
+    assert [point.step for point in history] == [1, 2] and found.info.run_name == "run"
+    assert found.data.params["group_size"] == "3" and found.info.status == "FINISHED"
+    events = EventAccumulator(str(output / "tensorboard"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("train/reward")] == [1, 2]
+    (output / ".trackers.json").write_text(json.dumps({"run": "x", "mlflow": "0" * 32}))
+    trainer(output, trackers=["mlflow"], max_steps=3, eval_every=0).train()  # of a run that MLflow has no more
+    assert len(mlflow.search_runs(search_all_experiments=True, output_format="list")) == 2
 
 
 def test_a_step_says_how_fast_it_was_and_what_was_padding(tmp_path):

@@ -1,7 +1,9 @@
 """Services that keep the numbers and rollouts of runs (`trackers`), through accelerate's."""
 
+import json
+import logging
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,15 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 
 from appo.config import APPOConfig, ConfigError
 
+logger = logging.getLogger("appo")
+
+IDS = ".trackers.json"  # in the run folder
+# Services that name runs themselves -> the id that a tracker's run was given.
+GIVEN: dict[str, Callable[[Any], str]] = {
+    "mlflow": lambda tracker: str(tracker.tracker.info.run_id),
+    "aim": lambda tracker: str(tracker.tracker.hash),
+    "clearml": lambda tracker: str(tracker.tracker.id),
+}
 Table = tuple[list[str], list[list[Any]]]  # names of columns, rows
 
 
@@ -24,28 +35,61 @@ def check_trackers(config: APPOConfig) -> None:
 def start_trackers(accelerator: Accelerator, config: APPOConfig, output: Path, step: int) -> list[GeneralTracker]:
     """The trackers of a run that goes on after ``step``, in the main process; none in the others.
 
-    A run is called as its folder is, in the project ``config.project``. One that goes on is the same run there (with
-    MLflow another of that name).
+    A run is called as its folder is, in the project ``config.project``. One that goes on is the same run there, by ids
+    in the run folder: ours where a service takes one, else the one that it gave.
     """
     if not accelerator.log_with or not accelerator.is_main_process:
         return []
-    kept = output / ".tracker-run"
-    if step == 0 or not kept.is_file():
-        kept.write_text(uuid.uuid4().hex[:16], encoding="utf-8")
-    name, run = output.name, kept.read_text(encoding="utf-8").strip()
-    accelerator.init_trackers(
-        config.project,
-        config={
-            name: value if isinstance(value, (int, float)) else str(value) for name, value in config.public().items()
-        },
-        init_kwargs={
-            "wandb": {"name": name, "id": run, "resume": "allow", "dir": str(output)},
-            "trackio": {"name": f"{name}-{run[:4]}", "resume": "allow"},
-            "swanlab": {"experiment_name": name, "id": run, "resume": "allow", "logdir": str(output / "swanlab")},
-            "mlflow": {"run_name": name},
-        },
-    )
+    kept = output / IDS
+    ids: dict[str, str] = {}
+    if step and kept.is_file():
+        ids = json.loads(kept.read_text(encoding="utf-8"))
+    before = _known_to_mlflow(ids) if "mlflow" in config.trackers else None
+    ids.setdefault("run", uuid.uuid4().hex)
+    accelerator.init_trackers(config.project, init_kwargs=_arguments(output, ids))
+    settings = {
+        name: value if isinstance(value, (int, float)) else str(value) for name, value in config.public().items()
+    }
+    for tracker in accelerator.trackers:
+        if tracker.name == "clearml" and "clearml" in ids:
+            tracker.tracker.set_initial_iteration(0)  # steps are counted from the start of the run, not of the process
+        if tracker.name in GIVEN and (given := GIVEN[tracker.name](tracker)):
+            ids[tracker.name] = given
+        # MLflow refuses another value of a setting that it has.
+        stored = before if before is not None and tracker.name == "mlflow" else ()
+        tracker.store_init_configuration({name: value for name, value in settings.items() if name not in stored})
+    kept.write_text(json.dumps(ids), encoding="utf-8")
     return list(accelerator.trackers)
+
+
+def _arguments(output: Path, ids: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """What each service is started with: the name of the run, and the id of one that goes on."""
+    name, run = output.name, ids["run"]
+    return {
+        "wandb": {"name": name, "id": run[:16], "resume": "allow", "dir": str(output)},
+        "trackio": {"name": f"{name}-{run[:4]}", "resume": "allow"},
+        "swanlab": {"experiment_name": name, "id": run[:16], "resume": "allow", "logdir": str(output / "swanlab")},
+        "comet_ml": {"experiment_key": run, "mode": "get_or_create"},
+        "mlflow": {"run_name": name} | ({"run_id": ids["mlflow"]} if "mlflow" in ids else {}),
+        "aim": {"run_hash": ids["aim"]} if "aim" in ids else {},
+        "clearml": {"task_name": name} | ({"continue_last_task": ids["clearml"]} if "clearml" in ids else {}),
+    }
+
+
+def _known_to_mlflow(ids: dict[str, str]) -> set[str] | None:
+    """Names of the settings that MLflow has of the run that goes on; None, and its id forgotten, where it has no such
+    run, as with another tracking URI."""
+    if "mlflow" not in ids:
+        return None
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        found = MlflowClient().get_run(ids["mlflow"])
+    except MlflowException as error:
+        logger.warning("MLflow has no run %s to go on with (%s): it gets another", ids.pop("mlflow"), error)
+        return None
+    return set(found.data.params)
 
 
 def log_numbers(trackers: Sequence[GeneralTracker], prefix: str, values: Mapping[str, float], step: int) -> None:
