@@ -2,9 +2,9 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from appo_kernels.closed_pipe import quiet_on_closed_pipe
 
@@ -19,6 +19,10 @@ from appo.cli_errors import check_given, guarded
 from appo.cli_eval import evaluate_model, run_the_matrix
 from appo.cli_options import Overrides
 from appo.cli_reports import compare_engine, inspect_clips, report_runs
+
+if TYPE_CHECKING:
+    from appo.config import APPOConfig
+    from appo.data.records import Record
 
 app = typer.Typer(
     help="Train video models on what they look at: attention-guided policy optimisation (arXiv 2602.23823).",
@@ -92,7 +96,7 @@ def train(
     check_output_folder("output", settings.output)
     for name in ("model", "data"):
         check_given(settings, name)
-    from appo.data.load import check_media, load_records
+    from appo.data.load import check_media
     from appo.train.before_loading import check_run
     from appo.train.folder import check_goes_on
     from appo.train.setup import load_model
@@ -100,19 +104,27 @@ def train(
 
     check_run(settings)
     check_goes_on(settings)
-    source: dict[str, Any] = {
-        "data_root": settings.data_root,
-        "seed": settings.seed,
-        "allow_outside": settings.allow_outside,
-    }
-    records = load_records(settings.data, **source)
-    held_out = load_records(settings.eval_data, **source) if settings.eval_data else []
+    records = _records(settings.data, settings)
+    held_out = _records(settings.eval_data, settings) if settings.eval_data else []
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # of the processes that torchrun or accelerate started here
     for part in (records, held_out) if first and settings.on_broken == "stop" else ():
         check_media(part)
     model, processor = load_model(settings)
     output = Trainer(model, processor, records, config=settings, eval_dataset=held_out).train()
     typer.echo(f"Run folder: {output}    Curves: appo report {output}")
+
+
+def _records(file: str, settings: "APPOConfig") -> "Sequence[Record]":
+    """The records of a file. Raises DataError for the first that cannot be used, and says how to see the others."""
+    from appo.data.load import load_records
+    from appo.data.records import DataError
+
+    try:
+        return load_records(
+            file, data_root=settings.data_root, seed=settings.seed, allow_outside=settings.allow_outside
+        )
+    except DataError as error:
+        raise DataError(f"{error} All that is wrong with the file: appo data check {file}") from error
 
 
 command("eval")(evaluate_model)

@@ -34,6 +34,7 @@ def check(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from appo.data.check import check_file, render
+    from appo.data.opening import Source
     from appo.data.records import DataError
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -46,6 +47,7 @@ def check(
             progress.update(tasks[phase], completed=done)  # type: ignore[arg-type]
 
         try:
+            Source(file, None if data_root is None else Path(data_root)).check_root()
             found = check_file(
                 file,
                 data_root=data_root,

@@ -63,9 +63,7 @@ def evaluate_model(
 def _answer(
     model: str, data: Path, data_root: str | None, limit: int | None, output: Path | None, overrides: list[str] | None
 ) -> None:
-    from appo.config import APPOConfig
-
-    settings = APPOConfig.from_dict({"model": model}, overrides)
+    settings = _settings(model, overrides)
     check_given(settings, "model")
     from appo.data.load import load_records
 
@@ -73,6 +71,17 @@ def _answer(
     values, _ = _evaluate(settings, records, output)
     for name, value in values.items():
         typer.echo(f"{name:24} {value:.4g}")
+
+
+def _settings(model: str, overrides: list[str] | None, **own: Any) -> "APPOConfig":
+    """Those beside a model that a run saved, of which is said that they were taken; then ``own``, then overrides."""
+    from appo.config import APPOConfig
+    from appo.shown_settings import shown_settings, told
+
+    kept = {name: value for name, value in shown_settings(model).items() if name not in own}
+    if line := told(model, kept, overrides):
+        typer.echo(line, err=True)
+    return APPOConfig.from_dict({"model": model, **kept, **own}, overrides)
 
 
 def _benchmark(
@@ -88,14 +97,14 @@ def _benchmark(
     prompt: str,
     overrides: list[str] | None,
 ) -> None:
-    from appo.config import APPOConfig, ConfigError
+    from appo.config import ConfigError
     from appo.evaluation.files import find_benchmark, read_benchmark
     from appo.evaluation.scoring import changed, score_answers, table, text_table
     from appo.evaluation.stored import read_answers
 
     known = find_benchmark(name)
     own = known.settings if prompt == "benchmark" else {}
-    settings = APPOConfig.from_dict({"model": model or "", **own}, overrides)
+    settings = _settings(model or "", overrides, **own)
     if answers is None:
         check_given(settings, "model")
     if settings.eval_samples > 1:

@@ -10,6 +10,8 @@ from typer.testing import CliRunner
 
 from appo.cli import app
 from appo.config import APPOConfig, ConfigError
+from appo.models.merge import merge_adapters
+from appo.shown_settings import shown_settings
 from appo.train.answers import AnswerFile
 from appo.train.evaluate import evaluate
 from appo.train.setup import load_model
@@ -139,3 +141,33 @@ def test_an_evaluation_is_of_the_dtype_that_is_asked_for(saved):
     config = APPOConfig(model=str(saved), dtype="bfloat16")
     model, _ = load_model(config, trained=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_a_saved_model_is_asked_as_it_was_trained(adapters, tmp_path):
+    """Its frames and length of answers, from its folder; said, and replaced by what is given. Also when merged."""
+    output, _ = adapters
+    kept = shown_settings(str(output / "final"))
+    assert kept["fps"] == 4.0 and kept["max_new_tokens"] == 10 and kept["instructions"] is False
+    merge_adapters(output / "final", tmp_path / "merged")
+    data = str(training.records()[0].meta["file"])
+    for folder in (output / "final", tmp_path / "merged"):
+        command = ["eval", "--model", str(folder), "--data", data, "--limit", "1", "max_new_tokens=3"]
+        ended = CliRunner().invoke(app, [*command, "--output", str(tmp_path / f"{folder.name}.jsonl")])
+        assert ended.exit_code == 0 and f"As the run that saved it ({folder / 'appo.yaml'}): fps=4.0" in ended.stderr
+        assert "max_new_tokens" not in ended.stderr
+        (answer,) = lines(tmp_path / f"{folder.name}.jsonl")
+        assert answer["length"] <= 3
+    assert shown_settings("some/hub-name") == {} and shown_settings("") == {}
+
+
+def test_a_run_folder_and_a_checkpoint_are_no_model(tmp_path):
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    for folder, what in ((tmp_path, "run folder"), (tmp_path / "checkpoints" / "step-000001", "checkpoint of a run")):
+        with pytest.raises(ConfigError, match=f"expected a model, got the {what} .* Pass {tmp_path / 'final'}"):
+            load_model(APPOConfig(model=str(folder)))
+
+
+def test_a_misspelt_folder_is_said_to_be_none(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ConfigError, match="`model`: no folder 'nomodel' here; as a hub name it cannot be loaded"):
+        load_model(APPOConfig(model="nomodel"))

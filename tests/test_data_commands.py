@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from appo.cli import app
 from appo.data.check import check_file
+from appo.data.load import check_media, load_records
 from appo.data.records import DataError
 from appo.tasks import make_task
 
@@ -112,3 +113,22 @@ def test_convert_writes_what_loads_and_spares_what_is_there(clips: Path, tmp_pat
     assert run("convert", clips, output, "--force")[0] == 0
     assert run("convert", output, output, "--force")[0] not in (0, None)
     assert [path.name for path in tmp_path.iterdir()] == ["ours.jsonl"]
+
+
+def test_the_same_of_many_records_is_said_once(tmp_path: Path) -> None:
+    rows = [{"text": f"words {number}", "label": number} for number in range(20)] + [
+        {"question": "?", "answer": 1.5e999}
+    ]
+    path = tmp_path / "records.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    code, output = run("check", path)
+    assert code == 1 and output.count("expected a record of a known format") == 1, output
+    assert "and 19 more of the same: records 1, 2, 3, 4, 5, 6, 7, 8, ..." in output
+    assert "Infinity" in output, output
+
+
+def test_a_data_root_that_is_not_there_is_the_error(clips: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["data", "check", str(clips), "--data-root", str(tmp_path / "gone")])
+    assert result.exit_code == 1 and f"appo: `data_root`: no such folder: {tmp_path / 'gone'}" in result.output
+    with pytest.raises(DataError, match="`data_root`: no such folder"):
+        check_media(load_records(clips, data_root=tmp_path / "gone"))

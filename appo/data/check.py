@@ -1,9 +1,10 @@
 """Going through a whole file of records before a run: what is there, what is missing, what cannot be used."""
 
 import random
+import re
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from appo.data.opening import Source, open_records
 from appo.data.records import DataError, Media, Record
 
 KEPT = 1000  # messages of each sort; the rest are counted
+
+_PLACE = re.compile(r"record (\d+)(?: \(line \d+\))?(?: \(id .*?\))?: ")
 
 PROBLEMS = {
     "broken": "records that cannot be read",
@@ -69,9 +72,30 @@ class Findings:
             )
         for name, what in PROBLEMS.items():
             yield f"{name:12} {self.counts[name]:,} {what}"
-            yield from (f"    {message}" for message in self.messages[name][:most])
-            if self.counts[name] > most:
-                yield f"    and {self.counts[name] - most:,} more"
+            kinds = alike(self.messages[name])
+            for messages in kinds[:most]:
+                yield f"    {messages[0]}"
+                if len(messages) > 1:
+                    yield f"        and {len(messages) - 1:,} more of the same: {_places(messages[1:])}"
+            told = sum(map(len, kinds[:most]))
+            if self.counts[name] > told:
+                yield f"    and {self.counts[name] - told:,} more"
+
+
+def alike(messages: Sequence[str]) -> list[list[str]]:
+    """Messages in groups that say the same of several records: the same was expected of the same field."""
+    found: dict[str, list[str]] = {}
+    for message in messages:
+        what = _PLACE.sub("", message, count=1)
+        field, got, _ = what.partition(", got ")
+        found.setdefault(field if got else what, []).append(message)
+    return list(found.values())
+
+
+def _places(messages: Sequence[str]) -> str:
+    """The records of the first few messages."""
+    places = [match[1] for match in map(_PLACE.search, messages[:8]) if match]
+    return f"records {', '.join(places)}{', ...' if len(messages) > 8 else ''}"
 
 
 def check_file(

@@ -24,7 +24,7 @@ class Records(Sequence[Record]):
     """
 
     def __init__(self, source: Source, rows: Rows, parse: Callable[[Any, int], Record], numbers: Sequence[int]) -> None:
-        self._source, self._rows, self._parse, self._numbers = source, rows, parse, numbers
+        self.source, self._rows, self._parse, self._numbers = source, rows, parse, numbers
 
     def __len__(self) -> int:
         return len(self._numbers)
@@ -37,7 +37,7 @@ class Records(Sequence[Record]):
 
     def __getitem__(self, index: int | slice) -> "Record | Records":
         if isinstance(index, slice):
-            return Records(self._source, self._rows, self._parse, self._numbers[index])
+            return Records(self.source, self._rows, self._parse, self._numbers[index])
         row = self._numbers[index]
         return self._parse(self._rows.read(row), self._rows.index(row))
 
@@ -48,7 +48,7 @@ class Records(Sequence[Record]):
         """The media that cannot be found."""
         numbers = self._numbers
         if isinstance(numbers, range) and numbers.step == 1 and self._rows.large:
-            found = check_all(self._source, self._rows, self._parse, numbers, media=True)
+            found = check_all(self.source, self._rows, self._parse, numbers, media=True)
             if found.broken:  # since it was loaded
                 raise DataError(found.broken)
             return found.missing
@@ -178,5 +178,7 @@ def check_media(records: Iterable[Record]) -> None:
     """
     missing = records.missing() if isinstance(records, Records) else missing_media(records)
     if missing.count:
+        if isinstance(records, Records):
+            records.source.check_root()
         more = f" {missing.count - 1} more media are missing." if missing.count > 1 else ""
         raise DataError(f"{missing.first}{more}")

@@ -1,6 +1,5 @@
 """A file of records opened: its rows, and how one of them becomes a record."""
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,8 +8,6 @@ from appo.data.fields import shown
 from appo.data.formats import parse_record
 from appo.data.records import DataError, Record
 from appo.data.rows import Rows, open_rows
-
-logger = logging.getLogger(__name__)
 
 
 class Source(NamedTuple):
@@ -25,6 +22,11 @@ class Source(NamedTuple):
     def root(self) -> Path:
         return self.path.parent if self.data_root is None else self.data_root
 
+    def check_root(self) -> None:
+        """Raise DataError for a data root that is not there; for those who open media next."""
+        if not self.root.is_dir():
+            raise DataError(f"`data_root`: no such folder: {self.root}. Paths start from the working directory.")
+
 
 def open_records(source: Source) -> tuple[Rows, Callable[[Any, int], Record]]:
     """The rows of a file and how one of them becomes a record, for those who go through it themselves."""
@@ -35,8 +37,6 @@ def open_records(source: Source) -> tuple[Rows, Callable[[Any, int], Record]]:
         raise DataError(f"{shown(str(path))}: expected the path of a file of records: {error}.") from error
     if not exists:
         raise DataError(f"{path}: no such file. Pass the path of a .json or .jsonl file of records (docs/data.md).")
-    if source.data_root is not None and not source.data_root.is_dir():
-        logger.warning("data_root: no such folder: %s", source.data_root)
     try:
         rows = open_rows(path)
     except OSError as error:

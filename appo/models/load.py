@@ -29,6 +29,14 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
         raise ConfigError(f"`model`: expected a folder that exists or a hub name, got {shown(name)}.")
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"`model`: expected a folder, got the file {name}. Pass the folder it is in.")
+    if (folder / "checkpoints").is_dir() or (folder.parent.name == "checkpoints" and folder.is_dir()):
+        run = folder if (folder / "checkpoints").is_dir() else folder.parent.parent
+        what = "run folder" if run == folder else "checkpoint of a run"
+        raise ConfigError(
+            f"`model`: expected a model, got the {what} {name}. Pass {run / 'final'}"
+            + (f", or {run / 'best'}." if (run / "best").is_dir() else ".")
+            + ("" if (run / "final").is_dir() else " The run has to end for it: it goes on with the same command.")
+        )
     try:
         return kind.from_pretrained(name, trust_remote_code=False, **options)
     except torch.OutOfMemoryError:
@@ -39,9 +47,13 @@ def from_pretrained(kind: Any, name: str, **options: Any) -> Any:
                 f"`model`: {name} needs Python code that comes with it, which is never run here. Use a model whose "
                 "code is part of transformers."
             ) from error
-        place = "folder" if folder.exists() else "hub name"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigError(f"`model`: the {place} {name!r} cannot be loaded: {reason[:500]}") from error
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if folder.exists():
+            raise ConfigError(f"`model`: the folder {name!r} cannot be loaded: {reason}") from error
+        raise ConfigError(
+            f"`model`: no folder {name!r} here; as a hub name it cannot be loaded: {reason}. Paths start from the "
+            "working directory, in a settings file from the file's folder."
+        ) from error
 
 
 def read_config(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 from appo.config import ConfigError
 from appo.models.load import from_pretrained, read_model
 from appo.output_paths import check_output_folder
+from appo.shown_settings import copy_shown
 
 ADAPTERS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
@@ -41,6 +42,7 @@ def merge_adapters(adapters: Path, output: Path, *, model: str | None = None) ->
     shutil.rmtree(partial, ignore_errors=True)
     merged.save_pretrained(partial)
     processor.save_pretrained(partial)
+    copy_shown(adapters, partial)
     if output.exists():
         output.rmdir()
     return partial.rename(output)
@@ -48,6 +50,8 @@ def merge_adapters(adapters: Path, output: Path, *, model: str | None = None) ->
 
 def base_model(adapters: Path) -> str:
     """The model that a folder of adapters names; empty where it names none."""
+    if not adapters.is_dir():
+        raise ConfigError(f"{adapters}: no such folder. Pass one of adapters, such as the `final` of a run.")
     if not (adapters / CONFIG).is_file() or not (adapters / ADAPTERS).is_file():
         raise ConfigError(
             f"{adapters}: expected a folder of adapters ({CONFIG}, {ADAPTERS}), such as the `final` of a run with "

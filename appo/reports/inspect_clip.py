@@ -14,6 +14,7 @@ from appo.data.records import DataError, Media, Record
 from appo.reports.attention_map import write_inspection
 from appo.reports.heads import write_heads
 from appo.reports.inspect_index import Drawn, write_index
+from appo.shown_settings import shown_settings
 from appo.train.groups import Group, whole_groups
 from appo.train.looking import head_shares
 from appo.train.metrics import token_texts
@@ -38,10 +39,9 @@ def examine(
     Without an answer no response is right or wrong: frames are then those of all responses (strategy "all").
     Raises ConfigError, DataError, VideoError.
     """
-    settings = ["model=" + model, *overrides]
-    if answer is None:
-        settings.append("strategy=all")
-    config = APPOConfig.from_dotlist(settings)
+    config = APPOConfig.from_dict(
+        {"model": model, **shown_settings(model)}, [*overrides, *(["strategy=all"] if answer is None else [])]
+    )
     record = Record(
         id=video.name,
         question=question,
@@ -77,7 +77,7 @@ def examine_records(
 
     show: called with how many are drawn, and of how many. Raises ConfigError, DataError, VideoError.
     """
-    config = APPOConfig.from_dotlist(["model=" + model, *overrides])
+    config = APPOConfig.from_dict({"model": model, **shown_settings(model)}, list(overrides))
     records = load_records(data, data_root=data_root, allow_outside=config.allow_outside)
     seen = list(islice((record for record in records if any(m.kind == "video" for m in record.media)), limit))
     if not seen:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from appo.config import ConfigError
 from appo.data.records import Record
 from appo.rollout.engine import Rollout
+from appo.shown_settings import save_shown
 from appo.train import checkpoints
 from appo.train.ahead import SamplingTrainer, forget_ahead, sampler_state
 from appo.train.collective import from_main, is_of_all
@@ -232,6 +233,7 @@ def _write_model(
     trainer.processor.save_pretrained(partial)
     card = model_card(trainer.config, step, newest_evaluations(Path(trainer.config.output) / "eval.jsonl"))
     (partial / "README.md").write_text(card, encoding="utf-8")
+    save_shown(trainer.config, partial)
     if best is not None:
         (partial / BEST).write_text(json.dumps(best), encoding="utf-8")
     checkpoints.put_in_place(partial, folder)
