@@ -32,9 +32,9 @@ def check_engine(config: APPOConfig) -> None:
         )
     if config.engine != "vllm-server":
         return
-    if config.vllm_python and (reason := vllm_of(config.vllm_python)[1]):
+    if config.vllm_python and (why_none := vllm_of(config.vllm_python)[1]):
         raise ConfigError(
-            f"`vllm_python`: expected the interpreter of an environment with vLLM: {reason}. Make one: `python -m venv "
+            f"`vllm_python`: expected the interpreter of an environment with vLLM: {why_none}. Make one: `python -m venv "
             "vllm-env && vllm-env/bin/pip install vllm`."
         )
     if reason := why_not_transfer(config.weight_transfer):
