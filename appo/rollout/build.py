@@ -34,8 +34,8 @@ def check_engine(config: APPOConfig) -> None:
         return
     if config.vllm_python and (why_none := vllm_of(config.vllm_python)[1]):
         raise ConfigError(
-            f"`vllm_python`: expected the interpreter of an environment with vLLM: {why_none}. Make one: `python -m venv "
-            "vllm-env && vllm-env/bin/pip install vllm`."
+            f"`vllm_python`: expected the interpreter of an environment with vLLM: {why_none}. Make one: `python -m "
+            "venv vllm-env && vllm-env/bin/pip install vllm`."
         )
     if reason := why_not_transfer(config.weight_transfer):
         raise ConfigError(f"`weight_transfer`: expected file here, got {config.weight_transfer}: {reason}.")
