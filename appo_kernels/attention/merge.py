@@ -69,10 +69,10 @@ def merge_attention(
 
     def mean(tensors: Sequence[Tensor]) -> Tensor:
         """The mean of a result (..., x) of each part, weighted by what the part has of the softmax."""
-        scaled = (tensor * (weight / total)[..., None] for tensor, weight in zip(tensors, weights, strict=True))
-        merged = next(scaled)
-        for tensor in scaled:
-            merged = merged + tensor
+        shares = [(weight / total)[..., None] for weight in weights]
+        merged = tensors[0] * shares[0]
+        for tensor, share in zip(tensors[1:], shares[1:], strict=True):
+            merged.addcmul_(tensor, share)  # in place: a new large tensor for each part would take most of the time
         return merged.to(tensors[0].dtype)
 
     masses = [part.mass for part in whole if part.mass is not None]
