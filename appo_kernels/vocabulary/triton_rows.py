@@ -93,9 +93,8 @@ def fold_kernel(
         e = tl.exp(z - base)
         step = tl.where(row_max == float("-inf"), 0.0, row_max - base)  # what was summed moves to the new maximum
         decay = tl.where(row_max == float("-inf"), 0.0, tl.exp(step))
-        weighted_sum = (weighted_sum + step * row_sum) * decay + tl.sum(
-            tl.where(z == float("-inf"), 0.0, (z - base) * e), 0
-        )
+        moved = tl.where(decay == 0.0, 0.0, (weighted_sum + step * row_sum) * decay)  # step * row_sum may overflow
+        weighted_sum = moved + tl.sum(tl.where(z == float("-inf"), 0.0, (z - base) * e), 0)
         row_sum = row_sum * decay + tl.sum(e, 0)
         row_max = new_max
     tl.store(p_state + r, row_max)

@@ -118,6 +118,24 @@ def test_forbidden_tokens() -> None:
     assert gradient.isfinite().all() and not gradient[..., 5].any()
 
 
+# The kept tokens at the start, and at the end: which block, or warp, is merged into which.
+@pytest.mark.parametrize("kept", [slice(0, 100), slice(900, None)])
+@pytest.mark.parametrize(("backend", "device"), SERVED)
+def test_tokens_masked_by_the_smallest_number(backend: str, device: str, kept: slice) -> None:
+    """Masks of finfo.min, not -inf: sums of such logits overflow where what they are multiplied by is 0."""
+    V = 1003
+    case = to(per_token(B=1, T=2, dtype=torch.float32), device)
+    del case["logprobs"]
+    case["mask"][:] = True
+    logits = torch.full((1, 2, V), torch.finfo(torch.float32).min)
+    logits[..., kept] = torch.randn(logits[..., kept].shape, generator=torch.Generator().manual_seed(0))
+    case |= {"logits": logits.to(device).requires_grad_(), "targets": torch.full((1, 2), range(V)[kept][0]).to(device)}
+    got = run(case, entropy_coef=0.1, backend=backend)
+    expected = run(cast(case, torch.float64), reference.logits_weighted_surrogate, entropy_coef=0.1)
+    for a, b in ((got[0], expected[0]), (got[1]["entropy"], expected[1]["entropy"]), (got[2], expected[2])):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-5, atol=1e-6)
+
+
 def test_in_place_leaves_logits_alone_where_no_gradient_is_wanted() -> None:
     case = from_logits(torch.float32)
     before = case["logits"].detach().clone()

@@ -195,6 +195,21 @@ def test_logits_weighted_surrogate(level, inplace):
         testing.assert_as_good_as(got[known], expected[known], framework[known], factor=3.0, atol=3e-6)
 
 
+def test_a_block_masked_by_the_smallest_number():
+    """A mask of finfo.min, not -inf, over a whole block of columns: its sums overflow, and count for nothing."""
+    logits = torch.randn(1, 1, triton_rows.FOLD_COLUMNS + 70)
+    logits[..., :-70] = torch.finfo(torch.float32).min
+    one, targets = torch.ones(1, 1), torch.tensor([[logits.shape[2] - 1]])
+    results = [
+        logits_weighted_surrogate(
+            logits.to(dtype), targets, -one, one[0], one.bool(), entropy_coef=0.1, backend=backend
+        )
+        for dtype, backend in ((torch.float64, "torch"), (torch.float32, "triton"))
+    ]
+    torch.testing.assert_close(results[1].metrics["entropy"], results[0].metrics["entropy"])
+    torch.testing.assert_close(results[1].loss.double(), results[0].loss)
+
+
 # Both operators that have a product in their kernels.
 @pytest.mark.parametrize("op", ["frame_mass", "frame_attention"])
 def test_bf16_attention_is_refused(op):
