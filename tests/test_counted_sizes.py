@@ -34,7 +34,16 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any], str, bool]] = {
 }
 
 
+# Those whose positions are of three parts: the configs of the tests of layouts.
+TINY = ("qwen2_vl", "qwen2_5_omni_thinker")
+
+
 def config_of(name: str, layers: int) -> Any:
+    if name in TINY:
+        config = vision_models.build(name)[0].config
+        text = config.get_text_config()
+        text.num_hidden_layers, text.layer_types = layers, ["full_attention"] * layers
+        return config
     kind, vision, text, tied = CONFIGS[name]
     tower = hf.AutoConfig.for_model(kind().vision_config.model_type, **TOWER, **vision)
     texts = hf.AutoConfig.for_model(text, **TEXT, num_hidden_layers=layers, tie_word_embeddings=tied)
@@ -46,10 +55,11 @@ def sizes_of(config: Any) -> Any:
 
 
 def test_every_family_has_a_case() -> None:
-    assert {kind().model_type for kind, *_ in CONFIGS.values()} == set(FAMILIES)
+    assert {kind().model_type for kind, *_ in CONFIGS.values()} | set(TINY) == set(FAMILIES)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# All of them.
+@pytest.mark.parametrize("name", [*CONFIGS, *TINY])
 def test_parameters_and_activations_are_those_of_the_model(name: str) -> None:
     B, S = 2, 96
     taken = []
@@ -60,7 +70,7 @@ def test_parameters_and_activations_are_those_of_the_model(name: str) -> None:
         assert sizes.parameters == sum(p.numel() for p in model.parameters())
         decoder = model.get_decoder()
         assert sizes.layer_parameters == sum(p.numel() for p in decoder.layers[0].parameters())
-        assert sizes.tied == (CONFIGS[name][3])
+        assert sizes.tied == config.tie_word_embeddings
         decoder.set_attn_implementation("sdpa")
         embedded, mask = torch.randn(B, S, sizes.hidden, requires_grad=True), torch.ones(B, S, dtype=torch.long)
         mask[0, :5] = 0  # padding, as in training
@@ -85,11 +95,19 @@ def test_tokens_of_a_frame_are_those_of_a_prompt(family: str, tmp_path: Any) -> 
 
 
 # Layers with windows, norms of their own or experts; and a text model that a served family does not have.
-@pytest.mark.parametrize("family", ["gemma3", "gemma4", "exaone4_5", "qwen3_vl_moe", "qwen2_5_omni_thinker"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "exaone4_5", "qwen3_vl_moe", "qwen3_omni_moe_thinker"])
 def test_other_families_are_refused_by_name(family: str) -> None:
     config = json.loads(vision_models.build(family)[0].config.to_json_string(use_diff=False))
     with pytest.raises(ConfigError, match=rf"x: expected model_type .*, got '{family}', whose layers the plan"):
         from_config(config, "x")
+
+
+def test_a_thinker_is_found_in_the_config_of_the_whole() -> None:
+    thinker = json.loads(config_of("qwen2_5_omni_thinker", 2).to_json_string(use_diff=False))
+    whole = {"model_type": "qwen2_5_omni", "thinker_config": thinker, "talker_config": {"hidden_size": 1}}
+    assert from_config(whole, "x") == from_config(thinker, "x")
+    with pytest.raises(ConfigError, match=r"x: expected model_type .*, got None"):
+        from_config({"model_type": "qwen2_5_omni", "thinker_config": 7}, "x")
 
 
 def test_another_text_model_is_refused_by_name() -> None:

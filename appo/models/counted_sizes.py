@@ -24,21 +24,68 @@ class CountedVision(Vision):
         return self.counted
 
 
-def _side(tower: Any) -> int:
+@dataclass(frozen=True)
+class Seen:
+    """What a family makes of frames. tower: fields of `Vision`; frame_tokens: 0: as its pixels say."""
+
+    tower: dict[str, Any]
+    frame_tokens: int = 0
+    frame_text: int = 0  # tokens before each frame
+
+
+def _plain(config: Any, merge: int, **frames: Any) -> Seen:
+    """Of a tower that sees one frame at a time, whole."""
+    tower = config.vision_config
+    sizes = {
+        "depth": tower.num_hidden_layers, "full_attention": tower.num_hidden_layers, "hidden": tower.hidden_size,
+        "intermediate": tower.intermediate_size, "heads": tower.num_attention_heads, "patch": _first(tower.patch_size),
+    }  # fmt: skip
+    return Seen(sizes | {"temporal_patch": 1, "gated": False, "window": 0, "merge": merge}, **frames)
+
+
+def _side(config: Any) -> int:
     """Patches along a side of a frame, all of which have one size."""
-    size, patch = (
-        value[0] if isinstance(value, list | tuple) else value for value in (tower.image_size, tower.patch_size)
-    )
-    return int(size // patch)
+    return int(_first(config.vision_config.image_size) // _first(config.vision_config.patch_size))
 
 
-# By model_type: patches along a side that become one token; tokens of a frame (0: as its pixels say) and
-# of text before it.
-FAMILIES: dict[str, Callable[[Any], tuple[int, int, int]]] = {
-    "internvl": lambda c: (round(1 / c.downsample_ratio), int((_side(c.vision_config) * c.downsample_ratio) ** 2), 6),
-    "llava_onevision": lambda c: (2, math.ceil(_side(c.vision_config) / 2) ** 2, 0),
-    "smolvlm": lambda c: (c.scale_factor, (_side(c.vision_config) // c.scale_factor) ** 2, 10),
-    "video_llama_3": lambda c: (2, 0, 8),
+def _first(value: Any) -> int:
+    """A side of what is given as one number or as two."""
+    return int(value[0] if isinstance(value, list | tuple) else value)
+
+
+def _internvl(config: Any) -> Seen:
+    tokens = int((_side(config) * config.downsample_ratio) ** 2)
+    return _plain(config, round(1 / config.downsample_ratio), frame_tokens=tokens, frame_text=6)
+
+
+def _smolvlm(config: Any) -> Seen:
+    tokens = (_side(config) // config.scale_factor) ** 2
+    return _plain(config, config.scale_factor, frame_tokens=tokens, frame_text=10)
+
+
+def _qwen(config: Any) -> Seen:
+    """Of Qwen2-VL and Qwen2.5-Omni, with the towers of Qwen2-VL and Qwen2.5-VL."""
+    tower = config.vision_config
+    first = hasattr(tower, "embed_dim")  # Qwen2-VL, whose hidden_size is that of the text model
+    hidden = tower.embed_dim if first else tower.hidden_size
+    full = tower.depth if first else len(tower.fullatt_block_indexes)
+    sizes = {
+        "depth": tower.depth, "hidden": hidden, "heads": tower.num_heads, "gated": not first, "full_attention": full,
+        "intermediate": int(hidden * tower.mlp_ratio) if first else tower.intermediate_size,
+        "window": 0 if first else tower.window_size // tower.patch_size // tower.spatial_merge_size,
+        "patch": tower.patch_size, "merge": tower.spatial_merge_size, "temporal_patch": tower.temporal_patch_size,
+    }  # fmt: skip
+    return Seen(sizes)
+
+
+# By model_type.
+FAMILIES: dict[str, Callable[[Any], Seen]] = {
+    "qwen2_vl": _qwen,
+    "qwen2_5_omni_thinker": _qwen,
+    "internvl": _internvl,
+    "llava_onevision": lambda config: _plain(config, 2, frame_tokens=math.ceil(_side(config) / 2) ** 2),
+    "smolvlm": _smolvlm,
+    "video_llama_3": lambda config: _plain(config, 2, frame_text=8),
 }
 
 
@@ -53,14 +100,13 @@ def counted_sizes(content: Mapping[str, Any], name: str) -> Architecture:
         config = AutoConfig.for_model(content["model_type"], **rest)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-        text, tower = config.get_text_config(), config.vision_config
-        merge, frame_tokens, frame_text = FAMILIES[content["model_type"]](config)
+        text, seen = config.get_text_config(), FAMILIES[content["model_type"]](config)
     except (StrictDataclassError, TypeError, ValueError, AttributeError, KeyError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{name}: expected sizes of a model in its config, but {reason}.") from error
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     inside = {*model.get_decoder().parameters(), head}
-    patch = tower.patch_size
+    layer = " ".join(name for name, _ in model.get_decoder().layers[0].named_parameters())
     found = Architecture(
         name=name,
         layers=text.num_hidden_layers,
@@ -72,23 +118,14 @@ def counted_sizes(content: Mapping[str, Any], name: str) -> Architecture:
         vocabulary=head.shape[0],
         tied=bool(head is embedding or config.tie_word_embeddings),
         vision=CountedVision(
-            depth=tower.num_hidden_layers,
-            hidden=tower.hidden_size,
-            intermediate=tower.intermediate_size,
-            heads=tower.num_attention_heads,
+            **seen.tower,
             out_hidden=text.hidden_size,
-            patch=patch[0] if isinstance(patch, list | tuple) else patch,
-            temporal_patch=1,
-            merge=merge,
-            gated=False,
-            full_attention=tower.num_hidden_layers,
-            window=0,
             counted=sum(p.numel() for p in model.parameters() if p not in inside),
         ),
-        query_bias=text.model_type == "qwen2",
-        query_norm=text.model_type == "qwen3",
-        frame_text=frame_text,
-        frame_tokens=frame_tokens,
+        query_bias="q_proj.bias" in layer,
+        query_norm="q_norm" in layer,
+        frame_text=seen.frame_text,
+        frame_tokens=seen.frame_tokens,
     )
     total = sum(p.numel() for p in {*model.parameters()})
     if found.parameters != total:

@@ -40,7 +40,8 @@ def find_architecture(model: str) -> Architecture:
 def from_config(config: Mapping[str, Any], name: str) -> Architecture:
     """The sizes out of a config.json: of Qwen2.5-VL or Qwen3-VL, in the old flat form or with ``text_config``, or of
     one of `counted_sizes.FAMILIES`. Raises ConfigError for others."""
-    kind = config.get("model_type")
+    config = config.get("thinker_config", config)  # of a model that speaks too (Qwen-Omni)
+    kind = config.get("model_type") if isinstance(config, Mapping) else None
     if kind in FAMILIES:
         return counted_sizes(config, name)
     if kind not in ("qwen2_5_vl", "qwen3_vl"):
