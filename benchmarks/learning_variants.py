@@ -9,7 +9,7 @@ from torch import Tensor
 
 from appo.config import APPOConfig
 from appo.credit.evidence import find_evidence
-from appo.credit.weightings import TOGETHER, shuffled_within_responses, sorted_by_entropy
+from appo.credit.weightings import PEAK_TOGETHER, TOGETHER, shuffled_within_responses, sorted_by_entropy
 from appo.presets import OTHER_METHODS
 from appo.tasks.thoughts import telling_spans
 from appo.tasks.tiny import build_tokenizer
@@ -60,5 +60,6 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "w1": ({}, {"method": "grpo"}),
     "oracle": ({"weigh_tokens": oracle_weights}, {"strategy": "all"}),
     "together": ({}, TOGETHER),
+    "peak-together": ({}, PEAK_TOGETHER),
     **{name: ({}, {"preset": name}) for name in OTHER_METHODS},
 }

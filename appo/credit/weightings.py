@@ -139,7 +139,8 @@ TOGETHER = {"strategy": "common", "token_score": "share", "disagreement": "entro
 # The frame of the highest peak, and slots of the few tokens that make it: chosen on a warm start of its own
 # (benchmarks/credit/PREREGISTRATION.md, the second registration).
 PEAK = {"strategy": "peak", "top_tokens": 1, "top_frames": 1}
-FEW = {"top_tokens": 1, "top_frames": 1, "slot_tokens": 4}
+COMMON_ONE = TOGETHER | {"top_tokens": 1, "top_frames": 1, "slot_tokens": 4}
+PEAK_TOGETHER = COMMON_ONE | PEAK
 # Of the preset, what makes weights; slots are as many as the run's, as in every row.
 RELEASED = {
     name: value for name, value in PAPER_AND_BASELINES["released"].items() if name not in ("rewards", "slot_tokens")
@@ -198,11 +199,11 @@ WEIGHTINGS: dict[str, Weighting] = {
     ),
     "peak": Weighting("ours: `all`, the frame of the highest peak", under_settings(**PEAK), looks=True),
     "common-one": Weighting(
-        "`together`, one frame, few tokens: a control of `peak-together`", under_settings(**TOGETHER | FEW), looks=True
+        "`together`, one frame, few tokens: a control of `peak-together`", under_settings(**COMMON_ONE), looks=True
     ),
     "peak-together": Weighting(
         "ours: the frame of the highest peak, few tokens by share, entropy, mean 1",
-        under_settings(**TOGETHER | FEW | PEAK),
+        under_settings(**PEAK_TOGETHER),
         looks=True,
     ),
 }
