@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from appo_kernels import backend_order
+
 logger = logging.getLogger("appo_kernels")
 
-# Fastest first: the order in which "auto" asks, but for `_order`.
+# Modules of the backends. The order in which "auto" asks is of `appo_kernels.backend_order`.
 MODULES = {"cuda": "cuda", "triton": "triton", "torch": "streaming"}
 CHOICES = ("auto", "torch", "triton", "cuda")
 
@@ -33,6 +35,7 @@ class Problem:
     dtype: torch.dtype
     head_dim: int = 0  # d for the attention operators, 0 for the others
     needs_grad: bool = False
+    scores: int = 0  # of an attention call, rounded up to a power of two; 0 where not known
 
 
 @functools.cache
@@ -72,22 +75,10 @@ def why_not(problem: Problem, backend: str) -> str | None:
     return module.unsupported(problem)
 
 
-def _order(problem: Problem) -> tuple[str, ...]:
-    """The kernels in csrc multiply with mma.sync. On sm_90 and sm_100 Triton has instructions of larger tiles, and its
-    attention loops need fewer of them (docs/cuda.md has the counts; no GPU has been asked yet)."""
-    if problem.op == "group_attention" and problem.device.type == "cuda":
-        return "torch", "cuda", "triton"  # the vendor's flash attention, which has no mass to sum up
-    if problem.head_dim and problem.device.type == "cuda":
-        major, _ = torch.cuda.get_device_capability(problem.device)
-        if major in (9, 10):
-            return "triton", "cuda", "torch"
-    return tuple(MODULES)
-
-
 @functools.cache
 def _automatic(problem: Problem) -> str:
     refused: list[str] = []
-    for backend in _order(problem):
+    for backend in backend_order.order(problem.op, problem.dtype, problem.device, problem.scores):
         reason = why_not(problem, backend)
         if reason is None and backend != "torch" and problem.device.type == "cpu":
             reason = "on the CPU it is only emulated, for tests; name it to have that"
@@ -108,6 +99,14 @@ def constant(size: int) -> int:
     return int(guard_scalar(size))
 
 
+def scores(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Sequences x query heads x rows x keys, rounded up to a power of two; 0 while compiling, for any size."""
+    if torch.compiler.is_compiling():
+        return 0
+    count = query.shape[0] * query.shape[1] * query.shape[2] * key.shape[2]
+    return 1 << max(0, count - 1).bit_length()
+
+
 def resolve(
     op: str,
     backend: str,
@@ -117,19 +116,28 @@ def resolve(
     needs_grad: bool = False,
     *,
     function: str | None = None,
+    scores: int = 0,
 ) -> str:
     """The backend that serves this call: the named one, or the fastest that can when ``backend`` is "auto".
 
     ``APPO_BACKEND`` replaces "auto" (not an explicit name). Raises ValueError when a named backend cannot serve the
-    call, saying why and which ones can. function: the public one, where its name is not the operator's.
+    call, saying why and which ones can. function: the public one, where its name is not the operator's. scores: as
+    `scores` counts them, of attention; APPO_BACKEND_ORDER may choose by them (`appo_kernels.backend_order`).
     """
-    return _resolve(op, function or op, backend, device, dtype, constant(head_dim), needs_grad)
+    return _resolve(op, function or op, backend, device, dtype, constant(head_dim), needs_grad, scores)
 
 
 # Python constants in, a Python constant out: torch.compile evaluates it while tracing and keeps the answer.
 @torch.compiler.assume_constant_result
 def _resolve(
-    op: str, function: str, backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, needs_grad: bool
+    op: str,
+    function: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    needs_grad: bool,
+    scores: int,
 ) -> str:
     if isinstance(backend, str) and backend == "auto":
         backend = os.environ.get("APPO_BACKEND", "auto")
@@ -138,7 +146,7 @@ def _resolve(
             f"{function}: `backend`: expected one of {', '.join(CHOICES)}, got {backend!r}. "
             "Pass one of these, or set APPO_BACKEND to one."
         )
-    problem = Problem(op, device, dtype, head_dim, needs_grad)
+    problem = Problem(op, device, dtype, head_dim, needs_grad, scores)
     if backend == "auto":
         return _automatic(problem)
     reason = why_not(problem, backend)

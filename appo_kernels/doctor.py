@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 
 import appo_kernels
-from appo_kernels import cuda_constants, cuda_library, dispatch, ops
+from appo_kernels import backend_order, cuda_constants, cuda_library, dispatch, ops
 from appo_kernels.closed_pipe import quiet_on_closed_pipe
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -78,6 +78,17 @@ def automatic_line(op: str, device: torch.device) -> str:
     return "    auto    takes " + ", ".join(f"{b} for {len(what)} (such as {what[0]})" for b, what in chosen.items())
 
 
+def order_lines() -> list[str]:
+    """The rules by which "auto" asks backends, the first that fits a call deciding."""
+    named = os.environ.get(backend_order.FILE)
+    origin = f"{named} ({backend_order.FILE}), then the built-in table" if named else "the built-in table"
+    return [
+        f'Order in which "auto" asks backends, of {origin}. The first line that fits decides:',
+        "  operator, dtype, compute capability, size of attention, order",
+        *(f"  {rule}" for rule in backend_order.rules()),
+    ]
+
+
 def library_lines() -> list[str]:
     lines = []
     try:
@@ -113,6 +124,7 @@ def report() -> str:
         properties = torch.cuda.get_device_properties(device)
         lines.append(f"  {device}: {properties.name}, sm_{properties.major}{properties.minor}")
     lines += library_lines()
+    lines += ["", *order_lines()]
     for device in devices():
         lines += ["", f"On {device}:"]
         for op in operators():

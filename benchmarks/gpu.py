@@ -1,12 +1,13 @@
 """python -m benchmarks.gpu [--minutes 8]: every operator on this machine's GPU, correctness first, then times.
 
 Prints a table per case and writes, after every case, results/<GPU>.csv, .json (environment) and .md (one page), at the
-end a plot. A second run goes on where the first ended (--again: from the start). The cases are those of `python -m
-benchmarks`, with frames that are no multiple of a tile, backwards of attention, and FlexAttention and flash-attn (where
-installed) beside it. GPU times are medians by CUDA events with the host ahead of the GPU, L2 cache flushed before each;
-host times are what a call takes to return. Checks of values are off while timing. Two bounds are given: `x bound`, the
-time of the vendor's kernel that does the unavoidable part of the work (see bench_<op>.py), and the fraction of the
-tensor-core rate that a large matrix product reaches on this very GPU. Needs torch, triton and this checkout alone.
+end a plot and <GPU>.order.csv: which backend was the faster at which size, for APPO_BACKEND_ORDER to name. A second run
+goes on where the first ended (--again: from the start). The cases are those of `python -m benchmarks`, with frames that
+are no multiple of a tile, backwards of attention, and FlexAttention and flash-attn (where installed) beside it. GPU
+times are medians by CUDA events with the host ahead of the GPU, L2 cache flushed before each; host times are what a call
+takes to return. Checks of values are off while timing. Two bounds are given: `x bound`, the time of the vendor's kernel
+that does the unavoidable part of the work (see bench_<op>.py), and the fraction of the tensor-core rate that a large
+matrix product reaches on this very GPU. Needs torch, triton and this checkout alone.
 """
 
 import argparse
@@ -45,6 +46,11 @@ FLOP: dict[str, Callable[[Any], float]] = {
     "token_logprobs fwd": lambda shape: shape.flop,
     "token_logprobs fwd+bwd": lambda shape: 4 * shape.flop,
     "linear_weighted_surrogate": lambda shape: 3 * shape.flop,
+}
+# Sequences x query heads x rows x keys, by which a backend may be chosen (APPO_BACKEND_ORDER).
+SCORES: dict[str, Callable[[Any], int]] = {
+    "frame_mass": lambda shape: shape.batch * shape.heads * shape.rows * shape.keys,
+    "frame_attention": lambda shape: shape.batch * shape.heads * shape.keys**2,
 }
 
 
@@ -122,6 +128,7 @@ def measure(case: harness.Case, shape: Any, machine: Machine, rates: dict[str, f
             machine.name, case.op, case.shape, case.dtype, c.name, c.role, 1e3 * timing.gpu, 1e3 * timing.host,
             timing.runs, None if bound is None else timing.gpu / bound,
             None if flop is None or c.role == "peer" else flop / timing.gpu / rates[case.dtype],
+            SCORES[case.op](shape) if case.op in SCORES else 0,
         )
         for c, timing in timed
     ]  # fmt: skip

@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from appo_kernels import backend_order
 from benchmarks import harness, plots
 
 
@@ -24,6 +27,7 @@ class Row:
     runs: int
     to_bound: float | None  # times the time of the vendor's kernel
     tensor_fraction: float | None  # of the rate of a large matrix product
+    scores: int = 0  # of attention, as backends are chosen by; 0: by no size
 
     @property
     def case(self) -> tuple[str, str, str]:
@@ -36,7 +40,7 @@ class Report:
     def __init__(self, folder: Path, gpu: str, *, device: str, again: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.stem = folder / re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-")
-        self.gpu = gpu
+        self.gpu, self.architecture = gpu, backend_order.architecture(torch.device(device))
         self.environment = harness.environment(device, 1)
         self.rows: list[Row] = []
         self.left_out: dict[str, str] = {}  # case or entry -> why it has no time
@@ -91,14 +95,16 @@ class Report:
         return "\n".join(lines)
 
     def finish(self) -> list[Path]:
-        """The files that there are; the plot only where matplotlib is installed."""
+        """The files that there are; the plot only where matplotlib is installed, rules where backends were compared."""
         self.path("md").write_text(self.page())
+        if rules := backend_rules(self.rows, self.architecture):
+            backend_order.write(self.path("order.csv"), rules)
         if self.rows:
             try:
                 plot(self.rows, self.path("png"), self.gpu)
             except ModuleNotFoundError as error:
                 print(f"no plot: {error}")
-        return [path for path in map(self.path, ("csv", "json", "md", "png")) if path.is_file()]
+        return [path for path in map(self.path, ("csv", "json", "md", "png", "order.csv")) if path.is_file()]
 
 
 def _parsed(record: dict[str, str]) -> Row:
@@ -106,7 +112,27 @@ def _parsed(record: dict[str, str]) -> Row:
         name: None if record[name] == "" else float(record[name])
         for name in ("milliseconds", "host_milliseconds", "to_bound", "tensor_fraction")
     }
-    return Row(**{**record, **numbers, "runs": int(record["runs"])})
+    return Row(**{**record, **numbers, "runs": int(record["runs"]), "scores": int(record["scores"])})
+
+
+def backend_rules(rows: Sequence[Row], architecture: str) -> list[backend_order.Rule]:
+    """The order of backends of the operators on attention that these measurements speak for.
+
+    A call takes as long as the GPU or the host, whichever is longer; contestants of one backend, with and without a
+    given lse, are added up.
+    """
+    times: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for row in rows:
+        backend = row.name.removeprefix("ours, ").split(",")[0]
+        if row.role == "ours" and row.scores and backend in backend_order.BACKENDS:
+            sizes = times.setdefault((row.op, row.dtype), {}).setdefault(row.scores, {})
+            sizes[backend] = sizes.get(backend, 0.0) + max(row.milliseconds, row.host_milliseconds)
+    compared = {key: {size: of for size, of in sizes.items() if len(of) > 1} for key, sizes in times.items()}
+    return [
+        rule
+        for (operator, dtype), sizes in compared.items()
+        for rule in backend_order.measured(operator, dtype, architecture, sizes)
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:

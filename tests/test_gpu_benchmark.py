@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import gpu_rehearsal
-from benchmarks import bench_group_attention, gpu, inputs_attention
+from benchmarks import bench_group_attention, gpu, gpu_report, inputs_attention
 from benchmarks.shapes import DEFAULT_ATTENTION, AttentionShape, GroupShape, VocabularyShape
 
 
@@ -135,3 +135,27 @@ def test_arguments(tmp_path):
 def test_without_a_gpu_it_says_so():
     with pytest.raises(SystemExit, match="no CUDA device"):
         gpu.main([])
+
+
+def test_the_order_of_backends_is_what_was_measured():
+    """The longer of GPU and host counts, both calls of a backend are added up, what ran alone says nothing."""
+
+    def row(op, name, gpu_time, host, scores, dtype="bfloat16"):
+        return gpu_report.Row("H", op, "s", dtype, name, "ours", gpu_time, host, 1, None, None, scores)
+
+    rows = [
+        row("frame_mass", "ours, triton, lse given", 0.1, 0.6, 1000),
+        row("frame_mass", "ours, cuda, lse given", 0.2, 0.1, 1000),
+        row("frame_mass", "ours, triton, lse given", 5.0, 0.6, 100_000),
+        row("frame_mass", "ours, triton, lse computed", 1.0, 0.6, 100_000),
+        row("frame_mass", "ours, cuda, lse given", 4.0, 0.1, 100_000),
+        row("frame_mass", "ours, cuda, lse computed", 3.0, 0.1, 100_000),
+        row("frame_mass", "ours, triton, lse given", 1.0, 0.6, 1000, "float32"),
+        row("frame_attention", "ours, flash and frame_mass", 1.0, 0.6, 1000),
+        row("group_divergence", "ours, triton", 1.0, 0.6, 0),
+    ]
+    rules = gpu_report.backend_rules(rows, "9.0")
+    assert [(r.operator, r.dtype, r.most_scores, r.order) for r in rules] == [
+        ("frame_mass", "bfloat16", 10_000, ("cuda", "triton")),
+        ("frame_mass", "bfloat16", float("inf"), ("triton", "cuda")),
+    ]

@@ -102,7 +102,8 @@ def frame_attention(
     checks.dtype(OP, "value", value, (query.dtype,))
     checks.same_device(OP, "query", query, value=value)
     wants_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
-    backend = dispatch.resolve(OP, backend, query.device, query.dtype, query.shape[-1], wants_grad)
+    size = dispatch.scores(query, key)
+    backend = dispatch.resolve(OP, backend, query.device, query.dtype, query.shape[-1], wants_grad, scores=size)
     query, key, value = (arguments.unit_last_stride(t) for t in (query, key, value))
     return FrameAttentionOutput(*_FrameAttention.apply(query, key, value, *layout, num_frames, backend))
 

@@ -129,7 +129,8 @@ def frame_mass(
     if out is not None:
         given = {"query": query, "key": key, "frame_ids": frame_ids, "lse": lse, "first_key": first_key}
         _check_out(out, **given, last_key=last_key, prefix_keys=prefix_keys)
-    backend = dispatch.resolve(OP, backend, query.device, query.dtype, head_dim, wants_grad)
+    size = dispatch.scores(query, key)
+    backend = dispatch.resolve(OP, backend, query.device, query.dtype, head_dim, wants_grad, scores=size)
 
     query, key = arguments.unit_last_stride(query), arguments.unit_last_stride(key)
     operands = (layout.frame_ids, lse, *layout[1:], per_head)
