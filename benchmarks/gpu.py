@@ -1,13 +1,13 @@
 """python -m benchmarks.gpu [--minutes 8]: every operator on this machine's GPU, correctness first, then times.
 
-Prints a table per case and writes, after every case, results/<GPU>.csv, .json (environment) and .md (one page), at the
-end a plot and <GPU>.order.csv: which backend was the faster at which size, for APPO_BACKEND_ORDER to name. A second run
-goes on where the first ended (--again: from the start). The cases are those of `python -m benchmarks`, with frames that
-are no multiple of a tile, backwards of attention, and FlexAttention and flash-attn (where installed) beside it. GPU
-times are medians by CUDA events with the host ahead of the GPU, L2 cache flushed before each; host times are what a call
-takes to return. Checks of values are off while timing. Two bounds are given: `x bound`, the time of the vendor's kernel
-that does the unavoidable part of the work (see bench_<op>.py), and the fraction of the tensor-core rate that a large
-matrix product reaches on this very GPU. Needs torch, triton and this checkout alone.
+Prints a table per case and writes, after every case, results/<GPU>.csv, .json (environment) and .md (one page), at
+the end a plot and <GPU>.order.csv: which backend was the faster at which size, for APPO_BACKEND_ORDER to name. A
+second run goes on where the first ended (--again: from the start). The cases are those of `python -m benchmarks`,
+with frames that are no multiple of a tile, backwards of attention, and FlexAttention and flash-attn (where installed)
+beside it. GPU times are medians by CUDA events with the host ahead of the GPU, L2 cache flushed before each; host
+times are what a call takes to return. Checks of values are off while timing. Two bounds are given: `x bound`, the
+time of the vendor's kernel that does the unavoidable part of the work (see bench_<op>.py), and the fraction of the
+tensor-core rate that a large matrix product reaches on this very GPU. Needs torch, triton and this checkout alone.
 """
 
 import argparse
