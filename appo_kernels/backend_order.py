@@ -46,8 +46,8 @@ class Rule:
         return f"{named} {most:32s} {', '.join(self.order)}"
 
 
-# group_attention asks for no mass: the vendor's flash attention serves it. The kernels in csrc multiply with mma.sync; on
-# 9.x and 10.x Triton has instructions of larger tiles, and its attention loops need fewer of them.
+# group_attention asks for no mass: the vendor's flash attention serves it. The kernels in csrc multiply with mma.sync;
+# on 9.x and 10.x Triton has instructions of larger tiles, and its attention loops need fewer of them.
 TABLE = (
     Rule("group_attention", "*", "gpu", math.inf, ("torch", "cuda", "triton")),
     Rule("frame_attention", "*", "9", math.inf, ("triton", "cuda", "torch")),
