@@ -14,7 +14,7 @@ from ptxsim.parser import Immediate, Instruction, Negated, Operand, Program, Reg
 from ptxsim.phases import Phases
 from ptxsim.proxies import Proxies
 from ptxsim.tensor_memory import TensorMemory
-from ptxsim.values import UNSIGNED, Array, decode, dtype, encode, is_float, resize, width
+from ptxsim.values import UNSIGNED, Array, decode, dtype, encode, immediate, resize, width
 from ptxsim.warpgroup import Products
 
 RUNNING, CONVERGING, BARRIER, EXITED = range(4)
@@ -145,7 +145,7 @@ class Machine:
     def _constant(self, text: str, type: str) -> Array:
         if (text, type) not in self.constants:
             self.constants[text, type] = np.broadcast_to(
-                _immediate(text, type), (self.threads, 2) if type.endswith("x2") else self.threads
+                immediate(text, type), (self.threads, 2) if type.endswith("x2") else self.threads
             )
         return self.constants[text, type]
 
@@ -310,18 +310,3 @@ def _parameter_bytes(value: int | float, size: int) -> bytes:
     if isinstance(value, float):
         return struct.pack("<f" if size == 4 else "<d", value)
     return (int(value) & ((1 << 8 * size) - 1)).to_bytes(size, "little")
-
-
-def _immediate(text: str, type: str) -> Array:
-    if text[:2].lower() == "0f" and len(text) == 10:
-        return decode(np.array(int(text[2:], 16), np.uint32), type if width(type) == 32 else "f32")
-    if text[:2].lower() == "0d" and len(text) == 18:
-        return decode(np.array(int(text[2:], 16), np.uint64), type)
-    if "." in text or (is_float(type) and "x" not in text.lower()):
-        if not is_float(type):
-            raise NotImplementedError(f"the constant {text!r} read as {type}")
-        return np.array(float(text), dtype(type))
-    number = int(text.rstrip("U"), 0)
-    if type == "pred":
-        return np.array(bool(number))
-    return decode(np.array(number & ((1 << width(type)) - 1), UNSIGNED[width(type)]), type)

@@ -101,3 +101,19 @@ def resize(bits: Array, register_type: str, type: str) -> Array:
     if type[0] == "s":
         return bits.view(SIGNED[width(type)]).astype(SIGNED[target]).view(UNSIGNED[target])
     return bits.astype(UNSIGNED[target])
+
+
+def immediate(text: str, type: str) -> Array:
+    """The value of a constant in PTX text, as an instruction of ``type`` reads it."""
+    if text[:2].lower() == "0f" and len(text) == 10:
+        return decode(np.array(int(text[2:], 16), np.uint32), type if width(type) == 32 else "f32")
+    if text[:2].lower() == "0d" and len(text) == 18:
+        return decode(np.array(int(text[2:], 16), np.uint64), type)
+    if "." in text or (is_float(type) and "x" not in text.lower()):
+        if not is_float(type):
+            raise NotImplementedError(f"the constant {text!r} read as {type}")
+        return np.array(float(text), dtype(type))
+    number = int(text.rstrip("U"), 0)
+    if type == "pred":
+        return np.array(bool(number))
+    return decode(np.array(number & ((1 << width(type)) - 1), UNSIGNED[width(type)]), type)

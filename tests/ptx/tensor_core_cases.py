@@ -1,6 +1,7 @@
 """Shared by test_hopper.py and test_blackwell.py: products of every layout, small attention layouts, faults in PTX."""
 
 import re
+from collections.abc import Iterator
 
 import attention_layouts as layouts
 import backend_calls as calls
@@ -101,8 +102,8 @@ def check_attention(arch: int, dtype: torch.dtype, head_dim: int, heads: int, ke
     return device.launches
 
 
-def faults_seen(monkeypatch, arch: int, head_dim: int, pattern: str, replacement: str) -> list[str | None]:
-    """What each fault shows as (None: as nothing), put in one place after the other of the compiled forward kernel."""
+def faults_seen(monkeypatch, arch: int, head_dim: int, pattern: str, replacement: str) -> Iterator[str | None]:
+    """What a fault shows as (None: as nothing), put in one place after the other of the compiled forward kernel."""
     right, launches = run_forward(arch, head_dim, 0)
     (ptx,) = {launch.ptx.read_text() for launch in launches if launch.name == "online_kernel"}
     whole = triton_device._program
@@ -121,4 +122,6 @@ def faults_seen(monkeypatch, arch: int, head_dim: int, pattern: str, replacement
                 return "NaN" if any(t.isnan().any() for t in got) else "wrong numbers"
         return None
 
-    return [seen(place) for place in re.finditer(pattern, ptx)]
+    places = list(re.finditer(pattern, ptx))
+    assert places, f"{pattern!r} is not in the PTX: the fault must follow the compiler"
+    yield from map(seen, places)
