@@ -45,8 +45,13 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for clips, models, runs and pages.")] = Path("demo"),
     seed: Annotated[int, typer.Option(min=0, help="Seeds clips, model, warm start and training.")] = 0,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 36,
-    method: Annotated[str, typer.Option(help="appo, grpo or dapo.")] = "appo",
-    compare: Annotated[bool, typer.Option(help="Train with GRPO as well, beside APPO on the page.")] = True,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="appo, released, grpo, dapo, tw-grpo, top-entropy, vppo, pgpo, ral, or FILE.py:NAME (a rule)."
+        ),
+    ] = "appo",
+    compare: Annotated[bool, typer.Option(help="Train with GRPO as well, beside the method on the page.")] = True,
     engine: Annotated[str, typer.Option(help="What samples: transformers, or vllm-server.")] = "transformers",
     vllm_python: Annotated[
         str, typer.Option(envvar="APPO_VLLM_PYTHON", help="Interpreter of an environment with vLLM, for vllm-server.")
@@ -54,10 +59,16 @@ def demo(
     task: Annotated[
         str, typer.Option(help="Clips: moment, cue, or verbose-48x4 and others (docs/credit.md).")
     ] = "moment",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the method's training: key=value ...")
+    ] = None,
 ) -> None:
     """Make clips, warm up a tiny Qwen2.5-VL, train it with APPO and report. No GPU, no download, a few minutes.
 
-    Interrupted, it goes on where it was when run again with the same --output.
+    Interrupted, it goes on from the last stage that is complete, or from a run's checkpoint, when run again with the
+    same --output.
+
+    A method of your own: appo demo --method my_method.py:NAME mass_reduction=sum
     """
     from appo.output_paths import check_output_folder
 
@@ -65,7 +76,8 @@ def demo(
     from appo.demo import run_demo
 
     sampler = {"engine": engine, "vllm_python": vllm_python}
-    run_demo(output, seed=seed, steps=steps, method=method, compare=compare, task=task, **sampler)
+    chosen = {"method": method, "overrides": overrides or []}
+    run_demo(output, seed=seed, steps=steps, compare=compare, task=task, **chosen, **sampler)
 
 
 @command()

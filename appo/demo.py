@@ -26,10 +26,12 @@ from appo.data.load import load_records
 from appo.data.prompts import PromptBuilder
 from appo.data.records import Record
 from appo.models.positions import use_positions
+from appo.presets import PRESETS
 from appo.reports.inspect_clip import draw_group, sample_group
 from appo.reports.run_report import write_report
 from appo.reports.runs import Run, read_runs
 from appo.reports.story import picked
+from appo.rollout.registry import check_user_code
 from appo.tasks.named import TASKS
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
@@ -70,9 +72,30 @@ CLOSEUPS, TRIED = 3, 16  # clips that are drawn up close, of so many
 # at the same moment: it would pick nothing in five groups of six (docs/performance.md).
 METHODS: dict[str, dict[str, Any]] = {
     "appo": {"preset": "paper", "strategy": "soft"},
-    "grpo": {"preset": "grpo"},
-    "dapo": {"preset": "dapo"},
+    **{name: {"preset": name} for name in PRESETS if name != "paper"},
 }
+
+
+def method_settings(method: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings of one of `METHODS`, or of a rule FILE.py:NAME (docs/own_method.md).
+
+    overrides: ``key=value``, which are checked beside them. Raises ConfigError, or UserCodeError for a file.
+    """
+    if method not in METHODS and ".py" not in method:
+        known = f"one of {', '.join(METHODS)}, or FILE.py:NAME"
+        raise ConfigError(f"`method`: expected {known}, got {method!r}.{suggestion(method, METHODS)}")
+    settings = METHODS.get(method, {"method": method})
+    found = APPOConfig.from_dict(SETTINGS | settings, list(overrides))
+    for name in ("model", "data", "output"):
+        if getattr(found, name) != getattr(APPOConfig(), name):
+            raise ConfigError(f"`{name}`: expected none, got {getattr(found, name)!r}: the demo makes its own.")
+    check_user_code(found.rewards, found.method)
+    return settings
+
+
+def short_name(method: str) -> str:
+    """``method`` as it stands in the names of folders and in lines: of FILE.py:NAME the function's."""
+    return method.rpartition(":")[2]
 
 
 def run_demo(
@@ -81,6 +104,7 @@ def run_demo(
     seed: int = 0,
     steps: int = 36,
     method: str = "appo",
+    overrides: Sequence[str] = (),
     compare: bool = True,
     engine: str = "transformers",
     vllm_python: str = "",
@@ -89,13 +113,14 @@ def run_demo(
     """Run every stage that has not been run and return the page to open.
 
     task: one of `appo.tasks.named.TASKS`; the folders of another than "moment" end in its name.
-    compare: with method "appo", train with GRPO too, from the same warm start on the same questions. engine: what
-    samples (docs/engines.md). vllm_python: interpreter of the environment whose vLLM serves it.
+    method, overrides: see `method_settings`. compare: train with GRPO too, from the same warm start on the same
+    questions. engine: what samples (docs/engines.md). vllm_python: interpreter of the environment whose vLLM serves it.
     """
     sampler = engine_settings(engine, vllm_python)
     APPOConfig(**sampler)  # what is missing is said before anything is made
-    if method not in METHODS:
-        raise ConfigError(f"`method`: expected one of {', '.join(METHODS)}, got {method!r}.")
+    methods = {method: method_settings(method, overrides)}
+    if compare:
+        methods.setdefault("grpo", METHODS["grpo"])  # as it is, beside the method with its overrides
     if task not in TASKS:
         raise ConfigError(f"`task`: expected one of {', '.join(TASKS)}, got {task!r}.{suggestion(task, TASKS)}")
     options, end = TASKS[task], "" if task == "moment" else f"-{task}"
@@ -107,11 +132,13 @@ def run_demo(
             "warm start", output / f"warm{end}", lambda folder: warm_start(folder, clips, seed, **options.warm)
         )
         folders = []
-        for name in [method, "grpo"] if compare and method == "appo" else [method]:
-            run = output / (f"run-{name}{end}" if engine == "transformers" else f"run-{name}-{engine}{end}")
-            console.print(f"training: {name.upper()}, {run}")
-            settings = options.settings | {"seed": seed, "max_steps": steps} | sampler
-            folders.append(train(run, clips, warm, method=name, settings=settings))
+        for name, own in methods.items():
+            called = short_name(name)
+            run = output / (f"run-{called}{end}" if engine == "transformers" else f"run-{called}-{engine}{end}")
+            console.print(f"training: {called.upper() if name in METHODS else called}, {run}")
+            settings = own | options.settings | {"seed": seed, "max_steps": steps} | sampler
+            changes = overrides if name == method else ()
+            folders.append(train(run, clips, warm, settings=settings, overrides=changes))
         page = write_report(folders, output / f"report{end}.html")
         for line in summary(read_runs(folders)):
             console.print(line, highlight=False)
@@ -207,14 +234,14 @@ def engine_settings(engine: str, vllm_python: str = "") -> dict[str, Any]:
     return {"engine": engine, "vllm_python": vllm_python, "vllm_arguments": json.dumps(arguments)}
 
 
-def train(run: Path, clips: Path, warm: Path, *, method: str, settings: dict[str, Any]) -> Path:
+def train(run: Path, clips: Path, warm: Path, *, settings: dict[str, Any], overrides: Sequence[str] = ()) -> Path:
     """Train on the hard split and answer the held-out splits before and after; with APPO, draw a few clips up close.
 
-    settings: seed, max_steps and what else differs from `SETTINGS` and the method's.
+    settings: seed, max_steps, the method's, and what else differs from `SETTINGS`. overrides: ``key=value``.
     """
     where = {"model": str(warm), "data": str(clips / "train.json"), "output": str(run)}
     short = {"warmup_steps": min(SETTINGS["warmup_steps"], settings["max_steps"])}
-    config = APPOConfig.from_dict(SETTINGS | METHODS[method] | where | short | settings)
+    config = APPOConfig.from_dict(SETTINGS | where | short | settings, list(overrides))
     held_out = {split: load_records(clips / f"{split}.json") for split in ("validation", "ood")}
     model, processor = load_model(config)
     trainer = Trainer(model, processor, load_records(config.data), config=config, eval_dataset=held_out)

@@ -4,7 +4,8 @@ GRPO, DAPO, APPO with each way of choosing frames, and controls that take away o
 same clips, same warm start, same order of prompts, same number of sampled responses, one training seed for all of them.
 Each seed is a process with one thread; runs that are done are not run again, so an interrupted benchmark goes on. When
 all are done, the means and 95% intervals of the paired differences to GRPO (or to --base) go to results/learning.* (of
-another task: results/learning-TASK.*).
+another task: results/learning-TASK.*). Others by name, --variants vppo ral ..., or FILE.py:NAME, a rule of one's own
+(docs/own_method.md): with --name -, which leaves the results of the page alone.
 
 Tasks:
   moment  One short moment of a clip shows the answer (the demo's clips); right and wrong responses mostly look at
@@ -50,7 +51,7 @@ from appo.train.groups import whole_groups
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
 from benchmarks import harness, plots
-from benchmarks.learning_variants import OTHERS, VARIANTS
+from benchmarks.learning_variants import OTHERS, VARIANTS, find_variant, short_name
 
 # The results that the page shows are of models with these positions.
 SETTINGS = DEMO_SETTINGS | {"video_positions": "transformers"}
@@ -86,12 +87,12 @@ def run_one(options: argparse.Namespace, variant: str, seed: int, builder: Promp
     """
     work, task, steps = options.work, options.task, options.steps
     clips, warm = prepare(work, task, seed % options.warm_starts)
-    functions, changes = (VARIANTS | OTHERS)[variant]
-    output = work / f"{variant}-{seed}"
+    functions, changes = find_variant(variant)
+    output = work / f"{short_name(variant)}-{seed}"
     settings = SETTINGS | TASKS[task].settings | {"preset": "paper"} | changes
     settings |= {"seed": seed, "max_steps": steps, "output": str(output), "model": str(warm), "tensorboard": False}
     settings |= {"data": str(clips / "train.json"), "save_every": 0}
-    config = APPOConfig.from_dict(settings)
+    config = APPOConfig.from_dict(settings, options.set if ".py:" in variant else [])
     shutil.rmtree(output, ignore_errors=True)  # of a run that was interrupted
     model, processor = load_model(config)
     trainer = Trainer(model, processor, load_records(config.data), config=config, **functions)
@@ -105,7 +106,7 @@ def run_one(options: argparse.Namespace, variant: str, seed: int, builder: Promp
         }
         return {f"{split}/{moment}": value["accuracy"] for split, value in values.items()}
 
-    result = {"task": task, "variant": variant, "seed": seed, "steps": steps, "commit": harness.commit()}
+    result = {"task": task, "variant": short_name(variant), "seed": seed, "steps": steps, "commit": harness.commit()}
     start = time.perf_counter()
     if variant == options.base:  # all variants of a seed start from the same model
         result |= measure("before")
@@ -116,7 +117,7 @@ def run_one(options: argparse.Namespace, variant: str, seed: int, builder: Promp
         values = [entry[name] for entry in history if name in entry]
         if values:
             result[f"train/{name}"] = statistics.fmean(values)
-    path = work / f"{variant}-{seed}.json"
+    path = work / f"{short_name(variant)}-{seed}.json"
     path.with_suffix(".partial").write_text(json.dumps(result) + "\n")
     path.with_suffix(".partial").rename(path)
     print(variant, seed, flush=True)
@@ -159,7 +160,7 @@ def where_they_look(work: Path, task: str, number: int) -> dict[str, float]:
 
 def missing(options: argparse.Namespace, seed: int) -> list[str]:
     """The variants of a seed that have no result yet."""
-    return [name for name in options.variants if not (options.work / f"{name}-{seed}.json").is_file()]
+    return [name for name in options.variants if not (options.work / f"{short_name(name)}-{seed}.json").is_file()]
 
 
 def run_all(options: argparse.Namespace) -> None:
@@ -169,6 +170,7 @@ def run_all(options: argparse.Namespace) -> None:
         command = [sys.executable, "-m", "benchmarks.learning", *map(str, arguments), "--task", options.task]
         command += ["--work", str(options.work.parent), "--variants", *options.variants]
         command += ["--base", options.base, "--warm-starts", str(options.warm_starts), "--steps", str(options.steps)]
+        command += ["--set", *options.set]
         log = options.work / f"{name}.log"
         with log.open("w") as file:
             code = subprocess.run(
@@ -222,7 +224,10 @@ def main() -> None:
     parser.add_argument("--warm-starts", type=int, default=3, help="seeds take these in turn")
     parser.add_argument("--steps", type=int, default=10, help="training steps of a run")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *OTHERS], default=list(VARIANTS))
+    parser.add_argument(
+        "--variants", nargs="+", default=list(VARIANTS), help=f"of {', '.join([*VARIANTS, *OTHERS])}, or FILE.py:NAME"
+    )
+    parser.add_argument("--set", nargs="*", default=[], help="settings of a rule FILE.py:NAME: key=value ...")
     parser.add_argument("--base", choices=[*VARIANTS, *OTHERS], default="grpo", help="what differences are taken to")
     parser.add_argument("--run", type=int, metavar="SEED", help="the variants of one seed, in this process")
     parser.add_argument("--name", help="of the result files (default: learning, or learning-TASK); '-': none")
@@ -234,7 +239,13 @@ def main() -> None:
     if options.prepare is not None:
         prepare(options.work, options.task, options.prepare)
         return
-    options.variants = variants = list(dict.fromkeys([options.base, *options.variants]))
+    options.variants = list(dict.fromkeys([options.base, *options.variants]))
+    try:
+        for name in options.variants:
+            find_variant(name)
+    except ValueError as error:
+        parser.error(str(error))
+    variants = [short_name(name) for name in options.variants]
     if options.run is not None:
         builder = None
         for variant in missing(options, options.run):

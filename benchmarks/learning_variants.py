@@ -11,6 +11,7 @@ from appo.config import APPOConfig
 from appo.credit.evidence import find_evidence
 from appo.credit.weightings import PEAK_TOGETHER, TOGETHER, shuffled_within_responses, sorted_by_entropy
 from appo.presets import OTHER_METHODS
+from appo.rollout.registry import user_function
 from appo.tasks.thoughts import telling_spans
 from appo.tasks.tiny import build_tokenizer
 from appo.train.groups import Group
@@ -63,3 +64,22 @@ OTHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "peak-together": ({}, PEAK_TOGETHER),
     **{name: ({}, {"preset": name}) for name in OTHER_METHODS},
 }
+
+
+def find_variant(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Functions and settings of a variant by its name, or of a rule FILE.py:NAME (docs/own_method.md).
+
+    Raises ValueError for other names, and for what is wrong with the file.
+    """
+    known = VARIANTS | OTHERS
+    if name in known:
+        return known[name]
+    if ".py:" not in name:
+        raise ValueError(f"`--variants`: expected FILE.py:NAME or one of {', '.join(known)}, got {name!r}.")
+    user_function(name, "method")
+    return {}, {"method": name}
+
+
+def short_name(name: str) -> str:
+    """``name`` as it stands in files and tables: of FILE.py:NAME the function's."""
+    return name.rpartition(":")[2]

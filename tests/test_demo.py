@@ -97,11 +97,46 @@ def test_the_summary_says_what_chance_would_have_picked() -> None:
 
 
 def test_an_unknown_method_is_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(demo.ConfigError, match="`method`: expected one of appo, grpo, dapo, got 'ppo'"):
-        demo.run_demo(tmp_path / "out", method="ppo")
+    rule = tmp_path / "my.py"
+    rule.write_text("def looks(group, divergence, config):\n    return group.mask.float()\n")
+    with pytest.raises(demo.ConfigError, match=r"`method`: .* appo, .*ral, or FILE\.py:NAME, got 'vpo'.*`vppo`"):
+        demo.run_demo(tmp_path / "out", method="vpo")
+    with pytest.raises(ValueError, match="no function `look` in it; it has looks"):
+        demo.run_demo(tmp_path / "out", method=f"{rule}:look")
+    with pytest.raises(demo.ConfigError, match="`mass_reduction`: expected sum"):
+        demo.run_demo(tmp_path / "out", method="vppo", overrides=["mass_reduction=mean"])
+    with pytest.raises(demo.ConfigError, match="`output`: expected none, got 'elsewhere': the demo makes its own"):
+        demo.run_demo(tmp_path / "out", overrides=["output=elsewhere"])
     with pytest.raises(demo.ConfigError, match=r"`task`: expected one of moment, cue, .*Did you mean `verbose-48x4`"):
         demo.run_demo(tmp_path / "out", task="verbose-48x5")
     assert not (tmp_path / "out").exists()
+
+
+# Every method by name, and a rule of a file, whose settings are the method's alone; GRPO beside it.
+@pytest.mark.parametrize("method", [*demo.METHODS, "own"])
+def test_a_method_trains_beside_grpo_from_one_warm_start(method: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(demo, "stage", lambda name, folder, make: folder)
+    monkeypatch.setattr(demo, "write_report", lambda folders, page: page)
+    monkeypatch.setattr(demo, "read_runs", lambda folders: [])
+    trained = {}
+
+    def train(run: Path, clips: Path, warm: Path, *, settings: dict, overrides: list) -> Path:
+        trained[run.name] = demo.APPOConfig.from_dict(demo.SETTINGS | settings, list(overrides))
+        return run
+
+    monkeypatch.setattr(demo, "train", train)
+    overrides = ["learning_rate=2e-4"]
+    if method == "own":
+        (tmp_path / "my.py").write_text("def looks(group, divergence, config):\n    return group.mask.float()\n")
+        method, overrides = f"{tmp_path}/my.py:looks", ["learning_rate=2e-4", "mass_reduction=sum"]
+    demo.run_demo(tmp_path, method=method, overrides=overrides)
+    own = "run-looks" if ".py:" in method else f"run-{method}"
+    assert list(trained) == list(dict.fromkeys([own, "run-grpo"]))
+    assert trained[own].learning_rate == 2e-4 and (method == "grpo" or trained["run-grpo"].learning_rate == 3e-4)
+    if ".py:" in method:
+        assert (trained[own].method, trained[own].mass_reduction) == (method, "sum")
+    elif method not in ("appo", "released"):
+        assert trained[own].method == demo.APPOConfig.preset(method).method
 
 
 def test_an_engine_that_is_missing_is_said_before_anything_is_made(tmp_path: Path) -> None:

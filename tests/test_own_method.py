@@ -14,6 +14,7 @@ from appo.integrations.weights import Responses
 from appo.method.attention_policy import attention_loss
 from appo.train.groups import loss_operands, whole_groups
 from appo.train.trainer import Trainer
+from appo.yaml_files import dump_yaml
 
 PAGE = (Path(__file__).parents[1] / "docs/own_method.md").read_text()
 G = 4
@@ -46,7 +47,7 @@ def trainer(cls: type[Trainer], folder: Path, attention_loss: Any = attention_lo
 
 
 def test_every_block_is_in_a_section_that_is_tested() -> None:
-    assert PAGE.count("```python") == sum(len(blocks(f"{number}. ")) for number in range(1, 7)) == 5
+    assert PAGE.count("```python") == sum(len(blocks(f"{number}. ")) for number in range(1, 7)) == 6
 
 
 def test_the_rule_and_its_test() -> None:
@@ -75,6 +76,16 @@ def response_logprobs_of(causal: Any, arguments: dict[str, Tensor], length: int)
         logits = causal(**arguments).logits
     targets = arguments["input_ids"][:, -length:, None]
     return logits[:, -length - 1 : -1].log_softmax(-1).gather(-1, targets)[..., 0]
+
+
+def test_a_subclass_is_started_from_a_settings_file(tmp_path: Path) -> None:
+    path = written(tmp_path, blocks("3. ")[0])
+    names = run(*blocks("3. "))
+    config = training.config(tmp_path / "run", max_steps=1)
+    (tmp_path / "run.yaml").write_text(dump_yaml(config.public() | {"model": "tiny", "data": "records"}))
+    names["load_model"], names["load_records"] = lambda config: training.tiny(), lambda path: training.records()
+    assert names["start"](names["VPPOTrainer"], tmp_path / "run.yaml", f"method={path}:dependent") == tmp_path / "run"
+    assert "max_steps: 1" in (tmp_path / "run" / "config.yaml").read_text()
 
 
 # The prompt once for its group, and with each response; a group in parts.
@@ -223,5 +234,5 @@ def test_a_rule_reads_the_same_of_both_kinds_of_groups() -> None:
     """The names of `Scored`, which a rule may read in any trainer, are those of the table."""
     named = set(re.findall(r"`group\.(\w+)`", PAGE[PAGE.index("What it may read") : PAGE.index("### 1.")]))
     alone = {"prompt", "rewards", "texts", "completion_ids", "more"}
-    assert named - alone == set(Responses.__dataclass_fields__) - {"target_frames"}
+    assert named - alone == set(Responses.__dataclass_fields__)
     assert isinstance(APPOConfig().threshold, float)

@@ -15,7 +15,8 @@ def add_response_head(model: Any) -> None:
     """Let ``model(..., response_head=function, response_length=N)`` return ``function(hidden, weight, bias)``.
 
     Without the keyword the forward is what it was. ``model`` is a transformers model with a head, bare of PEFT (whose
-    adapters work inside it). The head is looked up at each call, since FSDP replaces it; a sharded one is gathered.
+    adapters work inside it). The function takes the place of the head's own forward: a head that FSDP has in shards is
+    whole there, and its gradient is reduced as that of any other module.
     """
     plain = model.forward
 
@@ -26,15 +27,20 @@ def add_response_head(model: Any) -> None:
         if response_head is None:
             return plain(*args, **inputs)
         hidden = self.base_model(*args, **{**inputs, "use_cache": False}).last_hidden_state
-        rows = hidden[:, -response_length - 1 : -1]
-        head = self.get_output_embeddings()
-        weight, bias = (None if x is None else _whole(x).to(rows.dtype) for x in (head.weight, head.bias))
-        assert weight is not None
-        return response_head(rows, weight, bias)
+        head = self.get_output_embeddings()  # looked up at each call, since wrappers replace it
+
+        def instead(rows: Tensor) -> Any:
+            weight, bias = (None if x is None else x.to(rows.dtype) for x in (head.weight, head.bias))
+            assert weight is not None
+            return response_head(rows, weight, bias)
+
+        before = vars(head).get("forward")  # of hooks of others
+        head.forward = instead
+        try:
+            return head(hidden[:, -response_length - 1 : -1])
+        finally:
+            del head.forward
+            if before is not None:
+                head.forward = before
 
     model.forward = types.MethodType(forward, model)
-
-
-def _whole(parameter: Tensor) -> Tensor:
-    """A parameter that FSDP2 has sharded, gathered."""
-    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter

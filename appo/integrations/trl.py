@@ -54,6 +54,9 @@ class APPOTrainer(GRPOTrainer):
         for each in filter(None, (base, getattr(self, "ref_model", None))):
             use_positions(each, self.appo.video_positions)
         add_response_head(base)
+        if self.accelerator.is_fsdp2:
+            # Asks generate() to go on until the responses of all processes have ended: layers are gathered from all.
+            base._is_fsdp_managed_module = True
         self._logits = logit_arguments(base, self.temperature)
         self._not_fused = why_not_fused(self, base.config.get_text_config())
         logger.info("APPOTrainer: %s", f"TRL's loss, for {self._not_fused}" if self._not_fused else "fused loss")
@@ -116,9 +119,7 @@ class APPOTrainer(GRPOTrainer):
         ids = torch.cat([output["prompt_ids"][own], targets], 1)
         length = targets.shape[1]
         inputs = forward_inputs(self._media[own], ids, length) if self._media else {}
-        recorder = record_responses(
-            self.model, ids, length, self.appo, video_grid_thw=inputs.get("video_grid_thw")
-        )  # fmt: skip
+        recorder = record_responses(self.model, ids, length, self.appo, video_grid_thw=inputs.get("video_grid_thw"))
 
         def head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> GroupWeights:
             return group_weights(

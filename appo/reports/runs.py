@@ -30,12 +30,20 @@ class Run:
 
     @property
     def method(self) -> str:
-        """The algorithm by its usual name: APPO, DAPO or GRPO; empty where the run has no settings."""
+        """The algorithm by its usual name: APPO, DAPO, VPPO, ...; of a rule FILE.py:NAME its name.
+
+        Empty where the run has no settings.
+        """
         if not self.config:
             return ""
-        if self.config.get("method") == "grpo":
-            return "DAPO" if self.config.get("dynamic_sampling") else "GRPO"
-        return "APPO"
+        name = str(self.config.get("method", "appo"))
+        if name != "grpo":
+            return name.rpartition(":")[2] if ".py:" in name else name.upper()
+        if self.config.get("attention_coef"):
+            return "RAL"
+        name = "DAPO" if self.config.get("dynamic_sampling") else "GRPO"
+        share = self.config.get("entropy_share", 1.0)
+        return name if share == 1 else f"{name}, {share:.0%} of tokens"
 
     @property
     def step(self) -> int:

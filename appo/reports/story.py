@@ -33,9 +33,10 @@ def explanation(runs: list[Run]) -> str:
             "while looking at those frames count more."
         )
     else:
+        did = "gave all words the same weight" if runs[0].method in ("GRPO", "DAPO") else "took another method's rule"
         lead = (
             "A question about a video is answered many times, and what the better answers did is made more likely. "
-            "This run gave all words the same weight; the orange steps are what APPO would add."
+            f"This run {did}; the orange steps are what APPO would add."
         )
     note = (
         '<p class="note">Why: models that reason about videos fail more often at <em>seeing</em> than at '

@@ -38,12 +38,9 @@ class Parity(ORM):
         return [float(len(completion) % 2) for completion in completions]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: Any) -> Path:
-    folder = tmp_path_factory.mktemp("swift")
+def prepare(folder: Path) -> None:
+    """A model, four clips of two lengths and questions about them."""
     model, processor = build_tiny(0)
-    Qwen2VLTemplate.video_token_id = model.config.video_token_id  # those of Qwen's tokenizer are written into it
-    Qwen2VLTemplate.image_token_id = model.config.image_token_id
     vocabulary = processor.tokenizer.get_vocab()
     model.generation_config.suppress_tokens = [number for token, number in vocabulary.items() if "|>" in token]
     model.save_pretrained(folder / "model")
@@ -60,11 +57,20 @@ def folder(tmp_path_factory: Any) -> Path:
             file.mux(stream.encode())
         rows.append({"messages": [{"role": "user", "content": "<video>which colour is first"}], "videos": [path]})
     (folder / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    orms["parity"] = Parity
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: Any) -> Path:
+    folder: Path = tmp_path_factory.mktemp("swift")
+    prepare(folder)
     return folder
 
 
 def run(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "model/config.json").read_text())
+    # Those of Qwen's tokenizer are written into the template.
+    Qwen2VLTemplate.video_token_id, Qwen2VLTemplate.image_token_id = config["video_token_id"], config["image_token_id"]
+    orms["parity"] = Parity
     settings: dict[str, Any] = {
         "model": str(folder / "model"), "model_type": "qwen2_5_vl", "template": "qwen2_5_vl", "torch_dtype": "float32",
         "dataset": [str(folder / "data.jsonl")], "split_dataset_ratio": 0, "load_from_cache_file": False,
@@ -105,9 +111,10 @@ def expected(trainer: Any, group: list[Any], rewards: torch.Tensor) -> list[torc
     return [row[own] for row, own in zip(token_weights(divergence, slots, mask), mask, strict=True)]
 
 
-def test_a_run_weighs_the_advantages_of_every_loss(folder: Path, monkeypatch: Any) -> None:
+def watched(folder: Path, patch: pytest.MonkeyPatch, **changes: Any) -> tuple[Any, int]:
+    """The trainer of a run, whose advantages are those of eager attention, and its number of responses."""
     ms_swift.use(APPOConfig(strategy="all", top_tokens=3, top_frames=2, slot_tokens=4), accuracy="Parity")
-    seen, plain = [], GRPOTrainer._postprocess_batch
+    seen, trainers, plain = [], [], GRPOTrainer._postprocess_batch
     ours = ms_swift.APPOTrainer._postprocess_batch
 
     def theirs(self: Any, samples: Any, batches: Any) -> None:
@@ -117,22 +124,28 @@ def test_a_run_weighs_the_advantages_of_every_loss(folder: Path, monkeypatch: An
 
     def both(self: Any, samples: Any, batches: Any) -> None:
         ours(self, samples, batches)
-        rewards = self._rewards_per_func[:, 0]
+        trainers.append(self)
+        rewards = self._rewards_per_func[:, 0].chunk(self.accelerator.num_processes)[self.accelerator.process_index]
         for one, encoded in zip(samples, self.kept, strict=True):
             one.encoded = encoded
         weights = [w for i in range(0, len(samples), G) for w in expected(self, samples[i : i + G], rewards[i : i + G])]
         for one, before in zip(batches, self.unweighted, strict=True):
             batch = one["grpo_batch"]
             for row, advantage, mask in zip(batch.advantages, before, batch.completion_mask.bool(), strict=True):
-                seen.append((row[mask], advantage[mask], weights.pop(0)))
+                seen.append((row[mask].clone(), advantage[mask], weights.pop(0)))
 
-    monkeypatch.setattr(GRPOTrainer, "_postprocess_batch", theirs)
-    monkeypatch.setattr(ms_swift.APPOTrainer, "_postprocess_batch", both)
-    run(folder)
-    assert len(seen) == 8 and max(weights.max() for *_, weights in seen) > 1.1
+    patch.setattr(GRPOTrainer, "_postprocess_batch", theirs)
+    patch.setattr(ms_swift.APPOTrainer, "_postprocess_batch", both)
+    run(folder, **changes)
+    assert len(seen) % G == 0 and max(weights.max() for *_, weights in seen) > 1.1
     assert max(advantage.abs().max() for _, advantage, _ in seen) > 0
     for found, advantage, weights in seen:
         torch.testing.assert_close(found, advantage * weights, rtol=1e-3, atol=1e-4)
+    return trainers[-1], len(seen)
+
+
+def test_a_run_weighs_the_advantages_of_every_loss(folder: Path, monkeypatch: Any) -> None:
+    assert watched(folder, monkeypatch)[1] == 8
 
 
 # What takes the weights away, or hides a group: before a model is touched.

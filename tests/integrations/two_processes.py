@@ -25,5 +25,9 @@ def run_two(*arguments: str, timeout: float) -> list[tuple[int, str]]:
         )
         for rank in ("0", "1")
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:  # one that has failed leaves the other waiting for it
+        for process in started:
+            process.kill()
     return [(process.returncode, output) for process, output in zip(started, outputs, strict=True)]
