@@ -11,7 +11,7 @@ from appo.config import APPOConfig
 from appo.credit.evidence import find_evidence
 from appo.credit.weightings import PEAK_TOGETHER, TOGETHER, shuffled_within_responses, sorted_by_entropy
 from appo.presets import OTHER_METHODS
-from appo.rollout.registry import user_function
+from appo.rollout.user_code import user_function
 from appo.tasks.thoughts import telling_spans
 from appo.tasks.tiny import build_tokenizer
 from appo.train.groups import Group
