@@ -54,9 +54,6 @@ class APPOTrainer(GRPOTrainer):
         for each in filter(None, (base, getattr(self, "ref_model", None))):
             use_positions(each, self.appo.video_positions)
         add_response_head(base)
-        if self.accelerator.is_fsdp2:
-            # Asks generate() to go on until the responses of all processes have ended: layers are gathered from all.
-            base._is_fsdp_managed_module = True
         self._logits = logit_arguments(base, self.temperature)
         self._not_fused = why_not_fused(self, base.config.get_text_config())
         logger.info("APPOTrainer: %s", f"TRL's loss, for {self._not_fused}" if self._not_fused else "fused loss")

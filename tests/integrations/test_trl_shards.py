@@ -56,7 +56,7 @@ def shards_on_a_cpu() -> None:
 def one_of_two(folder: Path, rank: int) -> None:
     shards_on_a_cpu()
     made = shared.trainer(folder, "video", cls=Kept, **DESCENT, **SHARDED)
-    # The responses of one process end before those of the other, which goes on in layers that both hold.
+    # The responses of one process end before those of the other, which needs the layers of both.
     made.generation_config.max_new_tokens = (12, 7)[rank]
     made.train()
     named = dict(made.model.named_parameters())
