@@ -92,12 +92,13 @@ $(BENCH)/.installed: pyproject.toml constraints.txt
 
 # Other trainers have requirements of their own, which no environment fulfils together: one for each, with the versions of
 # tests/integrations/constraints. Resolved anew, verl's alone take pip longer than all tests; `make renew-integrations`
-# renews them. Their tests run on the CPU.
+# renews them. Their tests run on the CPU; Python compiles the modules that they import.
 TRAINERS := trl verl swift
 EXTRAS_trl := train,dev,trl
 EXTRAS_verl := dev,verl
 EXTRAS_swift := dev,swift
 $(TRAINERS:%=.venv-%/.installed): export APPO_CUDA := OFF
+$(TRAINERS:%=.venv-%/.installed): export PIP_NO_COMPILE := 1
 $(TRAINERS:%=.venv-%/.installed): .venv-%/.installed: pyproject.toml tests/integrations/constraints/%.txt
 	$(call install,.venv-$*,$(EXTRAS_$*),tests/integrations/constraints/$*.txt,av torchvision)
 	@touch $@

@@ -198,6 +198,12 @@ def test_adapters_start_by_the_seed_of_the_run(tmp_path):
     assert any(not torch.equal(value, other[name]) for name, value in first.items() if "lora_A" in name)
 
 
+def test_adapters_on_the_head_are_refused_before_anything_is_sampled(tmp_path):
+    with pytest.raises(ValueError, match="`lora_targets`: expected modules before the language-model head"):
+        run(tmp_path, lora_rank=2, lora_targets=["q_proj", "lm_head"])
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_lora_and_gradient_checkpointing_train_adapters_only(tmp_path):
     before, _ = training.tiny()
     changes = {"lora_rank": 2, "gradient_checkpointing": True, "freeze_vision": True, "beta": 0.1, "max_steps": 2}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from appo.config import APPOConfig
-from appo.models.loaded import unwrapped
+from appo.models.loaded import check_head, unwrapped
 from appo.recording.hooks import check_attention, last_layers
 from appo_kernels import checks
 
@@ -21,7 +21,8 @@ def check_served(config: APPOConfig) -> None:
 
 
 def check_model(config: APPOConfig, model: Any) -> None:
-    """Raise ValueError for a model whose attention cannot be recorded as ``config`` asks."""
+    """Raise ValueError for attention that cannot be recorded as ``config`` asks, and for adapters on the head."""
+    check_head(model)
     if config.records_mass:
         check_attention(unwrapped(model), last_layers(unwrapped(model), config.layers))
 

@@ -27,6 +27,15 @@ def prompt_positions(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 _ROPE_NAMES = {"video_second_per_grid": "second_per_grids"}
 
 
+def check_head(model: Any) -> None:
+    """Raise ConfigError for adapters on the language-model head, of which operators would read the weight alone."""
+    if hasattr(unwrapped(model).get_output_embeddings(), "base_layer"):
+        raise ConfigError(
+            "`lora_targets`: expected modules before the language-model head, got adapters on the head as well, which "
+            "log-probabilities out of hidden states would leave out. Take it out of the targets."
+        )
+
+
 def vision_token_ids(model: Any, tokenizer: Any) -> list[int]:
     """Ids that stand for pixels or sound in a prompt (video, image, vision, audio tokens): none may occur in a
     response."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from appo.config import APPOConfig, ConfigError
 from appo.models.layouts import layout_of
-from appo.models.loaded import refuse_dense_mask, unwrapped
+from appo.models.loaded import check_head, refuse_dense_mask, unwrapped
 from appo.models.packed_attention import cannot_pack, use_packed_attention
 from appo.recording.hooks import last_layers
 from appo.recording.recorder import FrameMassRecorder, record_frame_mass
@@ -49,6 +49,7 @@ class Policy(nn.Module):
             )
         if causal.get_output_embeddings() is None:
             raise ConfigError(f"model: expected one with a language-model head, got {type(causal).__name__}.")
+        check_head(causal)
         reason = cannot_pack(causal) if layout.shares_prompt else layout.why_not
         if share_prompt == "on" and reason is not None:
             raise ConfigError(f"`share_prompt`: expected a model that allows it, but {reason}. Set it to auto or off.")

@@ -276,6 +276,10 @@ def test_methods_that_are_more_than_weights_are_refused_before_anything_is_loade
 def test_attention_that_cannot_be_recorded_is_refused_before_anything_is_sampled(tmp_path: Any) -> None:
     with pytest.raises(ValueError, match="`layers`: expected 1 to 4"):
         trainer(tmp_path, appo=APPOConfig(layers=99))
+    with pytest.raises(ValueError, match="expected modules before the language-model head"):
+        from peft import LoraConfig
+
+        trainer(tmp_path, peft=LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
     with pytest.raises(ValueError, match="expected a registered attention implementation, got 'unheard_of'"):
         trainer(tmp_path, attention="unheard_of")
 
