@@ -76,8 +76,9 @@ def demo(
     from appo.demo import run_demo
 
     sampler = {"engine": engine, "vllm_python": vllm_python}
-    chosen = {"method": method, "overrides": overrides or []}
-    run_demo(output, seed=seed, steps=steps, compare=compare, task=task, **chosen, **sampler)
+    run_demo(
+        output, seed=seed, steps=steps, method=method, overrides=overrides or [], compare=compare, task=task, **sampler
+    )
 
 
 @command()
