@@ -118,7 +118,7 @@ def _parsed(record: dict[str, str]) -> Row:
 def backend_rules(rows: Sequence[Row], architecture: str) -> list[backend_order.Rule]:
     """The order of backends of the operators on attention that these measurements speak for.
 
-    A call takes as long as the GPU or the host, whichever is longer; contestants of one backend, with and without a
+    A call takes as long as the GPU or the host, whichever is longer; entries of one backend, with and without a
     given lse, are added up.
     """
     times: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
