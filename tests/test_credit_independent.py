@@ -37,8 +37,10 @@ def folder(tmp_path_factory):
     return folder, trainer, collector
 
 
-def test_the_committed_figures_follow_from_the_committed_inner_products(capsys):
-    path = harness.RESULTS / "credit-verbose-48x4.npz"
+# Both registered studies.
+@pytest.mark.parametrize("name", ["credit-verbose-48x4", "credit-frames"])
+def test_the_committed_figures_follow_from_the_committed_inner_products(name, capsys):
+    path = harness.RESULTS / f"{name}.npz"
     assert independent.figures(path, draws=150) < 1
     assert "oracle" in capsys.readouterr().out
 

@@ -109,7 +109,8 @@ def sentence() -> str:
     if (harness.RESULTS / f"credit-{FRAMES}-tests.csv").is_file():
         (peak, blind), fresh = gains(FRAMES, ("peak-together", "middle-entropy"))
         text += (
-            "; with the frame that a few tokens look at far more than their response usually does (`strategy: peak`): "
+            "; our variant with the frame that a few tokens look at far more than their response usually does "
+            "(`strategy: peak`, one frame): "
             f"{peak}; by entropy, without a look (`middle-entropy`): {blind} ({fresh}, other prompts)"
         )
     return text + "; 95 % intervals; `python -m benchmarks.credit.results`, [docs/credit.md](docs/credit.md)."
