@@ -84,8 +84,9 @@ class Tiling:
     ahead_partial: bool = True  # whether loops over partial tiles load keys ahead as well
 
     @property
-    def partial_stages(self) -> int:
-        return self.stages if self.ahead_partial else 1
+    def partial_stages(self) -> int | None:
+        """Of loops over partial tiles; None: as of the others."""
+        return None if self.ahead_partial else 1
 
     @property
     def options(self) -> dict[str, int | None]:

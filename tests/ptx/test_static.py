@@ -1,5 +1,7 @@
 """The static gate: what the kernels may cost, and that the committed table is what the code gives."""
 
+from dataclasses import replace
+
 import pytest
 import triton
 
@@ -81,5 +83,6 @@ def test_configurations():
                 assert choices[80] == choices[86] == choices[89] == choices[120]
                 assert choices[100] == choices[103]
                 assert tiling(table, 80, element, head_dim, 140).rows == 256
-    assert tiling(FORWARD, 100, 2, 128, 7) == tiling(FORWARD, 90, 2, 96, 7) != tiling(FORWARD, 80, 2, 128, 7)
+    blackwell = tiling(FORWARD, 100, 2, 128, 7)
+    assert replace(blackwell, ahead_partial=True) == tiling(FORWARD, 90, 2, 96, 7) != tiling(FORWARD, 80, 2, 128, 7)
     assert tiling(FORWARD, 100, 2, 256, 7) != tiling(FORWARD, 100, 2, 128, 7)
