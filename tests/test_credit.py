@@ -230,7 +230,7 @@ def test_a_run_is_measured_goes_on_and_refuses_other_settings(tmp_path, monkeypa
     assert kept == {file: file.stat().st_mtime_ns for file in (tmp_path / "out").glob("unit-*.pt")}
     with pytest.raises(ConfigError, match="another measurement"):
         command.measure_run(run, tmp_path / "out", groups=4, told=f"{told}:places", overrides=["alpha=1.0"])
-    with pytest.raises(ConfigError, match=r"`told`: .*expected a function of that name"):
+    with pytest.raises(ConfigError, match=r"`told`: .*no function `none` in it"):
         command.measure_run(run, tmp_path / "other", groups=4, told=f"{told}:none")
     with pytest.raises(ConfigError, match="is not finished"):
         (run / "final").rename(run / "elsewhere")
