@@ -114,7 +114,7 @@ FORWARD = {
     (90, 2, 64): Tiling(128, 64, 8, 3),
     (90, 2, 128): Tiling(128, 64, 8, 3),
     (90, 2, 256): Tiling(128, 32, 8, 2),
-    (100, 2, 32): Tiling(128, 64, 8, 2, ahead_partial=False),
+    (100, 2, 32): Tiling(128, 64, 8, 2, 255, ahead_partial=False),
     (100, 2, 64): Tiling(128, 64, 8, 3, ahead_partial=False),
     (100, 2, 128): Tiling(128, 64, 8, 3, ahead_partial=False),
     (100, 2, 256): Tiling(64, 64, 8, 2, ahead_partial=False),
