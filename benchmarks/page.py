@@ -159,6 +159,7 @@ def growth(content: dict[str, Any]) -> list[str]:
 TASKS = {
     "learning": "One moment of the clip decides the question, whatever a response says.",
     "learning-cue": "What a response wrote decides where it looks next: right and wrong ones look at different frames.",
+    "learning-presets": "Other methods' presets (docs/own_method.md), on the clips of the first table.",
 }
 # Of training: shares of frames and of tokens, means over steps.
 SELECTION = {

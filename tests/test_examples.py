@@ -42,7 +42,8 @@ def test_readmes_first_pair_gives_the_same_mass():
     frames = frame_ids(inputs["input_ids"], made.config, video_grid_thw=inputs["video_grid_thw"])
     count = int(frames.num_frames[0])
     names = {
-        "model": made.model, "inputs": inputs, "torch": torch, "record_frame_mass": record_frame_mass, "frames": frames,
+        "model": made.model, "inputs": inputs, "torch": torch, "record_frame_mass": record_frame_mass,
+        "frame_ids": frame_ids, "ids": inputs["input_ids"], "grids": {"video_grid_thw": inputs["video_grid_thw"]},
         "rows": slice(-5, None), "one_hot_of_frames": (frames.ids[..., None] == torch.arange(count)).float(),
     }  # fmt: skip
     before, after = snippet("output_attentions=True").split("\n\n")

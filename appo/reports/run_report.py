@@ -59,7 +59,7 @@ def _head(runs: list[Run]) -> str:
         title = f"{len(runs)} training runs side by side"
         about = "; ".join(f"{run.label}: {_progress(run)}" for run in runs)
     else:
-        title = f"{runs[0].method or 'Training'} run <span>{escape(runs[0].label)}</span>"
+        title = f"{escape(runs[0].method or 'Training')} run <span>{escape(runs[0].label)}</span>"
         about = _progress(runs[0])
         if runs[0].config.get("data"):
             about += f". Trained on {Path(str(runs[0].config['data'])).name}"
@@ -150,7 +150,7 @@ def _comparison(runs: list[Run]) -> str:
     heads = ["Run", "Method", "Steps", *(head for name in names for head in (name, "Gain")), *(c[0] for c in columns)]
     rows = []
     for run in runs:
-        cells = [escape(run.label), run.method or MISSING, str(run.step)]
+        cells = [escape(run.label), escape(run.method) or MISSING, str(run.step)]
         for split in splits:
             values = run.evaluation_series("accuracy", split)[1]
             cells.append(f"{values[0]:.0%} → <b>{values[-1]:.0%}</b>" if values else MISSING)

@@ -180,11 +180,11 @@ def frame_weights(frame_ids: Tensor, num_frames: int, reduction: str, dtype: tor
     if reduction == "sum":
         return None
     # -1 becomes F. An id out of range is an error that the custom operator reports; here it only must not index out of
-    # bounds. The sum over a frame without keys is 0 whatever its factor, so that its size need only not be 0: it stays
-    # what vanishes in the first key that is counted.
+    # bounds. A frame without keys keeps the size 1: a larger factor of its gradient, which counts for nothing, would
+    # still decide to what power of two the gradients of all are scaled in fp16.
     ids = torch.empty(frame_ids.shape, dtype=torch.int64, device=frame_ids.device)
     torch.remainder(frame_ids, num_frames + 1, out=ids)
-    nothing = torch.finfo(dtype).eps / 4
-    sizes = torch.full((len(frame_ids), num_frames + 1), nothing, dtype=dtype, device=frame_ids.device)
-    sizes = sizes.scatter_add_(1, ids, torch.ones(1, dtype=dtype, device=ids.device).expand(ids.shape))
+    sizes = torch.ones(len(frame_ids), num_frames + 1, dtype=dtype, device=frame_ids.device)
+    ones = torch.ones(1, dtype=dtype, device=ids.device).expand(ids.shape)
+    sizes = sizes.scatter_reduce_(1, ids, ones, "sum", include_self=False)
     return sizes[:, :num_frames].reciprocal()
