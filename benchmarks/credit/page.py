@@ -104,9 +104,9 @@ def sentence() -> str:
     text = (
         "**Does looking help?** A weight W of each token multiplies its term of the loss; W = 1 is GRPO. Where 48 "
         "filler words surround those that tell what was seen, how many times the samples does W = 1 need for as good a "
-        f"gradient of these? W = 2.7 on exactly these: {oracle}; APPO's weights with its own choice of frames (`hard`): "
-        f"{hard}, with that of all responses (`all`): {every} (below 1: worse than W = 1); our variant (`together`): "
-        f"{ours}; the same, given the frames that decide: {given} ({done})"
+        f"gradient of these? W = 2.7 on exactly these: {oracle}; APPO's weights with its own choice of frames "
+        f"(`hard`): {hard}, with that of all responses (`all`): {every} (below 1: worse than W = 1); our variant "
+        f"(`together`): {ours}; the same, given the frames that decide: {given} ({done})"
     )
     if (harness.RESULTS / f"credit-{FRAMES}-tests.csv").is_file():
         (peak, blind), fresh = gains(FRAMES, ("peak-together", "middle-entropy"))
