@@ -21,6 +21,7 @@ import training
 
 from appo.data.records import Record
 from appo.data.sampler import RecordSampler
+from appo.models.positions import use_positions
 from appo.rollout import rewards
 from appo.rollout.model_engine import TransformersRollout
 from appo.rollout.weight_files import weights_of
@@ -54,6 +55,13 @@ class Apart(TransformersRollout):
         super().update_weights(model, version)
 
 
+def apart(positions: str) -> Apart:
+    """The engine, with other weights at first and the positions of the model in training."""
+    model, processor = training.tiny(seed=1)
+    use_positions(model, positions)
+    return Apart(model, processor)
+
+
 def train(
     output: str, *, tied: bool = False, without: Sequence[int] = (0, 2, 4, 6), **settings: Any
 ) -> tuple[Trainer, dict[str, Any]]:
@@ -68,7 +76,7 @@ def train(
         mixed_records(without),
         config=config,
         eval_dataset=training.records()[:3],
-        engine=Apart(*training.tiny(seed=1)) if settings.get("engine") == "vllm" else None,
+        engine=apart(config.video_positions) if settings.get("engine") == "vllm" else None,
     )
     idle = trainer.idle_backward
 

@@ -163,16 +163,17 @@ def no_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return 0.0 * (hidden.sum() + weight[0].sum() + (0.0 if bias is None else bias.sum()))
 
 
-def whole(value: Any) -> Tensor:
-    """A tensor that may be in shards, whole; a collective if it is."""
-    full: Tensor = value.full_tensor() if hasattr(value, "full_tensor") else value
-    return full
-
-
 def own(value: Any) -> Tensor:
     """The shard of a tensor that this process has; all of one that is not sharded."""
     local: Tensor = value.to_local() if hasattr(value, "to_local") else value
     return local
+
+
+def sum_over_shards(value: Tensor, parameter: Tensor) -> None:
+    """Add up ``value``, in place, over the processes that have shards of ``parameter``; nothing where it is whole."""
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        dist.all_reduce(value, group=mesh.get_group(mesh.ndim - 1))
 
 
 def full_weights(policy: Policy) -> dict[str, Tensor] | None:

@@ -13,7 +13,7 @@ from appo.config import APPOConfig
 from appo.train.groups import Group
 from appo.train.logs import Meter
 from appo.train.setup import build_optimizer
-from appo.train.sharding import own, whole
+from appo.train.sharding import own, sum_over_shards
 
 logger = logging.getLogger("appo")
 
@@ -32,6 +32,23 @@ def shares(groups: Sequence[Group], most: int) -> list[list[Group]]:
     updates = min(most, sum(not unscored for unscored, _ in order))
     turns = {place: turn for turn, (_, place) in enumerate(order)}
     return [[group for group in groups if turns[group.place] % updates == update] for update in range(updates)]
+
+
+def clip_gradients(policy: nn.Module, most: float) -> float:
+    """Scale the gradients of all processes down to a norm of ``most``, as torch's `clip_grad_norm_`; their norm before.
+
+    Squares are summed in fp64: fp32 sums would round otherwise in shards than in the whole.
+    """
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    gradients = [own(parameter.grad) for parameter in trained if parameter.grad is not None]
+    squares = torch.zeros((), dtype=torch.float64, device=own(trained[0]).device)
+    for gradient in gradients:
+        squares += torch.linalg.vector_norm(gradient, dtype=torch.float64).square()
+    sum_over_shards(squares, trained[0])
+    norm = float(squares.sqrt())
+    if most < norm < math.inf:
+        torch._foreach_mul_(gradients, most / (norm + 1e-6))
+    return norm
 
 
 class Updates:
@@ -58,7 +75,7 @@ class Updates:
         the weights are not finite after it.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = float(whole(self.accelerator.clip_grad_norm_(self.policy.parameters(), self.config.max_grad_norm)))
+        norm = clip_gradients(self.policy, self.config.max_grad_norm)
         finite = math.isfinite(norm) and math.isfinite(loss)
         if finite:
             self.scaler.step(self.optimizer)
