@@ -206,7 +206,7 @@ def plan(
     from appo.planning.plan import GIB, Plan, planned
     from appo.planning.workload import Machine, Workload
 
-    machine = Machine(memory, rate, bandwidth)
+    machine, settings = Machine(memory, rate, bandwidth), config is not None
     if config is not None:
         beside = {"config", "gpus", "memory", "fit", "rate", "bandwidth", "overrides"}
         for name in context.params.keys() - beside:
@@ -246,10 +246,11 @@ def plan(
         if fitting is None:
             typer.echo(f"Nothing that was tried fits in {machine.memory:g} GiB: options, LoRA, 64 times the GPUs.\n")
         else:
-            changes = options(found, fitting, settings=config is not None)
+            changes = options(found, fitting, settings=settings)
             typer.echo(f"Fits with: {' '.join(changes) or 'no change'}\n")
             found = fitting
-    typer.echo(found.text(memory=machine.memory * GIB, rate=machine.rate * 1e12, bandwidth=machine.bandwidth * 1e12))
+    speed = {"rate": machine.rate * 1e12, "bandwidth": machine.bandwidth * 1e12}
+    typer.echo(found.text(memory=machine.memory * GIB, settings=settings, **speed))
 
 
 @command()

@@ -1,6 +1,7 @@
 """`appo plan`: its figures against real models (memory: test_planned_memory.py), and what it takes and refuses."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -299,6 +300,20 @@ def test_options_beside_a_file_are_refused() -> None:
     path = str(Path(__file__).parents[1] / "examples" / "qwen2_5_vl_7b.yaml")
     found = CliRunner().invoke(app, ["plan", "--config", path, "--micro-groups", "1"])
     assert found.exit_code == 2 and found.output.startswith("appo: `micro_groups`: expected settings as name=value")
+
+
+# Beside --config an option is refused, so that what does not fit is to be told a setting.
+def test_advice_can_be_followed() -> None:
+    from typer.testing import CliRunner
+
+    from appo.cli import app
+
+    arguments = ["plan", "--config", "examples/qwen2_5_vl_7b_8gpu.yaml", "--gpus", "8", "--memory", "24"]
+    found = CliRunner().invoke(app, arguments)
+    advice = re.search(r"does not fit in 24 GiB; try (\S+)\n", found.output)
+    assert advice is not None, found.output
+    followed = CliRunner().invoke(app, [*arguments, advice[1]])
+    assert followed.exit_code == 0 and f"try {advice[1]}" not in followed.output, followed.output
 
 
 def test_the_command_loads_nothing() -> None:

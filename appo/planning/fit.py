@@ -6,24 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 from appo.planning.plan import Plan
+from appo.planning.workload import NAMES, spelled
 
 Change = dict[str, Any]  # field of a Workload -> value
-# A field as an option of the command, and as a setting of a run.
-NAMES = {
-    "share_prompt": ("--share-prompt", "share_prompt=on"),
-    "micro_groups": ("--micro-groups {}", "micro_groups={}"),
-    "checkpointing": ("--gradient-checkpointing", "gradient_checkpointing=true"),
-    "checkpoint_every": ("--checkpoint-every {}", "checkpoint_every={}"),
-    "checkpoint_offload": ("--checkpoint-offload", "checkpoint_offload=true"),
-    "micro_tokens": ("--micro-tokens {}", "micro_tokens={}"),
-    "rollout_tokens": ("--rollout-tokens {}", "rollout_tokens={}"),
-    "shard_group": ("--shard-group {}", "shard=fsdp shard_group={}"),
-    "own_rollout": ("--other-engine", "engine=vllm-server"),
-    "offload": ("--offload", "shard=fsdp offload=true"),
-    "lora_rank": ("--lora-rank {}", "lora_rank={}"),
-    "gpus": ("--gpus {}", "--gpus {}"),
-    "prompts": ("--prompts {}", "prompts_per_step={}"),
-}
 
 
 def fit(plan: Plan, memory: float) -> Plan | None:
@@ -46,9 +31,8 @@ def fit(plan: Plan, memory: float) -> Plan | None:
 
 def options(before: Plan, after: Plan, *, settings: bool = False) -> list[str]:
     """The changes that make one plan of another: options of the command, or settings of a run."""
-    found = [(names[settings], getattr(after.work, field)) for field, names in NAMES.items()
-             if getattr(before.work, field) != getattr(after.work, field)]  # fmt: skip
-    return [name.format(value) for name, value in found]
+    changed = (field for field in NAMES if getattr(before.work, field) != getattr(after.work, field))
+    return [spelled(field, getattr(after.work, field), settings=settings) for field in changed]
 
 
 def _ways(plan: Plan, *, many: bool) -> Iterator[list[Change]]:

@@ -10,7 +10,7 @@ from appo.config import APPOConfig
 from appo.models.sizes import find_architecture
 from appo.planning.flops import PlannedFlops
 from appo.planning.memory import PlannedMemory
-from appo.planning.workload import Workload
+from appo.planning.workload import Workload, spelled
 
 GIB = float(1 << 30)
 
@@ -26,8 +26,8 @@ class Plan(PlannedFlops, PlannedMemory):
         found["rollout"] += self.work.response * (weights + self.rollout_bytes().get("cache", 0.0) / 2) / bandwidth
         return found
 
-    def text(self, *, memory: float, rate: float, bandwidth: float) -> str:
-        """The plan for people. memory: bytes of a GPU."""
+    def text(self, *, memory: float, rate: float, bandwidth: float, settings: bool = False) -> str:
+        """The plan for people. memory: bytes of a GPU; settings: advice names settings of a run, not options."""
         m, work = self.model, self.work
         sharing = f"{work.gpus} GPUs, weights and optimizer sharded" if work.gpus > 1 else "1 GPU"
         lines = [
@@ -41,10 +41,9 @@ class Plan(PlannedFlops, PlannedMemory):
         for phase, parts in self.memory().items():
             shown = ", ".join(f"{name} {value / GIB:.1f}" for name, value in parts.items() if value / GIB >= 0.05)
             lines.append(f"  {phase:15s} {sum(parts.values()) / GIB:6.1f}   {shown}")
-        verdict = "fits" if self.peak() <= memory else "does not fit"
-        lines.append(
-            f"  peak            {self.peak() / GIB:6.1f}   {verdict} in {memory / GIB:.0f} GiB{self._advice(memory)}"
-        )
+        peak, room = self.peak(), f"in {memory / GIB:.0f} GiB"
+        verdict = f"fits {room}" if peak <= memory else f"does not fit {room}; {self._advice(settings)}"
+        lines.append(f"  peak            {peak / GIB:6.1f}   {verdict}")
         if self.host_bytes():
             lines.append(f"  of the host     {self.host_bytes() / GIB:6.1f}")
         lines.append(f"  not made: attention matrices of one group's generation, {self.eager_bytes() / GIB:.1f} GiB")
@@ -63,16 +62,17 @@ class Plan(PlannedFlops, PlannedMemory):
         """Of micro-batches of one response."""
         return self.prompt_tokens + self.work.response
 
-    def _advice(self, memory: float) -> str:
-        if self.peak() <= memory:
-            return ""
+    def _advice(self, settings: bool) -> str:
+        """The next thing to try for a plan that does not fit."""
         if not self.work.checkpointing:
-            return "; try --gradient-checkpointing"
-        if self.work.micro_groups > 1:
-            return "; try --micro-groups 1"
-        if self.pieces < self.work.responses:
-            return f"; try --micro-tokens {self.least_tokens}"
-        return "; use more GPUs, fewer frames or shorter responses, or let --fit look"
+            change = spelled("checkpointing", True, settings=settings)
+        elif self.work.micro_groups > 1:
+            change = spelled("micro_groups", 1, settings=settings)
+        elif self.pieces < self.work.responses:
+            change = spelled("micro_tokens", self.least_tokens, settings=settings)
+        else:
+            return "use more GPUs, fewer frames or shorter responses, or let --fit look"
+        return f"try {change}"
 
 
 def planned(config: APPOConfig, gpus: int) -> Plan:

@@ -6,6 +6,22 @@ from appo.constraints import ConfigError, check_fields, setting
 
 # Of AdamW, for each trained parameter. What is paged may leave the GPU, and is counted all the same.
 STATE_BYTES = {"adamw": 8, "adamw_8bit": 2, "adamw_paged": 8, "adamw_paged_8bit": 2}
+# Fields of a `Workload` that can be changed to fit: each as an option of the command, and as a setting of a run.
+NAMES = {
+    "share_prompt": ("--share-prompt", "share_prompt=on"),
+    "micro_groups": ("--micro-groups {}", "micro_groups={}"),
+    "checkpointing": ("--gradient-checkpointing", "gradient_checkpointing=true"),
+    "checkpoint_every": ("--checkpoint-every {}", "checkpoint_every={}"),
+    "checkpoint_offload": ("--checkpoint-offload", "checkpoint_offload=true"),
+    "micro_tokens": ("--micro-tokens {}", "micro_tokens={}"),
+    "rollout_tokens": ("--rollout-tokens {}", "rollout_tokens={}"),
+    "shard_group": ("--shard-group {}", "shard=fsdp shard_group={}"),
+    "own_rollout": ("--other-engine", "engine=vllm-server"),
+    "offload": ("--offload", "shard=fsdp offload=true"),
+    "lora_rank": ("--lora-rank {}", "lora_rank={}"),
+    "gpus": ("--gpus {}", "--gpus {}"),
+    "prompts": ("--prompts {}", "prompts_per_step={}"),
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,11 @@ class Workload:
     @property
     def prompts_per_gpu(self) -> int:
         return self.prompts // self.gpus
+
+
+def spelled(field: str, value: object, *, settings: bool) -> str:
+    """``value`` of a field of `NAMES` as a user gives it: as an option, or as a setting."""
+    return NAMES[field][settings].format(value)
 
 
 @dataclass(frozen=True)
