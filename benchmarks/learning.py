@@ -43,7 +43,7 @@ from appo.config import APPOConfig
 from appo.data.load import load_records
 from appo.data.prompts import PromptBuilder
 from appo.demo import SETTINGS as DEMO_SETTINGS
-from appo.demo import make_clips, stage, warm_start
+from appo.demo import make_clips, short_name, stage, warm_start
 from appo.method.selection import select_frames
 from appo.tasks.named import TASKS
 from appo.train.evaluate import evaluate
@@ -51,7 +51,7 @@ from appo.train.groups import whole_groups
 from appo.train.setup import load_model
 from appo.train.trainer import Trainer
 from benchmarks import harness, plots
-from benchmarks.learning_variants import OTHERS, VARIANTS, find_variant, short_name
+from benchmarks.learning_variants import OTHERS, VARIANTS, find_variant
 
 # The results that the page shows are of models with these positions.
 SETTINGS = DEMO_SETTINGS | {"video_positions": "transformers"}

@@ -78,8 +78,3 @@ def find_variant(name: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise ValueError(f"`--variants`: expected FILE.py:NAME or one of {', '.join(known)}, got {name!r}.")
     user_function(name, "method")
     return {}, {"method": name}
-
-
-def short_name(name: str) -> str:
-    """``name`` as it stands in files and tables: of FILE.py:NAME the function's."""
-    return name.rpartition(":")[2]

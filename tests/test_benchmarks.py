@@ -11,6 +11,7 @@ import torch
 import training
 
 from appo.config import APPOConfig
+from appo.demo import short_name
 from benchmarks import __main__ as command
 from benchmarks import check, growth, harness, learning, learning_variants, page, plots, shapes
 
@@ -107,18 +108,18 @@ def weighted_group(seed: int) -> argparse.Namespace:
     )  # fmt: skip
 
 
-# The two controls of the benchmark: weights shuffled within a response, and given to the most uncertain tokens.
 def test_variants_are_presets_and_rules_of_a_file(tmp_path) -> None:
     rule = tmp_path / "my.py"
     rule.write_text("def looks(group, divergence, config):\n    return group.mask.float()\n")
     assert learning_variants.find_variant("vppo") == ({}, {"preset": "vppo"})
     assert learning_variants.find_variant(f"{rule}:looks") == ({}, {"method": f"{rule}:looks"})
-    assert learning_variants.short_name(f"{rule}:looks") == "looks"
+    assert short_name(f"{rule}:looks") == "looks"
     for name, says in ((f"{rule}:look", "no function `look` in it; it has looks"), ("vpo", "expected FILE.py:NAME")):
         with pytest.raises(ValueError, match=says):
             learning_variants.find_variant(name)
 
 
+# The two controls of the benchmark: weights shuffled within a response, and given to the most uncertain tokens.
 @pytest.mark.parametrize("control", [learning_variants.shuffled_weights, learning_variants.entropy_weights])
 def test_controls_keep_each_responses_weights(control, monkeypatch):
     group = weighted_group(0)

@@ -127,7 +127,7 @@ def counted_sizes(content: Mapping[str, Any], name: str) -> Architecture:
         frame_text=seen.frame_text,
         frame_tokens=seen.frame_tokens,
     )
-    total = sum(p.numel() for p in {*model.parameters()})
+    total = sum(p.numel() for p in model.parameters())
     if found.parameters != total:
         raise ConfigError(
             f"{name}: expected a text model whose layers are Qwen2's, Qwen3's or Llama's, got {text.model_type}, whose "

@@ -32,6 +32,15 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ALL = [(dtype, shape, flips) for dtype in DTYPES for shape in SHAPES for flips in FLIPS]
 # Of the 72, those of four shapes once in each transposition, each dtype and each width of a row among them.
 FAST = [(DTYPES[i % 3], SHAPES[(i + i // 4) % 4], FLIPS[i % 4]) for i in range(12)]
+# Every head size that has products of its own shape, padded ones among them, and both 16-bit types.
+HEAD_SIZES = [
+    (torch.bfloat16, 32, 7, 1),
+    (torch.bfloat16, 64, 14, 2),
+    (torch.bfloat16, 80, 3, 1),
+    (torch.bfloat16, 128, 7, 1),
+    (torch.bfloat16, 256, 2, 2),
+    (torch.float16, 96, 4, 2),
+]
 
 
 def check_product(arch: int, dtype: torch.dtype, shape, flips) -> ptxsim.Statistics:

@@ -25,19 +25,11 @@ def test_forward(head_dim):
     assert all(launch.statistics.opcodes["wgmma"] for launch in launches if launch.name == "online_kernel")
 
 
-# Every head size that has products of its own shape: one and two groups of 64 columns, a padded one; both 16-bit types.
+# One and two groups of 64 columns; and fp32.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "heads", "key_heads"),
-    [
-        (torch.bfloat16, 32, 7, 1),
-        (torch.bfloat16, 64, 14, 2),
-        (torch.bfloat16, 80, 3, 1),
-        (torch.bfloat16, 128, 7, 1),
-        (torch.bfloat16, 256, 2, 2),
-        (torch.float16, 96, 4, 2),
-        (torch.float32, 32, 7, 1),
-    ],
+    [*cases.HEAD_SIZES, (torch.float32, 32, 7, 1)],
 )
 def test_attention(dtype, head_dim, heads, key_heads):
     launches = cases.check_attention(90, dtype, head_dim, heads, key_heads)
